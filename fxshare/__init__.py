@@ -1,0 +1,1 @@
+"""fxshare: a torch.fx graph-rewriting compiler for cross-layer basis sharing."""

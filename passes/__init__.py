@@ -1,0 +1,1 @@
+"""The graph-rewriting library of fxshare."""

@@ -1,0 +1,28 @@
+"""The root of the project's errors, and those of the pass library.
+
+The root lives here because imports point from ``fxshare`` to ``passes``: every error that either
+package raises on purpose is a :class:`FxShareError`, so one ``except`` clause catches them all.
+"""
+
+from __future__ import annotations
+
+
+class FxShareError(Exception):
+    """Base of every error raised on purpose. The message names the subject, what was expected,
+    what was found, and the way out."""
+
+
+class PassError(FxShareError):
+    """A pass could not do its work, or was misused."""
+
+
+class RequiresError(PassError):
+    """The graph given to a pass does not meet the pass's ``requires``."""
+
+
+class EnsuresError(PassError):
+    """The graph that a pass returned breaks the pass's ``ensures`` or an invariant of the runner."""
+
+
+class ShapeError(PassError):
+    """A tensor handed to a pass does not have the shape that its site needs."""
