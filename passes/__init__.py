@@ -1,1 +1,55 @@
-"""The graph-rewriting library of fxshare."""
+"""The graph-rewriting library of fxshare: what a pass is, its runner, and the passes.
+
+Imports torch and the standard library only; knows no configuration, no files, no transformers.
+"""
+
+from passes.base import Pass
+from passes.clean_up import CleanUp
+from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
+from passes.fuse_coefficients import FuseCoefficients
+from passes.graph import (
+    LinearCall,
+    is_linear,
+    linear_calls,
+    new_linear,
+    put_module,
+    structure_copy,
+    weight_and_bias,
+)
+from passes.pipeline import default_passes
+from passes.reuse_basis import ReuseBasis
+from passes.runner import Applied, equal_outputs, run
+from passes.share_basis import ShareBasis, SharedGroup
+from passes.slices import Slice, slice_weight, slices
+from passes.split_linear import Rows, SplitLinear, SplitSite
+
+__all__ = [
+    "Applied",
+    "CleanUp",
+    "EnsuresError",
+    "FuseCoefficients",
+    "FxShareError",
+    "LinearCall",
+    "Pass",
+    "PassError",
+    "RequiresError",
+    "ReuseBasis",
+    "Rows",
+    "ShapeError",
+    "ShareBasis",
+    "SharedGroup",
+    "Slice",
+    "SplitLinear",
+    "SplitSite",
+    "default_passes",
+    "equal_outputs",
+    "is_linear",
+    "linear_calls",
+    "new_linear",
+    "put_module",
+    "run",
+    "slice_weight",
+    "slices",
+    "structure_copy",
+    "weight_and_bias",
+]

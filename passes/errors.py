@@ -21,7 +21,7 @@ class RequiresError(PassError):
 
 
 class EnsuresError(PassError):
-    """The graph that a pass returned breaks the pass's ``ensures`` or an invariant of the runner."""
+    """The graph that a pass made breaks its ``ensures`` or an invariant of the runner."""
 
 
 class ShapeError(PassError):

@@ -1,0 +1,45 @@
+"""The default list of passes, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from passes.base import Pass
+from passes.clean_up import CleanUp
+from passes.fuse_coefficients import FuseCoefficients
+from passes.reuse_basis import ReuseBasis
+from passes.share_basis import ShareBasis, SharedGroup
+from passes.split_linear import SplitLinear, SplitSite
+
+
+def default_passes(
+    sites: Sequence[SplitSite],
+    groups: Sequence[SharedGroup] = (),
+    *,
+    fuse: bool = True,
+    extra: Sequence[Pass] = (),
+) -> tuple[Pass, ...]:
+    """The passes from a captured graph to the rewritten one.
+
+    Without ``groups`` this is exact mode: slices over the original weights, left visible.
+    ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
+    """
+    return (
+        # first, so that every later pass meets one dialect: call_module of nn.Linear, one per slice
+        SplitLinear(sites=tuple(sites)),
+        *(
+            (
+                # needs the slices; leaves one basis product per coefficient
+                ShareBasis(groups=tuple(groups)),
+                # before fusing: coefficients can only be fused once they read the same product
+                ReuseBasis(),
+                # after reuse; `fuse=False` leaves the slices apart for people who read the graph
+                *((FuseCoefficients(),) if fuse else ()),
+            )
+            if groups
+            else ()
+        ),
+        *extra,
+        # last: whatever the passes above made dead
+        CleanUp(),
+    )

@@ -1,0 +1,158 @@
+"""Run passes one after the other, and hold each to its contract."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from passes.base import Pass
+from passes.errors import EnsuresError, FxShareError, PassError
+from passes.graph import structure_copy
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one pass did."""
+
+    name: str
+    rewrites: int
+    exact: bool
+    seconds: float
+
+
+def run(
+    gm: fx.GraphModule,
+    passes: Sequence[Pass],
+    *,
+    expect: Mapping[str, int] | None = None,
+    watch: Callable[[Pass, fx.GraphModule], None] | None = None,
+) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
+    """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
+
+    The copy shares its parameters with ``gm``. ``expect`` maps pass names to the number of rewrites
+    that the caller counts on. ``watch`` is called after each pass with the graph so far.
+
+    Held after every pass, beside its own ``ensures``: the graph lints, inputs and outputs are the
+    same, no tensor was written into, no parameter got a second owner, and the count is honest
+    (zero rewrites means unchanged text).
+
+    Raises :class:`PassError` and its kinds, always naming the pass.
+    """
+    result = structure_copy(gm, clone_buffers=False)
+    applied = []
+    for one in passes:
+        if not isinstance(one, Pass):
+            raise PassError(
+                f"expected an instance of passes.Pass in the list of passes, found {one!r}; "
+                "give the pass itself, not its class or its name"
+            )
+        applied.append(_apply(result, one))
+        wanted = (expect or {}).get(one.name)
+        if wanted is not None and wanted != applied[-1].rewrites:
+            raise EnsuresError(
+                f"{one.name}: expected {wanted} rewrites, made {applied[-1].rewrites}"
+            )
+        if watch is not None:
+            watch(one, result)
+    return result, tuple(applied)
+
+
+def _apply(gm: fx.GraphModule, one: Pass) -> Applied:
+    start = time.perf_counter()
+    before = _Snapshot.of(gm)
+    try:
+        one.requires(gm)
+        rewrites = one.rewrite(gm)
+    except FxShareError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"pass {one.name or type(one).__name__!r} failed with {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(rewrites, int) or isinstance(rewrites, bool) or rewrites < 0:
+        raise EnsuresError(
+            f"pass {one.name!r} returned {rewrites!r}; expected the number of rewrites, an int"
+        )
+    before.check(gm, one, rewrites)
+    one.ensures(gm)
+    return Applied(one.name, rewrites, one.exact, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    text: str
+    inputs: tuple[tuple[str, object], ...]
+    output: pytree.TreeSpec
+    versions: Mapping[str, tuple[Tensor, int]]
+    shared: frozenset[int]
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> _Snapshot:
+        tensors = dict(gm.named_parameters()) | dict(gm.named_buffers())
+        return _Snapshot(
+            text=str(gm.graph),
+            inputs=_inputs(gm.graph),
+            output=_output(gm.graph),
+            versions={name: (t, t._version) for name, t in tensors.items()},
+            shared=frozenset(_owned_twice(gm)),
+        )
+
+    def check(self, gm: fx.GraphModule, one: Pass, rewrites: int) -> None:
+        try:
+            gm.graph.lint()
+            gm.recompile()
+        except Exception as error:
+            raise EnsuresError(f"pass {one.name!r} left an invalid graph: {error}") from error
+        if _inputs(gm.graph) != self.inputs or _output(gm.graph) != self.output:
+            raise EnsuresError(f"pass {one.name!r} changed the inputs or outputs of the graph")
+        if rewrites == 0 and str(gm.graph) != self.text:
+            raise EnsuresError(f"pass {one.name!r} says 0 rewrites but changed the graph text")
+        for name, (tensor, version) in self.versions.items():
+            if tensor._version != version:
+                raise EnsuresError(
+                    f"pass {one.name!r} wrote into tensor {name!r}, which the caller's graph "
+                    "shares; make a new tensor instead"
+                )
+        twice = {k: v for k, v in _owned_twice(gm).items() if k not in self.shared}
+        if twice:
+            raise EnsuresError(
+                f"pass {one.name!r} gave one parameter two owners: {next(iter(twice.values()))}"
+            )
+
+
+def _inputs(graph: fx.Graph) -> tuple[tuple[str, object], ...]:
+    return tuple((str(n.target), n.args) for n in graph.nodes if n.op == "placeholder")
+
+
+def _output(graph: fx.Graph) -> pytree.TreeSpec:
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return pytree.tree_structure(output.args, is_leaf=lambda x: isinstance(x, fx.Node))
+
+
+def _owned_twice(gm: fx.GraphModule) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def equal_outputs(
+    before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[object], *, tolerance: float
+) -> bool:
+    """Whether both graphs agree on ``inputs``: largest difference over largest magnitude of each
+    output tensor at most ``tolerance``. For tests of a pass of one's own."""
+    with torch.no_grad():
+        pairs = zip(
+            pytree.tree_leaves(before(*inputs)), pytree.tree_leaves(after(*inputs)), strict=True
+        )
+        for left, right in pairs:
+            if isinstance(left, Tensor):
+                scale = max(float(left.abs().max()), 1e-30)
+                if not float((left - right).abs().max()) <= tolerance * scale:
+                    return False
+    return True

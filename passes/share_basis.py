@@ -1,0 +1,110 @@
+"""Replace the slices of a group by one shared basis and a coefficient each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, fx, nn
+
+from passes.base import Pass
+from passes.errors import EnsuresError, RequiresError, ShapeError
+from passes.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.slices import Slice, set_slices, slices
+
+
+@dataclass(frozen=True, eq=False)
+class SharedGroup:
+    """The factors of one group: ``weight_i ≈ coefficients[i] @ basis_RI``.
+
+    ``name`` is the basis' module name at the root of the graph module; ``coefficients`` maps slice
+    names to ``(out_i, R)``.
+    """
+
+    name: str
+    basis_RI: Tensor
+    coefficients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ShareBasis(Pass):
+    """Basis Sharing (arXiv 2410.03765): slices of several layers read one basis.
+
+    Before::
+
+        q0 = getattr(self.h.0.c_attn, 'q')(x0)        # Linear(768, 768)
+        q1 = getattr(self.h.1.c_attn, 'q')(x1)
+
+    After::
+
+        z0 = self.basis_q_0_1(x0)                     # Linear(768, R), one module, one owner
+        q0 = getattr(self.h.0.c_attn, 'q')(z0)        # Linear(R, 768): the coefficient, old bias
+        z1 = self.basis_q_0_1(x1)
+        q1 = getattr(self.h.1.c_attn, 'q')(z1)
+    """
+
+    name: ClassVar[str] = "share-basis"
+    exact: ClassVar[bool] = False
+
+    groups: tuple[SharedGroup, ...] = ()
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        known = slices(gm)
+        seen: set[str] = set()
+        for group in self.groups:
+            if "." in group.name or hasattr(gm, group.name):
+                raise RequiresError(
+                    f"{self.name}: basis name {group.name!r} is taken or dotted; a basis is one "
+                    "new submodule at the root"
+                )
+            rank, in_features = group.basis_RI.shape
+            for name, coefficient in group.coefficients.items():
+                if name not in known or name in seen or known[name].basis is not None:
+                    raise RequiresError(
+                        f"{self.name}: {name!r} of group {group.name!r} is not a slice that is "
+                        f"still whole; the graph has {sorted(known)[:6]}"
+                    )
+                seen.add(name)
+                linear = linear_at(gm, known[name].module)
+                found = (tuple(coefficient.shape), in_features)
+                expected = ((linear.out_features, rank), linear.in_features)
+                if found != expected:
+                    raise ShapeError(
+                        f"{self.name}: {name!r} needs a coefficient of shape {expected[0]} and a "
+                        f"basis over {expected[1]} features, found {found[0]} and {found[1]}"
+                    )
+
+    def rewrite(self, gm: fx.GraphModule) -> int:
+        calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        count = 0
+        for group in self.groups:
+            trainable = any(linear_at(gm, name).weight.requires_grad for name in group.coefficients)
+            gm.add_module(
+                group.name,
+                new_linear(group.basis_RI, None, requires_grad=trainable, training=gm.training),
+            )
+            for name, coefficient in group.coefficients.items():
+                old = linear_at(gm, name)
+                linear = new_linear(
+                    coefficient, None, requires_grad=trainable, training=gm.training
+                )
+                linear.bias = old.bias
+                put_module(gm, name, linear)
+                set_slices(gm, {name: Slice(name, 0, linear.out_features, group.name)})
+                for node in calls.get(name, []):
+                    with gm.graph.inserting_before(node):
+                        z = gm.graph.call_module(group.name, node.args)
+                    z.meta.update(node.meta)
+                    node.args, node.kwargs = (z,), {}
+                    count += 1
+        return count
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        owners: dict[int, str] = {}
+        for name, parameter in gm.named_parameters(remove_duplicate=False):
+            if name.split(".")[0] not in {group.name for group in self.groups}:
+                continue
+            first = owners.setdefault(id(parameter), name)
+            if first != name:
+                raise EnsuresError(f"{self.name}: basis {first!r} has a second owner {name!r}")

@@ -1,0 +1,58 @@
+"""Where the slices of the original weights are now.
+
+Names outlive nodes and modules: ``transformer.h.0.attn.c_attn.q.3`` names the rows of head 3 of q
+before any rewriting, after splitting, and after its coefficient was fused with its neighbours'.
+Every pass that moves a slice writes its new place into ``gm.meta["slices"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from passes.errors import PassError
+from passes.graph import weight_and_bias
+
+_KEY = "slices"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows ``start:stop`` of the linear ``module`` compute one slice; with ``basis`` set, that
+    linear is a coefficient and reads the product of the basis module of that name."""
+
+    module: str
+    start: int
+    stop: int
+    basis: str | None = None
+
+
+def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
+    """Every slice by its name, in the order in which they were split."""
+    found: Mapping[str, Slice] = gm.meta.get(_KEY, {})
+    return found
+
+
+def set_slices(gm: fx.GraphModule, places: Mapping[str, Slice]) -> None:
+    """Record new places; a fresh mapping, because copies of a graph share their ``meta`` values."""
+    gm.meta[_KEY] = {**slices(gm), **places}
+
+
+def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
+    """The weight ``(out, in)`` that the slice stands for: a view, or ``coefficient @ basis``.
+
+    Raises :class:`PassError` when there is no such slice.
+    """
+    place = slices(gm).get(name)
+    if place is None:
+        known = ", ".join(list(slices(gm))[:4])
+        raise PassError(f"no slice named {name!r}; the graph has {known or 'none'}, ...")
+    weight_OI, _ = weight_and_bias(gm.get_submodule(place.module))
+    rows = weight_OI[place.start : place.stop]
+    if place.basis is None:
+        return rows
+    basis_RI, _ = weight_and_bias(gm.get_submodule(place.basis))
+    return torch.matmul(rows, basis_RI)
