@@ -1,0 +1,172 @@
+"""Example calls: bound to the names of ``forward``, and varied in batch and sequence length."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxshare.errors import CalibrationError
+
+Call = Mapping[str, Any]
+"""One call of a model: values by parameter name, in the order of ``forward``'s signature."""
+
+LABELS = frozenset({"labels", "label", "targets", "target"})
+_KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The named parameters of ``model.forward``; ``*args`` and ``**kwargs`` are left out."""
+    found = inspect.signature(model.forward).parameters
+    return {name: p for name, p in found.items() if p.kind in _KINDS_BY_NAME}
+
+
+def _takes_any_keyword(model: nn.Module) -> bool:
+    found = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found)
+
+
+def bind(model: nn.Module, batch: object) -> Call:
+    """Bind a batch to parameter names: a tensor is the first argument, a tuple or list the first
+    ones, a mapping goes by name.
+
+    Raises :class:`CalibrationError` naming the entry that ``forward`` does not take.
+    """
+    names = list(parameters_of(model))
+    if isinstance(batch, Mapping):
+        unknown = [k for k in batch if k not in names]
+        if unknown and not _takes_any_keyword(model):
+            raise CalibrationError(
+                f"a batch has the entry {unknown[0]!r}, but {type(model).__name__}.forward takes "
+                f"{names}; drop the entry or rename it"
+            )
+        return {k: batch[k] for k in [n for n in names if n in batch] + unknown}
+    values = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if len(values) > len(names):
+        raise CalibrationError(
+            f"a batch has {len(values)} entries, but {type(model).__name__}.forward takes {names}"
+        )
+    if not any(isinstance(v, Tensor) for v in pytree.tree_leaves(values)):
+        raise CalibrationError(
+            f"expected a batch as a tensor, a tuple of tensors or a mapping of tensors, found "
+            f"{type(batch).__name__}"
+        )
+    return dict(zip(names, values, strict=False))
+
+
+def without_labels(model: nn.Module, call: Call) -> Call:
+    """The call without optional labels, so that the captured graph returns what inference needs."""
+    parameters = parameters_of(model)
+    return {
+        name: value
+        for name, value in call.items()
+        if not (
+            name in LABELS
+            and name in parameters
+            and parameters[name].default is not inspect.Parameter.empty
+        )
+    }
+
+
+def tensors(call: Call) -> list[Tensor]:
+    """Every tensor of the call, nested ones included."""
+    return [v for v in pytree.tree_leaves(dict(call)) if isinstance(v, Tensor)]
+
+
+def holds_tensor(value: object) -> bool:
+    """Whether the value is, or contains, a tensor; only such values become graph inputs."""
+    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
+
+
+def to_device(call: Call, device: torch.device) -> Call:
+    """The call with every tensor on ``device``."""
+    moved: Call = pytree.tree_map_only(Tensor, lambda t: t.to(device), dict(call))
+    return moved
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Two calls that differ in size, and along which dimensions they differ."""
+
+    base: Call
+    other: Call | None
+    batch: bool
+    sequence: bool
+
+    def dynamic_dims(self, value: Tensor) -> tuple[int, ...]:
+        """The dimensions of one of the base call's tensors that are meant to vary."""
+        size, length = _sizes(self.base)
+        dims = []
+        if self.batch and value.ndim >= 1 and value.shape[0] == size:
+            dims.append(0)
+        if self.sequence and value.ndim >= 2 and value.shape[1] == length:
+            dims.append(1)
+        return tuple(dims)
+
+
+def _sizes(call: Call) -> tuple[int, int | None]:
+    shaped = [t for t in tensors(call) if t.ndim >= 1]
+    batch = shaped[0].shape[0] if shaped else 0
+    length = next((t.shape[1] for t in shaped if t.ndim >= 2), None)
+    return batch, length
+
+
+def resized(call: Call, *, batch: int | None = None, sequence: int | None = None) -> Call:
+    """The call with another batch size or sequence length: rows are cut, or repeated in turn."""
+    size, length = _sizes(call)
+
+    def resize(t: Tensor) -> Tensor:
+        if batch is not None and t.ndim >= 1 and t.shape[0] == size:
+            t = _take(t, 0, batch)
+        if sequence is not None and t.ndim >= 2 and t.shape[1] == length:
+            t = _take(t, 1, sequence)
+        return t
+
+    changed: Call = pytree.tree_map_only(Tensor, resize, dict(call))
+    return changed
+
+
+def _take(t: Tensor, dim: int, new: int) -> Tensor:
+    if t.device.type == "meta":
+        shape = list(t.shape)
+        shape[dim] = new
+        return torch.empty(shape, dtype=t.dtype, device="meta")
+    return t.index_select(dim, torch.arange(new, device=t.device) % t.shape[dim])
+
+
+_MOST_ROWS, _MOST_POSITIONS = 3, 24
+
+
+def vary(call: Call, works: Callable[[Call], bool]) -> Shapes:
+    """Find two calls of different batch size and sequence length that the model accepts.
+
+    ``works`` tries one on the original model. The base call is the user's, cut to a few rows and
+    positions where the model accepts that, so that a self-check stays cheap; a batch or sequence of
+    one is never used, because broadcasting would hide what depends on it.
+    """
+    size, length = _sizes(call)
+    small = resized(
+        call,
+        batch=min(max(size, 2), _MOST_ROWS),
+        sequence=None if length is None else min(max(length, 4), _MOST_POSITIONS),
+    )
+    base = next((c for c in (small, resized(call, batch=max(size, 2)), call) if works(c)), call)
+    size, length = _sizes(base)
+    changed_batch = resized(base, batch=size + 1)
+    shorter = None if length is None or length < 3 else length - 1
+    if shorter is not None:
+        both = resized(changed_batch, sequence=shorter)
+        if works(both):
+            return Shapes(base, both, batch=True, sequence=True)
+    if works(changed_batch):
+        return Shapes(base, changed_batch, batch=True, sequence=False)
+    if shorter is not None:
+        only_length = resized(base, sequence=shorter)
+        if works(only_length):
+            return Shapes(base, only_length, batch=False, sequence=True)
+    return Shapes(base, None, batch=False, sequence=False)

@@ -1,0 +1,46 @@
+"""Capture by ``torch.export``: slower, at aten level, one mode and device; for what tracing cannot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxshare.capture.call import Shapes, holds_tensor
+from fxshare.capture.fx_front_end import explicit_forward
+from fxshare.capture.tracer import failing_line
+from fxshare.errors import CaptureError
+from passes.graph import structure_copy
+
+
+def export(model: nn.Module, shapes: Shapes) -> fx.GraphModule:
+    """Export a copy of ``model`` with dynamic batch and sequence.
+
+    Raises :class:`CaptureError` with the model's own line where it failed.
+    """
+    copy = structure_copy(model).eval()
+
+    def dims(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return None
+        return dict.fromkeys(shapes.dynamic_dims(value), torch.export.Dim.AUTO)
+
+    inputs = {name: value for name, value in shapes.base.items() if holds_tensor(value)}
+    constants = {name: value for name, value in shapes.base.items() if name not in inputs}
+    try:
+        with explicit_forward(copy, list(inputs), constants), torch.random.fork_rng(devices=[]):
+            program = torch.export.export(
+                copy,
+                (),
+                inputs,
+                dynamic_shapes=pytree.tree_map(dims, inputs),
+                strict=False,
+            )
+        gm = program.module()
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export of {type(model).__name__} failed at {failing_line(error)}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(gm, fx.GraphModule)
+    return gm

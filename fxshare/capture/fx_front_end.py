@@ -1,0 +1,168 @@
+"""Capture by symbolic tracing with value-carrying proxies: one graph over qualified module names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxshare.capture.align import StructureDiffers, differences, insert_training_switches
+from fxshare.capture.call import Call, Shapes, holds_tensor, parameters_of
+from fxshare.capture.guards import hold_arguments, hold_given, hold_guard, ones_if_missing
+from fxshare.capture.tracer import Guard, ValueTracer, failing_line, traced_factories
+from fxshare.errors import CaptureError, FxShareError
+from passes.graph import structure_copy
+
+_LITERALS = (bool, int, float, str, type(None))
+MASK = "attention_mask"
+
+
+def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Trace ``model`` at both shapes and in both modes; returns the graph module and notes.
+
+    The graph module has the signature of ``model.forward``, reads the parameters of ``model`` and
+    copies of its buffers. Arguments that the example does not give keep their baked value, and the
+    graph refuses any other.
+
+    Raises :class:`CaptureError` with the model's own line where tracing failed.
+    """
+    root = structure_copy(model)
+    flags = {name: m.training for name, m in root.named_modules()}
+    notes: list[str] = []
+    graph, guards = _trace_once(root, shapes.base, training=False)
+    if shapes.other is not None:
+        _check_sizes(graph, _trace_once(root, shapes.other, training=False)[0])
+    try:
+        trained, _ = _trace_once(root, shapes.base, training=True)
+        switches = insert_training_switches(root, graph, differences(graph, trained))
+        if switches:
+            notes.append(f"{switches} constants follow train/eval through switches")
+    except (CaptureError, StructureDiffers) as error:
+        notes.append(f"what eval mode does is baked: training takes another path ({error})")
+    for name, module in root.named_modules():
+        module.training = flags.get(name, model.training)
+    _hold_guards(graph, guards)
+    _restore_signature(graph, model, shapes.base)
+    for node in graph.nodes:
+        node.meta.clear()
+    graph._tracer_cls = None  # else a copy would call ValueTracer without its values
+    return fx.GraphModule(root, graph, type(model).__name__), tuple(notes)
+
+
+def _trace_once(root: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, list[Guard]]:
+    inputs = [name for name, value in call.items() if holds_tensor(value)]
+    constants = {name: value for name, value in call.items() if name not in inputs}
+    tracer = ValueTracer({name: call[name] for name in inputs})
+    root.train(training)
+    with (
+        explicit_forward(root, inputs, constants),
+        traced_factories(tracer),
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+    ):
+        try:
+            graph = tracer.trace(root)
+        except FxShareError:
+            raise
+        except Exception as error:
+            nodes = list(tracer.graph.nodes) if hasattr(tracer, "graph") else []
+            last = nodes[-1].format_node() if nodes else "no node yet"
+            raise CaptureError(
+                f"tracing {type(root).__mro__[1].__name__} failed at {failing_line(error)}, after "
+                f"{last}: {type(error).__name__}: {error}"
+            ) from error
+    return graph, list(tracer.guards.values())
+
+
+@contextmanager
+def explicit_forward(
+    root: nn.Module, inputs: list[str], constants: dict[str, Any]
+) -> Iterator[None]:
+    """Give the copied root, for a while, a ``forward`` whose signature is the traced inputs.
+
+    fx reads the code object of ``forward``; the decorated ones of transformers break it
+    (``co_varnames is too small``), and constants must not become inputs.
+    """
+    original = type(root)
+    arguments = ", ".join(inputs)
+    passed = ", ".join(f"{name}={name}" for name in inputs)
+    scope = {"_forward": original.forward, "_constants": constants}
+    source = f"def forward(self, {arguments}):\n    return _forward(self, {passed}, **_constants)\n"
+    exec(source, scope)
+    shim = {"forward": scope["forward"], "__module__": original.__module__}
+    root.__class__ = type(original.__name__, (original,), shim)
+    try:
+        yield
+    finally:
+        root.__class__ = original
+
+
+def _check_sizes(graph: fx.Graph, other: fx.Graph) -> None:
+    try:
+        found = differences(graph, other)
+    except StructureDiffers as error:
+        raise CaptureError(
+            f"the model does different operations at another batch size or length: {error}"
+        ) from error
+    if found:
+        raise CaptureError(f"a size is baked into the graph: {found[0]}")
+
+
+def _hold_guards(graph: fx.Graph, guards: list[Guard]) -> None:
+    for guard in guards:
+        with graph.inserting_after(guard.node):
+            graph.call_function(hold_guard, (guard.node, guard.value, guard.where))
+
+
+def _restore_signature(graph: fx.Graph, model: nn.Module, call: Call) -> None:
+    """Give the graph the parameters of ``forward``, in its order, each with its default."""
+    traced = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    parameters = parameters_of(model)
+    baked = {
+        name: call.get(name, p.default) for name, p in parameters.items() if name not in traced
+    }
+    baked = {name: value for name, value in baked.items() if isinstance(value, _LITERALS)}
+    first = next(iter(graph.nodes))
+    inputs: list[fx.Node] = []
+    optional = False
+    for name in [*parameters, *(n for n in traced if n not in parameters)]:
+        empty = name not in parameters or parameters[name].default is inspect.Parameter.empty
+        if name in traced:
+            node = traced[name]
+            if not empty and (optional or (name == MASK and "input_ids" in traced)):
+                node.args = (None,)
+                optional = True
+        elif name in baked:
+            with graph.inserting_before(first):
+                node = graph.placeholder(name, default_value=baked[name])
+            optional = True
+        else:
+            continue
+        inputs.append(node)
+    at = graph._root
+    for node in inputs:
+        at.append(node)
+        at = node
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    closed = [n for n in inputs if str(n.target) in baked]
+    if closed:
+        with graph.inserting_before(first):
+            given = {str(n.target): n for n in closed}
+            graph.call_function(hold_arguments, (given, {name: baked[name] for name in given}))
+    for node in traced.values():
+        if node.args:
+            _fill(graph, node, traced.get("input_ids"), first)
+
+
+def _fill(graph: fx.Graph, node: fx.Node, input_ids: fx.Node | None, first: fx.Node) -> None:
+    with graph.inserting_before(first):
+        if node.target == MASK and input_ids is not None:
+            filled = graph.call_function(ones_if_missing, (node, input_ids))
+        else:
+            filled = graph.call_function(hold_given, (node, str(node.target)))
+    node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)
+
