@@ -16,6 +16,7 @@ from passes.graph import (
     structure_copy,
     weight_and_bias,
 )
+from passes.observe import ObserveInputs, observed
 from passes.pipeline import default_passes
 from passes.reuse_basis import ReuseBasis
 from passes.runner import Applied, equal_outputs, run
@@ -30,6 +31,7 @@ __all__ = [
     "FuseCoefficients",
     "FxShareError",
     "LinearCall",
+    "ObserveInputs",
     "Pass",
     "PassError",
     "RequiresError",
@@ -46,6 +48,7 @@ __all__ = [
     "is_linear",
     "linear_calls",
     "new_linear",
+    "observed",
     "put_module",
     "run",
     "slice_weight",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from fxshare.capture.call import (
     Call,
     Shapes,
     bind,
+    completed,
     holds_tensor,
     resized,
     tensors,
@@ -33,7 +34,7 @@ from fxshare.capture.fx_front_end import trace
 from fxshare.capture.guards import hold_guard
 from fxshare.capture.modules_front_end import linears_side_by_side
 from fxshare.errors import CaptureError, GuardError
-from fxshare.numerics import tolerance, worst
+from fxshare.numerics import float_leaves, tolerance, worst
 from passes.graph import linear_calls, structure_copy
 
 FrontEnd = Literal["fx", "export", "modules"]
@@ -85,9 +86,11 @@ def capture(
             f"capture={mode!r} needs an example of the model's inputs: give calibration data or "
             "example=..., or use capture='modules'"
         )
-    call = to_device(without_labels(model, bind(model, example)), device_of(model))
+    call = to_device(
+        completed(model, without_labels(model, bind(model, example))), device_of(model)
+    )
     run = _Original(model)
-    shapes = vary(call, run.works) if not run.is_meta else _meta_shapes(call)
+    shapes = vary(call, run.works)
     if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
         raise CaptureError(
             f"{type(model).__name__} does not accept the example call "
@@ -125,11 +128,11 @@ def _graph(
     else:
         gm = export(model, shapes)
         notes = ("torch.export: the mode (eval) and the device are baked",)
-    hidden = sorted(set(needs) - {call.name for call in linear_calls(gm)})
+    hidden = _inside_leaves(gm, needs)
     if hidden:
         raise CaptureError(
-            f"the graph does not show the matched linear {hidden[0]!r} ({len(hidden)} in all): it "
-            "is inside a module that is called as a whole, or is not called for this example"
+            f"the graph does not show the matched linear {hidden[0]!r} ({len(hidden)} in all), "
+            "which is inside a module that is called as a whole"
         )
     error = None
     if not run.is_meta:
@@ -143,6 +146,12 @@ def _graph(
     notes = (*notes, *(f"tried {failure}" for failure in failures))
     seconds = time.perf_counter() - start
     return Captured(front_end, gm, shapes, tuple(relaxed or ()), error, notes, seconds)
+
+
+def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
+    shown = {call.name for call in linear_calls(gm)}
+    called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
+    return sorted(n for n in set(names) - shown if any(n.startswith(leaf) for leaf in called))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -184,17 +193,20 @@ class _Original:
             return structure_copy(self._copy)(**call)
 
     def works(self, call: Call) -> bool:
-        """Whether the model accepts the call; the reason why not is kept in ``refusal``."""
+        """Whether the model accepts the call; the reason why not is kept in ``refusal``.
+
+        On the meta device nothing is run: the trace finds out.
+        """
+        if self.is_meta:
+            return True
         try:
             self(call)
         except Exception as error:
-            self.refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.refusal = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
             return False
         return True
-
-
-def _meta_shapes(call: Call) -> Shapes:
-    return vary(call, lambda _: True)
 
 
 def _describe(value: object) -> object:
@@ -269,8 +281,6 @@ def _relax(gm: fx.GraphModule, run: _Original, shapes: Shapes, depth: int) -> tu
 
 
 def _dtype(output: Any) -> torch.dtype:
-    from fxshare.numerics import float_leaves
-
     dtypes = [t.dtype for _, t in float_leaves(output)]
     return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
 

@@ -80,9 +80,7 @@ def differences(left: fx.Graph, right: fx.Graph) -> list[Difference]:
     return found
 
 
-def insert_training_switches(
-    root: nn.Module, eval_graph: fx.Graph, found: list[Difference]
-) -> int:
+def insert_training_switches(root: nn.Module, eval_graph: fx.Graph, found: list[Difference]) -> int:
     """Replace each constant that differs between the eval trace and the training trace by a
     :class:`TrainingSwitch` of ``root``; returns how many were put in.
 

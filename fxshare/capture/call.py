@@ -16,6 +16,7 @@ from fxshare.errors import CalibrationError
 Call = Mapping[str, Any]
 """One call of a model: values by parameter name, in the order of ``forward``'s signature."""
 
+MASK = "attention_mask"
 LABELS = frozenset({"labels", "label", "targets", "target"})
 _KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -71,6 +72,30 @@ def without_labels(model: nn.Module, call: Call) -> Call:
             and parameters[name].default is not inspect.Parameter.empty
         )
     }
+
+
+def completed(model: nn.Module, call: Call) -> Call:
+    """The call with what a Hugging Face model would fill in: an attention mask of ones, and no
+    cache (the graph of a plain call has none)."""
+    parameters = parameters_of(model)
+    ids = call.get("input_ids")
+    filled = dict(call)
+    if MASK in parameters and isinstance(ids, Tensor) and filled.get(MASK) is None:
+        filled[MASK] = torch.ones_like(ids)
+    if "use_cache" in parameters and ids is not None:
+        filled.setdefault("use_cache", False)
+    return {k: filled[k] for k in [*(n for n in parameters if n in filled), *call] if k in filled}
+
+
+def padded(call: Call) -> Call:
+    """The call with the last position of its first row masked out, where it has a mask: a graph
+    that took a short cut for masks of ones shows it here."""
+    mask = call.get(MASK)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type == "meta":
+        return call
+    mask = mask.clone()
+    mask[0, -1] = 0
+    return {**call, MASK: mask}
 
 
 def tensors(call: Call) -> list[Tensor]:
@@ -160,7 +185,7 @@ def vary(call: Call, works: Callable[[Call], bool]) -> Shapes:
     changed_batch = resized(base, batch=size + 1)
     shorter = None if length is None or length < 3 else length - 1
     if shorter is not None:
-        both = resized(changed_batch, sequence=shorter)
+        both = padded(resized(changed_batch, sequence=shorter))
         if works(both):
             return Shapes(base, both, batch=True, sequence=True)
     if works(changed_batch):

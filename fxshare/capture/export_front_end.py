@@ -1,4 +1,4 @@
-"""Capture by ``torch.export``: slower, at aten level, one mode and device; for what tracing cannot."""
+"""Capture by ``torch.export``: slower, at aten level, bound to one mode and device."""
 
 from __future__ import annotations
 

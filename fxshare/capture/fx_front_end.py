@@ -1,4 +1,4 @@
-"""Capture by symbolic tracing with value-carrying proxies: one graph over qualified module names."""
+"""Capture by symbolic tracing with proxies that carry values: one graph over module names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture.align import StructureDiffers, differences, insert_training_switches
-from fxshare.capture.call import Call, Shapes, holds_tensor, parameters_of
+from fxshare.capture.call import MASK, Call, Shapes, holds_tensor, parameters_of
 from fxshare.capture.guards import hold_arguments, hold_given, hold_guard, ones_if_missing
 from fxshare.capture.tracer import Guard, ValueTracer, failing_line, traced_factories
 from fxshare.errors import CaptureError, FxShareError
 from passes.graph import structure_copy
 
 _LITERALS = (bool, int, float, str, type(None))
-MASK = "attention_mask"
 
 
 def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -165,4 +164,3 @@ def _fill(graph: fx.Graph, node: fx.Node, input_ids: fx.Node | None, first: fx.N
         else:
             filled = graph.call_function(hold_given, (node, str(node.target)))
     node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)
-

@@ -69,9 +69,7 @@ def put_back(
         for slice_name, place in slices(rewritten).items():
             if place.module in moved:
                 new = f"{name}.{moved[place.module]}"
-                places.setdefault(
-                    slice_name, Slice(new, place.start, place.stop, place.basis)
-                )
+                places.setdefault(slice_name, Slice(new, place.start, place.stop, place.basis))
     holder = result.__dict__.setdefault("meta", {})
     holder["slices"] = places
     return result

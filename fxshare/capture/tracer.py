@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from fxshare.errors import CaptureError
 from passes.graph import is_linear
+
+NumberT = TypeVar("NumberT", bool, int, float)
 
 # these take plain numbers and do not dispatch on a Proxy
 _FACTORIES = ("arange", "ones", "zeros", "full", "empty", "tensor")
@@ -99,7 +101,8 @@ class ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         if isinstance(self._known, Tensor):
-            return int(self.shape[0])
+            size: Any = self.shape
+            return int(size[0])
         return len(self._known)
 
     def __bool__(self) -> bool:
@@ -155,7 +158,7 @@ class ValueTracer(fx.Tracer):
         self._faked: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._computing = False
 
-    def guard(self, proxy: ValueProxy, value: Any, what: str) -> Any:
+    def guard(self, proxy: ValueProxy, value: NumberT, what: str) -> NumberT:
         """Record that the traced path rests on ``value``."""
         where = f"{what} at {model_line()}"
         self.guards.setdefault((proxy.node, what), Guard(proxy.node, value, where))
@@ -231,9 +234,7 @@ class ValueTracer(fx.Tracer):
 
     # While a fake value is computed the hooks must be off, else each call of a module or read of a
     # parameter would be traced again, without end.
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._computing:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)

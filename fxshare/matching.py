@@ -1,0 +1,312 @@
+"""Which weights a configuration means, and how their rows are split.
+
+A site is a *parameter*, not a module: modules that share one weight are one site, since rewriting
+one of them alone would store the weight twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fxshare.config import ShareConfig, WeightType
+from fxshare.errors import MatchError
+from fxshare.plan import Site, Skipped, SliceSpec
+from passes.graph import is_linear, weight_and_bias
+
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_KV_HEADS = ("num_key_value_heads", "n_kv_head", "num_kv_heads")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The sites of a model under a configuration, and the matched modules left alone."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def match(model: nn.Module, cfg: ShareConfig) -> Matching:
+    """Find the sites; ``re.match`` of each pattern on the qualified module names.
+
+    Raises :class:`MatchError` for a pattern that matches no linear (with the nearest names), a
+    module matched by two types, a layer number that cannot be found, heads that do not divide.
+    """
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
+    types = _types(modules, cfg)
+    owners = _owners(model)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    done: set[int] = set()
+    for name, type_name in types.items():
+        module = modules[name]
+        reason = _not_rewritable(module)
+        if reason is None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if id(weight) in done:
+                continue
+            readers = owners[id(weight)]
+            reason = _tie_refusal(name, readers, modules)
+        if reason is not None:
+            skipped.append(Skipped(name=name, type=type_name, reason=reason))
+            continue
+        done.add(id(weight))
+        sites.append(_site(model, cfg, name, type_name, module, readers))
+    _every_type_has_sites(cfg, sites, skipped, modules)
+    return Matching(tuple(sites), tuple(skipped))
+
+
+def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]:
+    """The weight type of every matched module that is a linear, or would be one."""
+    found: dict[str, str] = {}
+    for name, module in modules.items():
+        matching = [t for t, spec in cfg.weight_types.items() if re.match(spec.pattern, name)]
+        if not matching or not _holds_weight(module):
+            continue
+        if len(matching) > 1:
+            raise MatchError(
+                f"module {name!r} is matched by two weight types, {matching[0]!r} "
+                f"({cfg.weight_types[matching[0]].pattern}) and {matching[1]!r} "
+                f"({cfg.weight_types[matching[1]].pattern}); make the patterns disjoint"
+            )
+        found[name] = matching[0]
+    return found
+
+
+def _holds_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _not_rewritable(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
+    if not is_linear(module):
+        return f"is a {kind}, not an nn.Linear or Conv1D"
+    weight, _ = weight_and_bias(module)
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}; only plain tensors are rewritten"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _tie_refusal(name: str, readers: list[str], modules: Mapping[str, nn.Module]) -> str | None:
+    first, bias = weight_and_bias(modules[name])
+    for reader in readers:
+        owner, _, field = reader.rpartition(".")
+        other = modules.get(owner)
+        if field != "weight" or other is None or not is_linear(other):
+            return f"its weight is tied to {reader!r}: rewriting it would store the weight twice"
+        weight, other_bias = weight_and_bias(other)
+        if weight.shape != first.shape or type(other) is not type(modules[name]):
+            return f"its weight is tied to {reader!r}, which reads it another way"
+        if other_bias is not bias:
+            return f"its weight is tied to {reader!r}, which has another bias"
+    return None
+
+
+def _site(
+    model: nn.Module,
+    cfg: ShareConfig,
+    name: str,
+    type_name: str,
+    module: nn.Module,
+    readers: list[str],
+) -> Site:
+    weight_OI, bias = weight_and_bias(module)
+    out_features, in_features = weight_OI.shape
+    calls = tuple(reader.rpartition(".")[0] for reader in readers)
+    return Site(
+        name=calls[0],
+        calls=calls,
+        type=type_name,
+        layer=_layer(cfg, name, type_name),
+        in_features=in_features,
+        out_features=out_features,
+        bias=bias is not None,
+        slices=_slices(calls[0], out_features, cfg.weight_types[type_name], type_name, model),
+    )
+
+
+def _layer(cfg: ShareConfig, name: str, type_name: str) -> int | None:
+    if cfg.block_pattern is None:
+        if cfg.mode == "sharing" and cfg.group_size_of(type_name) > 1:
+            raise MatchError(
+                "sharing across layers needs block_pattern, a regular expression whose group 1 is "
+                f"the layer number in names like {name!r}, for example 'h\\.(\\d+)'"
+            )
+        return None
+    found = re.search(cfg.block_pattern, name)
+    if found is not None and found.group(1) is not None and found.group(1).isdecimal():
+        return int(found.group(1))
+    if cfg.mode == "sharing" and cfg.group_size_of(type_name) == 1:
+        return None
+    number = re.search(r"(?:^|\.)([A-Za-z_]\w*)\.\d+\.", name)
+    hint = f"; for this name try '{number.group(1)}\\.(\\d+)'" if number else ""
+    raise MatchError(
+        f"block_pattern {cfg.block_pattern!r} finds no layer number in module {name!r} of weight "
+        f"type {type_name!r}{hint}"
+    )
+
+
+def _from_config(model: nn.Module, names: tuple[str, ...]) -> int | None:
+    config = getattr(model, "config", None)
+    for name in names:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _slices(
+    site: str, out_features: int, spec: WeightType, type_name: str, model: nn.Module
+) -> tuple[SliceSpec, ...]:
+    if not spec.split:
+        return (SliceSpec(name=site, start=0, stop=out_features),)
+    order = spec.order
+    if order is None:
+        heads = spec.n_head or _unfused_heads(model, out_features)
+        size = _divide(site, type_name, out_features, heads, "n_head")
+        assert heads is not None
+        return tuple(
+            SliceSpec(name=f"{site}.{h}", head=h, start=h * size, stop=(h + 1) * size)
+            for h in range(heads)
+        )
+    heads, kv_heads = _head_counts(site, type_name, out_features, spec, model)
+    if spec.split == "qkv" and heads is None:
+        size = _divide(site, type_name, out_features, 3, "q, k and v together")
+        return tuple(
+            SliceSpec(name=f"{site}.{p}", part=p, start=i * size, stop=(i + 1) * size)
+            for i, p in enumerate(order)
+        )
+    total = None if heads is None else heads + 2 * (kv_heads or heads)
+    size = _divide(site, type_name, out_features, total, "n_head + 2 · n_kv_head")
+    assert heads is not None
+    if spec.interleaved:
+        return tuple(
+            SliceSpec(
+                name=f"{site}.{p}.{h}",
+                part=p,
+                head=h,
+                start=(3 * h + i) * size,
+                stop=(3 * h + i + 1) * size,
+            )
+            for h in range(heads)
+            for i, p in enumerate(order)
+        )
+    slices: list[SliceSpec] = []
+    at = 0
+    for part in order:
+        count = heads if part == "q" else (kv_heads or heads)
+        if spec.split == "qkv":
+            stop = at + count * size
+            slices.append(SliceSpec(name=f"{site}.{part}", part=part, start=at, stop=stop))
+            at = stop
+            continue
+        for h in range(count):
+            slices.append(
+                SliceSpec(name=f"{site}.{part}.{h}", part=part, head=h, start=at, stop=at + size)
+            )
+            at += size
+    return tuple(slices)
+
+
+def _head_counts(
+    site: str, type_name: str, out_features: int, spec: WeightType, model: nn.Module
+) -> tuple[int | None, int | None]:
+    """Heads of q and of k and v in a fused projection; None where only thirds are needed."""
+    heads = spec.n_head or _from_config(model, _HEADS)
+    kv_heads = spec.n_kv_head or _from_config(model, _KV_HEADS)
+    if spec.split == "qkv" and (spec.n_kv_head is None and (kv_heads is None or kv_heads == heads)):
+        return None, None
+    if heads is None:
+        raise MatchError(
+            f"weight type {type_name!r}: the number of heads of {site!r} is not known; the model "
+            "has no config that tells it, add n_head"
+        )
+    return heads, kv_heads
+
+
+def _unfused_heads(model: nn.Module, out_features: int) -> int | None:
+    """Heads of a separate q, k or v projection: its width over the head width of the config."""
+    heads = _from_config(model, _HEADS)
+    width = _from_config(model, ("head_dim",))
+    hidden = _from_config(model, _WIDTHS)
+    if width is None and heads is not None and hidden is not None and hidden % heads == 0:
+        width = hidden // heads
+    if width is not None and out_features % width == 0:
+        return out_features // width
+    return heads
+
+
+def _divide(site: str, type_name: str, rows: int, parts: int | None, what: str) -> int:
+    if parts is None:
+        raise MatchError(
+            f"weight type {type_name!r}: the number of heads of {site!r} is not known; the model "
+            "has no config that tells it, add n_head"
+        )
+    if rows % parts:
+        near = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = min(near, key=lambda n: abs(n - parts))
+        raise MatchError(
+            f"weight type {type_name!r}: the {rows} rows of {site!r} do not divide by {parts} "
+            f"({what}); the nearest number that does is {nearest}"
+        )
+    return rows // parts
+
+
+def _every_type_has_sites(
+    cfg: ShareConfig,
+    sites: list[Site],
+    skipped: list[Skipped],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    linears = [name for name, module in modules.items() if is_linear(module)]
+    for type_name, spec in cfg.weight_types.items():
+        if any(site.type == type_name for site in sites):
+            continue
+        refused = [s for s in skipped if s.type == type_name]
+        if refused:
+            raise MatchError(
+                f"weight type {type_name!r}: pattern {spec.pattern!r} matches {len(refused)} "
+                f"modules and none can be rewritten; {refused[0].name!r} {refused[0].reason}"
+            )
+        raise MatchError(
+            f"weight type {type_name!r}: pattern {spec.pattern!r} matches no module "
+            f"(re.match on the qualified name, from its start); {_nearest(spec.pattern, linears)}"
+        )
+
+
+def _nearest(pattern: str, linears: list[str]) -> str:
+    if not linears:
+        return "the model has no linear modules"
+    plain = re.sub(r"\\d\+?|[\\^$.*+?()\[\]{}|]", "", pattern)
+    scored = difflib.get_close_matches(plain, linears, n=3, cutoff=0.0)
+    return f"the nearest linear modules are {', '.join(map(repr, scored))}"
+
+
+def dense_weights(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    """The weight ``(out, in)`` of every site, as views of the model's own tensors."""
+    found = {}
+    for site in sites:
+        weight_OI, _ = weight_and_bias(model.get_submodule(site.name))
+        if not bool(torch.isfinite(weight_OI).all()) and weight_OI.device.type != "meta":
+            raise MatchError(f"the weight of {site.name!r} has values that are not finite")
+        found[site.name] = weight_OI.detach()
+    return found

@@ -1,0 +1,194 @@
+"""What a plan is: sites, their slices, groups with ranks. Data only; no torch in it.
+
+Names cross stages, fx nodes do not: everything here is named by qualified module names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from fxshare.errors import PlanError
+
+VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SliceSpec(_Frozen):
+    """A run of rows of one weight."""
+
+    name: str
+    """Qualified name: the site's, and where it is split the part and head (``...c_attn.q.3``)."""
+    part: str = ""
+    """``q``, ``k``, ``v``, or empty."""
+    head: int | None = None
+    start: int
+    """First row."""
+    stop: int
+    """One past the last row."""
+
+    @property
+    def out_features(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    @property
+    def label(self) -> str:
+        """``q.3``, ``q``, ``3`` or empty: what slices of one family have in common."""
+        head = "" if self.head is None else str(self.head)
+        return ".".join(filter(None, (self.part, head)))
+
+
+class Site(_Frozen):
+    """One weight parameter that is rewritten, however many modules read it."""
+
+    name: str
+    """Qualified name of the first module that owns the weight."""
+    calls: tuple[str, ...]
+    """Every module that reads this parameter, the first included."""
+    type: str
+    """The weight type of the configuration that matched."""
+    layer: int | None
+    in_features: int
+    out_features: int
+    bias: bool
+    slices: tuple[SliceSpec, ...]
+    """In row order, covering every row once."""
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the weight, the bias apart."""
+        return self.in_features * self.out_features
+
+
+class Skipped(_Frozen):
+    """A module that a pattern matched and that stays as it is, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+
+class Group(_Frozen):
+    """Slices that share one basis."""
+
+    name: str
+    """Module name of the basis at the root of the graph module."""
+    type: str
+    label: str
+    """Which slices of a site: ``q.3``, ``q``, or empty for whole sites."""
+    layers: tuple[int, ...]
+    slices: tuple[str, ...]
+    in_features: int
+    out_features: int
+    """Stacked output width of all slices."""
+    rank: int
+
+    @property
+    def dense_numbers(self) -> int:
+        """Stored numbers before: ``in · O``."""
+        return self.in_features * self.out_features
+
+    @property
+    def stored_numbers(self) -> int:
+        """Stored numbers after, in plain storage: ``rank · (in + O)``."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+class Plan(_Frozen):
+    """Everything that rewriting needs to know, and nothing that depends on weights."""
+
+    version: int = VERSION
+    mode: Literal["exact", "sharing"]
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_partition(self) -> Plan:
+        known = {s.name: site for site in self.sites for s in site.slices}
+        used = Counter(name for group in self.groups for name in group.slices)
+        unknown = sorted(set(used) - set(known))
+        if unknown:
+            raise ValueError(f"group slice {unknown[0]!r} is not a slice of any site")
+        twice = [name for name, times in used.items() if times > 1]
+        if twice:
+            raise ValueError(f"slice {twice[0]!r} is in more than one group")
+        names = Counter(group.name for group in self.groups)
+        if names and max(names.values()) > 1:
+            raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
+        for group in self.groups:
+            widths = {known[name].in_features for name in group.slices}
+            if widths != {group.in_features}:
+                raise ValueError(
+                    f"group {group.name!r} says in_features {group.in_features}, its slices read "
+                    f"{sorted(widths)}"
+                )
+            out = sum(
+                s.out_features
+                for site in self.sites
+                for s in site.slices
+                if s.name in set(group.slices)
+            )
+            if out != group.out_features:
+                raise ValueError(
+                    f"group {group.name!r} says out_features {group.out_features}, its slices "
+                    f"have {out}"
+                )
+            if not 1 <= group.rank <= min(group.in_features, group.out_features):
+                raise ValueError(
+                    f"group {group.name!r}: rank {group.rank} is outside 1.."
+                    f"{min(group.in_features, group.out_features)}"
+                )
+        return self
+
+    @property
+    def dense_numbers(self) -> int:
+        """Numbers in the matched weights before rewriting."""
+        return sum(site.weights for site in self.sites)
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers after: bases, coefficients, and the slices outside every group."""
+        grouped = sum(group.dense_numbers for group in self.groups)
+        return self.dense_numbers - grouped + sum(group.stored_numbers for group in self.groups)
+
+    @property
+    def params_kept(self) -> float:
+        """Stored numbers after over weights before."""
+        return self.stored_numbers / self.dense_numbers
+
+    def site_of(self, slice_name: str) -> Site:
+        """The site that a slice belongs to; :class:`PlanError` if there is none."""
+        for site in self.sites:
+            if any(s.name == slice_name for s in site.slices):
+                return site
+        raise PlanError(f"the plan has no slice named {slice_name!r}")
+
+    def to_json(self) -> str:
+        """The plan as a JSON document that people can edit."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read and check a plan; :class:`PlanError` says what does not hold."""
+        try:
+            version = json.loads(text).get("version", VERSION)
+            if version > VERSION:
+                raise PlanError(
+                    f"the plan has version {version}, this fxshare reads up to {VERSION}; upgrade "
+                    "fxshare"
+                )
+            return Plan.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "plan"
+            raise PlanError(f"{where}: {first['msg']}") from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise PlanError(f"not a plan: {error}") from error

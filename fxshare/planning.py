@@ -1,0 +1,107 @@
+"""From sites and a configuration to a plan. Pure: neither torch nor weights in it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+from fxshare.config import ShareConfig
+from fxshare.errors import FxShareWarning
+from fxshare.plan import Group, Plan, Site, Skipped, SliceSpec
+
+
+def exact_plan(sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
+    """Every slice over its original rows: nothing is saved, nothing is lost."""
+    return Plan(mode="exact", sites=tuple(sites), skipped=tuple(skipped))
+
+
+def sharing_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
+    """Basis Sharing as published (arXiv 2410.03765): consecutive layers of each weight type and
+    slice form groups of ``group_size``, all at the rank ``int(rate · in · O / (in + O))``.
+
+    Warns (:class:`FxShareWarning`) where a group stores more than its dense weights.
+    """
+    assert cfg.compression_rate is not None
+    groups: list[Group] = []
+    for type_name, label, members in _families(cfg, sites):
+        size = cfg.group_size_of(type_name)
+        layers = sorted({site.layer if site.layer is not None else -1 for site, _ in members})
+        for at in range(0, len(layers), size):
+            chosen = layers[at : at + size]
+            if size == 1 and chosen == [-1]:
+                # no layer number is needed for a group of one: each site stands alone
+                alone = [(site, s) for site, s in members if site.layer is None]
+                for site in dict.fromkeys(site for site, _ in alone):
+                    part = [(x, s) for x, s in alone if x is site]
+                    groups.append(_group(cfg.compression_rate, type_name, label, part))
+                continue
+            part = [(x, s) for x, s in members if (-1 if x.layer is None else x.layer) in chosen]
+            groups.append(_group(cfg.compression_rate, type_name, label, part))
+    plan = Plan(mode="sharing", sites=tuple(sites), groups=tuple(groups), skipped=tuple(skipped))
+    _warn_above_dense(plan)
+    return plan
+
+
+def make_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
+    """The plan that the configuration asks for."""
+    if cfg.mode == "exact":
+        return exact_plan(sites, skipped)
+    return sharing_plan(cfg, sites, skipped)
+
+
+Member = tuple[Site, SliceSpec]
+
+
+def _families(cfg: ShareConfig, sites: Sequence[Site]) -> list[tuple[str, str, list[Member]]]:
+    """Slices that may meet in a group: same weight type, same label, same input width."""
+    families: dict[tuple[str, str, int], list[Member]] = {}
+    for site in sites:
+        pooled = cfg.weight_types[site.type].basis
+        for s in site.slices:
+            label = {"slice": s.label, "part": s.part, "site": ""}[pooled]
+            families.setdefault((site.type, label, site.in_features), []).append((site, s))
+    return [(type_name, label, members) for (type_name, label, _), members in families.items()]
+
+
+def _group(rate: float, type_name: str, label: str, members: Sequence[Member]) -> Group:
+    in_features = members[0][0].in_features
+    out_features = sum(s.out_features for _, s in members)
+    layers = tuple(sorted({site.layer for site, _ in members if site.layer is not None}))
+    where = f"{layers[0]}_{layers[-1]}" if layers else re.sub(r"\W", "_", members[0][0].name)
+    parts = [type_name, label.replace(".", "_"), where]
+    return Group(
+        name="basis_" + "_".join(filter(None, (re.sub(r"\W", "_", part) for part in parts))),
+        type=type_name,
+        label=label,
+        layers=layers,
+        slices=tuple(s.name for _, s in members),
+        in_features=in_features,
+        out_features=out_features,
+        rank=sharing_rank(rate, in_features, out_features),
+    )
+
+
+def sharing_rank(rate: float, in_features: int, out_features: int) -> int:
+    """``int(rate · in · O / (in + O))``, at least 1 and at most ``min(in, O)``."""
+    rank = int(rate * in_features * out_features / (in_features + out_features))
+    return max(1, min(rank, in_features, out_features))
+
+
+def break_even_rank(in_features: int, out_features: int) -> int:
+    """The largest rank whose plain storage ``r (in + O)`` is not above the dense ``in · O``."""
+    return in_features * out_features // (in_features + out_features)
+
+
+def _warn_above_dense(plan: Plan) -> None:
+    above = [g for g in plan.groups if g.stored_numbers > g.dense_numbers]
+    if above:
+        first = above[0]
+        warnings.warn(
+            f"{len(above)} of {len(plan.groups)} groups store more than their dense weights: "
+            f"{first.name} keeps rank {first.rank}, {first.stored_numbers} numbers instead of "
+            f"{first.dense_numbers}; break-even is rank "
+            f"{break_even_rank(first.in_features, first.out_features)}",
+            FxShareWarning,
+            stacklevel=3,
+        )
