@@ -1,1 +1,33 @@
-"""fxshare: a torch.fx graph-rewriting compiler for cross-layer basis sharing."""
+"""fxshare: a torch.fx graph-rewriting compiler for cross-layer basis sharing.
+
+::
+
+    import fxshare
+    gm = fxshare.compile(model, "configs/gpt2.yaml", calibration=batches)
+    print(gm.fxshare.report)
+    fxshare.save(gm, "out/")
+    gm = fxshare.load("out/")
+"""
+
+from fxshare.compiling import compile
+from fxshare.compiling import make_plan_for as plan
+from fxshare.config import ShareConfig, load_config
+from fxshare.errors import FxShareError, FxShareWarning
+from fxshare.plans import Plan
+from fxshare.record import Record, ShareModule
+from fxshare.verifying import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FxShareError",
+    "FxShareWarning",
+    "Plan",
+    "Record",
+    "ShareConfig",
+    "ShareModule",
+    "compile",
+    "load_config",
+    "plan",
+    "verify",
+]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import MatchError
-from fxshare.plan import Site, Skipped, SliceSpec
+from fxshare.plans import Site, Skipped, SliceSpec
 from passes.graph import is_linear, weight_and_bias
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")

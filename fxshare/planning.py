@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fxshare.config import ShareConfig
 from fxshare.errors import FxShareWarning
-from fxshare.plan import Group, Plan, Site, Skipped, SliceSpec
+from fxshare.plans import Group, Plan, Site, Skipped, SliceSpec
 
 
 def exact_plan(sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:

@@ -338,6 +338,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "quiet",
+    "resized",
     "tensors",
     "to_device",
 ]

@@ -101,8 +101,7 @@ class ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         if isinstance(self._known, Tensor):
-            size: Any = self.shape
-            return int(size[0])
+            return int(self.size(0))
         return len(self._known)
 
     def __bool__(self) -> bool:

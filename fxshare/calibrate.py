@@ -1,0 +1,289 @@
+"""Calibration: run batches through the observed graph and keep one Gram matrix per input.
+
+The calibrating stage is a graph of its own (the captured one with observers in it); it is thrown
+away when the statistics are gathered.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from fxshare.capture import Captured, bind, device_of, quiet, to_device
+from fxshare.capture.call import MASK, Call, completed, holds_tensor, without_labels
+from fxshare.capture.guards import ones_if_missing
+from fxshare.errors import CalibrationError, FxShareError, FxShareWarning
+from fxshare.gram import GramAccumulator
+from fxshare.plans import Site
+from fxshare.progress import track
+from passes import ObserveInputs, is_linear, observed, run, structure_copy
+
+
+class InputObserver(nn.Module):
+    """Adds the rows it sees to a Gram matrix; rows of masked tokens are left out."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.gram = GramAccumulator(features)
+        self.unmasked = False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in ``x`` ``(..., features)``; ``mask`` ``(batch, sequence)`` is 0 at padding."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        if mask is not None and mask.numel() != rows:
+            # not one row a token (pooled outputs, routed experts): nothing says which to leave out
+            self.unmasked = True
+            mask = None
+        self.gram.add(x, None if mask is None else mask.bool())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration gathered.
+
+    ``inputs`` maps a site's name to the accumulators of its inputs (several when the module is
+    called more than once); sites that read the same activation share the same accumulator.
+    """
+
+    inputs: Mapping[str, tuple[GramAccumulator, ...]]
+    batches: int
+    tokens: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def gram(self, site: str) -> Tensor:
+        """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens."""
+        parts = self.inputs[site]
+        total = sum(part.tokens for part in parts)
+        if total == 0:
+            raise CalibrationError(
+                f"{site!r} saw no tokens: it never ran on the calibration data, or every token was "
+                "masked; give data that reaches it, or leave it out of the patterns"
+            )
+        weighted = [part.gram() * (part.tokens / total) for part in parts if part.tokens]
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
+
+    def tokens_of(self, site: str) -> int:
+        """Rows that went into the site's Gram."""
+        return sum(part.tokens for part in self.inputs[site])
+
+    def key(self, sites: Sequence[str]) -> tuple[int, ...]:
+        """Equal for sets of sites that have the same statistics."""
+        return tuple(id(part) for site in sites for part in self.inputs[site])
+
+
+def calibrate(
+    model: nn.Module,
+    captured: Captured,
+    batches: Iterable[object],
+    sites: Sequence[Site],
+    *,
+    max_tokens: int | None = None,
+    total: int | None = None,
+) -> Statistics:
+    """Stream ``batches`` through the captured graph and gather the Gram of every site's input.
+
+    A batch is a tensor, a tuple, or a mapping (an ``attention_mask`` leaves padding out). Nothing
+    of a batch is kept. Products are float32 (float64 for float64 models), sums float64.
+
+    Raises :class:`CalibrationError` for no batches, NaN, or a batch that the model refuses. Warns
+    (:class:`FxShareWarning`) when a site saw fewer tokens than it has features.
+    """
+    start = time.perf_counter()
+    names = tuple(name for site in sites for name in site.calls)
+    stage = _GraphStage(captured, names) if captured.front_end != "modules" else None
+    running: _GraphStage | _HookStage = stage or _HookStage(model, names)
+    count = tokens = 0
+    device = device_of(model)
+    try:
+        for batch in track(batches, "calibrating", total=total):
+            call = to_device(completed(model, without_labels(model, bind(model, batch))), device)
+            _check_finite(call, count)
+            try:
+                with quiet():
+                    running(call)
+            except FxShareError:
+                raise
+            except Exception as error:
+                raise CalibrationError(
+                    f"calibration batch {count} failed in the model: {type(error).__name__}: "
+                    f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
+                ) from error
+            count += 1
+            tokens = max((o.gram.tokens for o in running.observers.values()), default=0)
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+    finally:
+        running.close()
+    if count == 0:
+        raise CalibrationError(
+            "the calibration data gave no batches (an iterator that was used up before?); give a "
+            "list, or an iterator at its start"
+        )
+    inputs = _by_site(sites, running)
+    accumulators = {id(g): g for parts in inputs.values() for g in parts}
+    notes = _notes(sites, inputs, running)
+    held = sum(g.nbytes for g in accumulators.values())
+    return Statistics(inputs, count, tokens, held, time.perf_counter() - start, notes)
+
+
+def bytes_needed(captured: Captured, sites: Sequence[Site]) -> int:
+    """Bytes that :func:`calibrate` will hold: one half Gram in float64 per distinct input."""
+    names = {name for site in sites for name in site.calls}
+    gm, _ = run(captured.graph, [ObserveInputs(sites=tuple(names), new_observer=_Width)])
+    widths = (m.features for m in gm.children() if isinstance(m, _Width))
+    return sum(GramAccumulator.bytes_needed(width) for width in widths)
+
+
+class _Width(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, *_: Tensor) -> None:
+        """Sees nothing; only counted."""
+
+
+class _GraphStage:
+    """The captured graph with observers in it."""
+
+    def __init__(self, captured: Captured, names: tuple[str, ...]) -> None:
+        nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
+        filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
+        mask = filled[0] if filled else nodes.get(MASK)
+        observe = ObserveInputs(sites=names, new_observer=InputObserver, mask=mask)
+        self.gm, _ = run(captured.graph, [observe])
+        _eval(self.gm)
+        self.seen = observed(self.gm)
+        self.names = set(nodes)
+        self.observers = {
+            name: m for name, m in self.gm.named_children() if isinstance(m, InputObserver)
+        }
+
+    def __call__(self, call: Call) -> None:
+        given = {k: v for k, v in call.items() if holds_tensor(v)}
+        unknown = sorted(set(given) - self.names)
+        if unknown:
+            raise CalibrationError(
+                f"a calibration batch has {unknown[0]!r}, which the captured call had not; give "
+                "batches of one form, or example=... with every argument"
+            )
+        self.gm(**given)
+
+    def close(self) -> None:
+        """Nothing to take down: the observed graph is our own."""
+
+
+class _HookStage:
+    """A copy of the model with hooks on its linears; for capture at module granularity."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        self.model = structure_copy(model).eval()
+        self.observers: dict[str, InputObserver] = {}
+        self.seen: dict[str, tuple[str, ...]] = {}
+        self._by_input: dict[tuple[str, ...], str] = {}
+        self._mask: Tensor | None = None
+        self._last: tuple[Tensor, str] | None = None
+        self._handles: list[RemovableHandle] = []
+        for name in names:
+            module = self.model.get_submodule(name)
+            if is_linear(module):
+                hook = self._hook(name)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            # q, k and v are handed the same tensor object, one after the other
+            if self._last is not None and self._last[0] is x:
+                observer = self._last[1]
+                if observer == self.seen.get(name, (observer,))[0]:
+                    self.seen[name] = (observer,)
+                    return
+            observer = self.seen.get(name, (name,))[0]
+            if observer not in self.observers:
+                self.observers[observer] = InputObserver(x.shape[-1])
+            self.seen[name] = (observer,)
+            self._last = (x, observer)
+            self.observers[observer](x, self._mask)
+
+        return look
+
+    def __call__(self, call: Call) -> None:
+        mask = call.get(MASK)
+        self._mask = mask if isinstance(mask, Tensor) else None
+        try:
+            self.model(**call)
+        finally:
+            self._last = self._mask = None
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _eval(gm: fx.GraphModule) -> None:
+    for module in gm.modules():
+        module.training = False
+
+
+def _check_finite(call: Call, number: int) -> None:
+    for name, value in call.items():
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.device.type != "meta"
+            and not bool(torch.isfinite(value).all())
+        ):
+            bad = int((~torch.isfinite(value)).sum())
+            raise CalibrationError(
+                f"calibration batch {number}: input {name!r} has {bad} values that are NaN or "
+                "infinite; leave such samples out"
+            )
+
+
+def _by_site(
+    sites: Sequence[Site], running: _GraphStage | _HookStage
+) -> dict[str, tuple[GramAccumulator, ...]]:
+    inputs = {}
+    for site in sites:
+        names = dict.fromkeys(o for call in site.calls for o in running.seen.get(call, ()))
+        inputs[site.name] = tuple(running.observers[name].gram for name in names)
+    return inputs
+
+
+def _notes(
+    sites: Sequence[Site],
+    inputs: Mapping[str, tuple[GramAccumulator, ...]],
+    running: _GraphStage | _HookStage,
+) -> tuple[str, ...]:
+    notes = []
+    short = [
+        (site, count)
+        for site in sites
+        if (count := sum(g.tokens for g in inputs[site.name])) < site.in_features
+    ]
+    if short:
+        site, count = short[0]
+        text = (
+            f"{len(short)} of {len(sites)} sites saw fewer tokens than they have features: "
+            f"{site.name} has {site.in_features} features and saw {count} tokens; directions that "
+            "no token took are treated as nearly free. Give more calibration data"
+        )
+        warnings.warn(text, FxShareWarning, stacklevel=4)
+        notes.append(text)
+    unmasked = [name for name, o in running.observers.items() if o.unmasked]
+    if unmasked:
+        notes.append(
+            f"{len(unmasked)} inputs do not have one row a token; the mask was not applied there"
+        )
+    return tuple(notes)

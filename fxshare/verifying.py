@@ -1,0 +1,202 @@
+"""Is the rewritten model what it says it is? Numerical comparison with the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
+from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
+from fxshare.errors import CheckFailed, FxShareError
+from fxshare.numerics import Distance, tolerance, worst
+from fxshare.record import dense_sites, record_of, slice_product
+from passes.graph import is_conv1d, structure_copy, weight_and_bias
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``limit`` is what rounding explains; ``original`` the distance from the
+    uncompressed model, for information (in exact mode the same as ``distance``)."""
+
+    what: str
+    distance: Distance
+    limit: float
+    original: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the distance is within the limit."""
+        return self.distance.relative <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons. In exact mode the outputs are compared with the original's; in the sharing
+    mode with those of the original in which every matched weight is multiplied out."""
+
+    mode: str
+    dtype: str
+    depth: int
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check is within its limit."""
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        checks = [{**asdict(c), "ok": c.ok} for c in self.checks]
+        return {
+            "ok": self.ok,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "depth": self.depth,
+            "checks": checks,
+        }
+
+    def __str__(self) -> str:
+        head = (
+            f"{'equal' if self.ok else 'DIFFERENT'}: {self.mode} mode, compared in {self.dtype} at "
+            f"depth {self.depth}"
+        )
+        rows = [
+            f"  {'ok  ' if c.ok else 'FAIL'} {c.what}: {c.distance}; limit {c.limit:.1e}"
+            + ("" if self.mode == "exact" else f"; from the original {c.original:.2e}")
+            for c in self.checks
+        ]
+        return "\n".join([head, *rows])
+
+
+def verify(
+    model: nn.Module,
+    gm: nn.Module,
+    inputs: Sequence[object] | object = None,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+) -> Verification:
+    """Compare a compiled model with the model it was made from.
+
+    ``inputs`` is one batch or a list of batches; beside them random ones of the captured form are
+    tried, at the captured shapes and at batch 1. Half-precision models are compared in float32,
+    where rounding hides less. In the sharing mode the slices' weights are compared as well: the
+    relative error of each must be the one that was recorded when it was factorised.
+
+    Raises :class:`CheckFailed` when ``strict`` and a check fails, and :class:`FxShareError` when
+    there is nothing to compare on. The models, the RNG and the grad mode stay as they are.
+    """
+    record = record_of(gm)
+    calls = _calls(model, gm, inputs, seed)
+    if not calls:
+        raise FxShareError(
+            "nothing to verify on: the model was captured without example inputs; give inputs=..."
+        )
+    half = dtype_of(model) in (torch.float16, torch.bfloat16)
+    left, right = _evaluated(model, half), _evaluated(gm, half)
+    original = left
+    if record.plan.mode != "exact":
+        left = _multiplied_out(left, gm, half)
+    depth = 2 * len(record.plan.sites) + 1
+    checks = []
+    dtype = torch.float32 if half else dtype_of(model)
+    for what, call in calls:
+        call = _as_float32(call) if half else call
+        with quiet():
+            expected = left(**call)
+            found = right(**{k: v for k, v in call.items() if holds_tensor(v)})
+            exact = expected if original is left else original(**call)
+        distance = worst(expected, found)
+        from_original = distance if original is left else worst(exact, found)
+        limit = tolerance(dtype, depth)
+        checks.append(Check(what, distance, limit, from_original.relative))
+    if record.plan.mode != "exact":
+        checks.append(_weights(model, gm))
+    result = Verification(record.plan.mode, str(dtype).removeprefix("torch."), depth, tuple(checks))
+    if strict and not result.ok:
+        raise CheckFailed(str(result))
+    return result
+
+
+def _calls(
+    model: nn.Module, gm: nn.Module, inputs: Sequence[object] | object, seed: int
+) -> list[tuple[str, Call]]:
+    device = device_of(model)
+    given: list[object] = []
+    if inputs is not None:
+        given = list(inputs) if isinstance(inputs, list) else [inputs]
+    calls: list[tuple[str, Call]] = []
+    for number, batch in enumerate(given):
+        call = completed(model, without_labels(model, bind(model, batch)))
+        calls.append((f"given {number} {_shape(call)}", to_device(call, device)))
+    record = record_of(gm)
+    for number in range(len(record.inputs)):
+        call = record.random_call(number, seed=seed + number, device=device)
+        calls.append((f"random {_shape(call)}", call))
+    if len(record.inputs) > 1:
+        call = resized(record.random_call(0, seed=seed + 7, device=device), batch=1)
+        calls.append((f"random {_shape(call)}", call))
+    return calls
+
+
+def _shape(call: Call) -> str:
+    return " ".join("×".join(map(str, t.shape)) for t in tensors(call)[:1])
+
+
+def _as_float32(call: Call) -> Call:
+    return {
+        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def _evaluated(module: nn.Module, half: bool) -> nn.Module:
+    copy = structure_copy(module, clone_parameters=half)
+    for m in copy.modules():
+        m.training = False
+    return copy.float() if half else copy
+
+
+def _multiplied_out(model: nn.Module, gm: nn.Module, half: bool) -> nn.Module:
+    plan = record_of(gm).plan
+    copy = structure_copy(model)
+    for name, weight_OI in dense_sites(gm, plan).items():
+        site = next(s for s in plan.sites if s.name == name)
+        first = copy.get_submodule(name)
+        old, _ = weight_and_bias(first)
+        new = weight_OI.t() if is_conv1d(first) else weight_OI
+        parameter = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=False)
+        for call in site.calls:
+            copy.get_submodule(call).weight = parameter
+    return copy
+
+
+def _weights(model: nn.Module, gm: nn.Module) -> Check:
+    """The worst deviation of a slice's relative error from the recorded one."""
+    record = record_of(gm)
+    eps = torch.finfo(dtype_of(model)).eps
+    limit = 64 * eps
+    result = Distance(0.0, 0.0, 0.0, 0.0, "slice", ())
+    for site in record.plan.sites:
+        weight_OI, _ = weight_and_bias(model.get_submodule(site.name))
+        for s in site.slices:
+            if s.name not in record.slice_errors:
+                continue
+            expected = record.slice_errors[s.name]
+            found = relative_error(weight_OI[s.start : s.stop], slice_product(gm, s.name))
+            gap = abs(found - expected)
+            if not gap <= result.relative:
+                result = Distance(gap, gap, expected, found, f"slice {s.name}", (s.out_features,))
+    return Check("relative error of each slice's weight", result, limit, result.found)
+
+
+def relative_error(weight_OI: Tensor, product_OI: Tensor) -> float:
+    """``‖W − Ŵ‖_F / ‖W‖_F`` in float64; 0 for two zero matrices."""
+    weight = weight_OI.detach().double()
+    size = float(weight.norm())
+    gap = float((weight - product_OI.to(weight.device)).norm())
+    return gap / size if size > 0 else (0.0 if gap == 0 else float("inf"))
