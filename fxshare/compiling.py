@@ -24,6 +24,7 @@ from fxshare.plans import Plan, Site, Skipped
 from fxshare.progress import track
 from fxshare.record import Record, ShareModule
 from fxshare.report import Report, group_reports
+from fxshare.source import Source
 from fxshare.verifying import relative_error, verify
 from passes import (
     Applied,
@@ -131,6 +132,7 @@ def compile(
         plan=plan,
         report=report,
         front_end=stages.captured.front_end,
+        source=Source.of(model),
         relaxed=stages.captured.relaxed,
         slice_errors=factors.slice_errors,
         inputs=Record.specs(stages.captured.shapes),

@@ -15,6 +15,7 @@ from fxshare.config import ShareConfig
 from fxshare.errors import FxShareError
 from fxshare.plans import Plan
 from fxshare.report import Report
+from fxshare.source import Source
 from passes.graph import weight_and_bias
 from passes.slices import Slice
 
@@ -60,6 +61,7 @@ class Record:
     plan: Plan
     report: Report
     front_end: str
+    source: Source
     relaxed: tuple[int, ...] = ()
     slice_errors: Mapping[str, float] = field(default_factory=dict)
     inputs: tuple[Mapping[str, Any], ...] = ()

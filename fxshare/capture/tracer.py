@@ -101,7 +101,7 @@ class ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         if isinstance(self._known, Tensor):
-            return int(self.size(0))
+            return int(self.size(0))  # a node, and a guard on its value
         return len(self._known)
 
     def __bool__(self) -> bool:
