@@ -31,7 +31,7 @@ class Source:
         cls = type(model)
         name = f"{cls.__module__}:{cls.__qualname__}"
         config = getattr(model, "config", None)
-        if cls.__module__.startswith("transformers.") and hasattr(config, "to_dict"):
+        if cls.__module__.startswith("transformers.") and config is not None:
             generation = getattr(model, "generation_config", None)
             return Source(
                 TRANSFORMERS,

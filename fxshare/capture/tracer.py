@@ -113,7 +113,8 @@ class ValueProxy(fx.Proxy):
         return self.tracer.guard(self, bool(self._known), "the condition")
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        this: Any = self
+        return iter([this[i] for i in range(len(self))])
 
     def __index__(self) -> int:
         return self.tracer.guard(self, int(self._known), "the number")

@@ -1,0 +1,44 @@
+"""The demo: a small GPT, really trained, on the source of Python's standard library.
+
+Importing this package is cheap; torch and the weights are loaded by the functions.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxshare.demo.bpe import Tokenizer
+    from fxshare.demo.model import GPT
+
+__all__ = ["load_embedded", "load_tokenizer"]
+
+
+def _read(name: str) -> bytes:
+    from fxshare.errors import DataError
+
+    resource = files("fxshare.demo").joinpath(name)
+    if not resource.is_file():
+        raise DataError(
+            f"fxshare.demo: expected the packaged file {name}, found none; install the wheel, or"
+            " train the model with `python -m fxshare.demo.train --out DIR` and copy the file"
+        )
+    return resource.read_bytes()
+
+
+def load_tokenizer() -> Tokenizer:
+    """The packaged tokenizer."""
+    from fxshare.demo.bpe import Tokenizer
+
+    return Tokenizer.from_json(_read("bpe.json").decode("utf-8"))
+
+
+def load_embedded() -> GPT:
+    """The packaged model, in eval mode; its weights are stored in bfloat16 and loaded as float32.
+
+    Usable as the factory ``fxshare.demo:load_embedded``.
+    """
+    from fxshare.demo.model import from_safetensors
+
+    return from_safetensors(_read("model.safetensors"))
