@@ -38,7 +38,9 @@ def sharing_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
                 continue
             part = [(x, s) for x, s in members if (-1 if x.layer is None else x.layer) in chosen]
             groups.append(_group(cfg.compression_rate, type_name, label, part))
-    plan = Plan(mode="sharing", sites=tuple(sites), groups=tuple(groups), skipped=tuple(skipped))
+    plan = Plan(
+        mode="sharing", sites=tuple(sites), groups=_named_apart(groups), skipped=tuple(skipped)
+    )
     _warn_above_dense(plan)
     return plan
 
@@ -82,10 +84,24 @@ def _group(rate: float, type_name: str, label: str, members: Sequence[Member]) -
     )
 
 
+def _named_apart(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Groups of one type over inputs of different width, or of types ``a-b`` and ``a_b``, would
+    have one name: a number is added from the second on."""
+    named: dict[str, Group] = {}
+    for group in groups:
+        name, number = group.name, 2
+        while name in named:
+            name, number = f"{group.name}_{number}", number + 1
+        named[name] = group.model_copy(update={"name": name})
+    return tuple(named.values())
+
+
 def sharing_rank(rate: float, in_features: int, out_features: int) -> int:
     """``int(rate · in · O / (in + O))``, at least 1 and at most ``min(in, O)``."""
-    rank = int(rate * in_features * out_features / (in_features + out_features))
-    return max(1, min(rank, in_features, out_features))
+    limit = min(in_features, out_features)
+    # the minimum first: a huge rate is infinite here, and int(inf) raises
+    rank = min(rate * in_features * out_features / (in_features + out_features), limit)
+    return max(1, int(rank))
 
 
 def break_even_rank(in_features: int, out_features: int) -> int:
