@@ -15,6 +15,7 @@ from fxshare.config import ShareConfig, load_config
 from fxshare.errors import FxShareError, FxShareWarning
 from fxshare.plans import Plan
 from fxshare.record import Record, ShareModule
+from fxshare.store import load, save
 from fxshare.verifying import verify
 
 __version__ = "0.1.0"
@@ -27,7 +28,9 @@ __all__ = [
     "ShareConfig",
     "ShareModule",
     "compile",
+    "load",
     "load_config",
     "plan",
+    "save",
     "verify",
 ]

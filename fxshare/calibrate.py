@@ -6,10 +6,11 @@ away when the statistics are gathered.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from fxshare.capture.call import MASK, Call, completed, holds_tensor, without_la
 from fxshare.capture.guards import ones_if_missing
 from fxshare.errors import CalibrationError, FxShareError, FxShareWarning
 from fxshare.gram import GramAccumulator
-from fxshare.plans import Site
+from fxshare.losses import Labels, Loss, default_loss
+from fxshare.plans import Site, SliceSpec
 from fxshare.progress import track
-from passes import ObserveInputs, is_linear, observed, run, structure_copy
+from fxshare.taps import GradientTap
+from passes import ObserveGradients, ObserveInputs, is_linear, observed, run, structure_copy, tapped
 
 
 class InputObserver(nn.Module):
@@ -58,6 +61,37 @@ class Statistics:
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    gradients: Mapping[str, tuple[GramAccumulator, ...]] = field(default_factory=dict)
+    """Per slice the second moments of its output's gradient, one for each call of its module."""
+    loss: str = ""
+    """The loss whose gradients they are."""
+    mean_loss: float = math.nan
+    """That loss per token on the calibration data."""
+
+    def moment(self, slice_name: str, site: str) -> Tensor:
+        """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token."""
+        parts = self.gradients[slice_name]
+        tokens = self.tokens_of(site)
+        seen = [part for part in parts if part.tokens]
+        if not seen or tokens == 0:
+            raise CalibrationError(
+                f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
+                "data; keep its layer dense (planner: {keep_dense: [...]}) or give another loss"
+            )
+        moments = [part.gram() * (part.tokens / tokens) for part in seen]
+        moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+        if float(moment.diagonal().sum()) <= 0:
+            raise CalibrationError(
+                f"slice {slice_name!r} gets no gradient: it is zero at every token of the "
+                "calibration data; leave it out of the patterns or give another loss"
+            )
+        return moment
+
+    def mean(self, site: str) -> Tensor:
+        """``E[x]`` ``(in,)`` float64 over all inputs of the site."""
+        parts = [part for part in self.inputs[site] if part.tokens]
+        total = self.tokens_of(site)
+        return torch.stack([part.mean() * (part.tokens / total) for part in parts]).sum(0)
 
     def gram(self, site: str) -> Tensor:
         """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens."""
@@ -88,8 +122,16 @@ def calibrate(
     *,
     max_tokens: int | None = None,
     total: int | None = None,
+    gradients: bool = False,
+    loss: Loss | None = None,
+    labels: Labels = "data",
+    seed: int = 0,
 ) -> Statistics:
     """Stream ``batches`` through the captured graph and gather the Gram of every site's input.
+
+    With ``gradients`` one backward pass a batch gathers the second moments of the gradients at the
+    sites' outputs as well; ``loss(output, batch)`` is summed over tokens and defaults to
+    :func:`fxshare.losses.default_loss`. Weights and their ``.grad`` stay as they are.
 
     A batch is a tensor, a tuple, or a mapping (an ``attention_mask`` leaves padding out). Nothing
     of a batch is kept. Products are float32 (float64 for float64 models), sums float64.
@@ -99,17 +141,27 @@ def calibrate(
     """
     start = time.perf_counter()
     names = tuple(name for site in sites for name in site.calls)
-    stage = _GraphStage(captured, names) if captured.front_end != "modules" else None
-    running: _GraphStage | _HookStage = stage or _HookStage(model, names)
+    slices = {name: site.slices for site in sites for name in site.calls} if gradients else {}
+    running: _GraphStage | _HookStage = (
+        _HookStage(model, names, slices)
+        if captured.front_end == "modules"
+        else _GraphStage(captured, names, slices)
+    )
+    backward = _Backward(running, loss, labels, seed)
     count = tokens = 0
     device = device_of(model)
+    keep = captured.shapes.base if captured.shapes else ()
     try:
         for batch in track(batches, "calibrating", total=total):
-            call = to_device(completed(model, without_labels(model, bind(model, batch))), device)
+            given = without_labels(model, bind(model, batch), keep)
+            call = to_device(completed(model, given), device)
             _check_finite(call, count)
             try:
                 with quiet():
-                    running(call)
+                    if gradients:
+                        backward(call, batch)
+                    else:
+                        running(call)
             except FxShareError:
                 raise
             except Exception as error:
@@ -132,15 +184,76 @@ def calibrate(
     accumulators = {id(g): g for parts in inputs.values() for g in parts}
     notes = _notes(sites, inputs, running)
     held = sum(g.nbytes for g in accumulators.values())
-    return Statistics(inputs, count, tokens, held, time.perf_counter() - start, notes)
+    moments = _by_slice(sites, running) if gradients else {}
+    held += sum(g.nbytes for parts in moments.values() for g in parts)
+    return Statistics(
+        inputs,
+        count,
+        tokens,
+        held,
+        time.perf_counter() - start,
+        notes,
+        moments,
+        backward.name,
+        backward.total / max(tokens, 1) if gradients else math.nan,
+    )
 
 
-def bytes_needed(captured: Captured, sites: Sequence[Site]) -> int:
-    """Bytes that :func:`calibrate` will hold: one half Gram in float64 per distinct input."""
+class _Backward:
+    """Runs a batch forward and backward; only the taps ask for gradients."""
+
+    def __init__(
+        self, running: _GraphStage | _HookStage, loss: Loss | None, labels: Labels, seed: int
+    ) -> None:
+        self.running = running
+        self.loss = loss
+        self.labels: Labels = labels
+        self.generator = torch.Generator().manual_seed(seed)
+        self.name = ""
+        self.total = 0.0
+
+    def __call__(self, call: Call, batch: object) -> None:
+        with torch.enable_grad():
+            output = self.running(call)
+            if self.loss is None:
+                value, self.name = default_loss(
+                    output, call, labels=self.labels, generator=self.generator
+                )
+            else:
+                value, self.name = self.loss(output, batch), "the loss given"
+            _check_loss(value)
+            probes = [tap.probe for tap in self.running.taps.values()]
+            torch.autograd.grad(value, probes, allow_unused=True)
+        self.total += float(value.detach())
+        for name, tap in self.running.taps.items():
+            if not tap.finite:
+                raise CalibrationError(
+                    f"the gradient at {tap.slices[0].name!r} ({name}) has NaN or infinite values; "
+                    "leave such batches out, or calibrate in float32"
+                )
+
+
+def _check_loss(value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise CalibrationError(
+            "loss: expected a scalar tensor that depends on the model's output, found "
+            f"{type(value).__name__} {tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+        )
+    if not bool(torch.isfinite(value)):
+        raise CalibrationError(f"the calibration loss is {float(value.detach())}; check the data")
+
+
+def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:
+    """Bytes that :func:`calibrate` will hold: one half Gram in float64 per distinct input, and
+    with ``gradients`` one per slice."""
     names = {name for site in sites for name in site.calls}
     gm, _ = run(captured.graph, [ObserveInputs(sites=tuple(names), new_observer=_Width)])
     widths = (m.features for m in gm.children() if isinstance(m, _Width))
-    return sum(GramAccumulator.bytes_needed(width) for width in widths)
+    held = sum(GramAccumulator.bytes_needed(width) for width in widths)
+    if gradients:
+        outputs = (s.out_features for site in sites for s in site.slices)
+        held += sum(GramAccumulator.bytes_needed(width) for width in outputs)
+    return held
 
 
 class _Width(nn.Module):
@@ -155,20 +268,30 @@ class _Width(nn.Module):
 class _GraphStage:
     """The captured graph with observers in it."""
 
-    def __init__(self, captured: Captured, names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        names: tuple[str, ...],
+        slices: Mapping[str, tuple[SliceSpec, ...]],
+    ) -> None:
         nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
         filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
         mask = filled[0] if filled else nodes.get(MASK)
         observe = ObserveInputs(sites=names, new_observer=InputObserver, mask=mask)
-        self.gm, _ = run(captured.graph, [observe])
+        tap = ObserveGradients(
+            sites=tuple(slices), new_tap=lambda name: GradientTap(slices[name]), mask=mask
+        )
+        self.gm, _ = run(captured.graph, [observe, tap])
         _eval(self.gm)
         self.seen = observed(self.gm)
+        self.tapped = tapped(self.gm)
+        self.taps = {n: m for n, m in self.gm.named_children() if isinstance(m, GradientTap)}
         self.names = set(nodes)
         self.observers = {
             name: m for name, m in self.gm.named_children() if isinstance(m, InputObserver)
         }
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call) -> Any:
         given = {k: v for k, v in call.items() if holds_tensor(v)}
         unknown = sorted(set(given) - self.names)
         if unknown:
@@ -176,7 +299,7 @@ class _GraphStage:
                 f"a calibration batch has {unknown[0]!r}, which the captured call had not; give "
                 "batches of one form, or example=... with every argument"
             )
-        self.gm(**given)
+        return self.gm(**given)
 
     def close(self) -> None:
         """Nothing to take down: the observed graph is our own."""
@@ -185,8 +308,15 @@ class _GraphStage:
 class _HookStage:
     """A copy of the model with hooks on its linears; for capture at module granularity."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        slices: Mapping[str, tuple[SliceSpec, ...]],
+    ) -> None:
         self.model = structure_copy(model).eval()
+        self.taps = {name: GradientTap(slices[name]) for name in slices}
+        self.tapped = {name: (name,) for name in slices}
         self.observers: dict[str, InputObserver] = {}
         self.seen: dict[str, tuple[str, ...]] = {}
         self._by_input: dict[tuple[str, ...], str] = {}
@@ -198,6 +328,14 @@ class _HookStage:
             if is_linear(module):
                 hook = self._hook(name)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                if name in self.taps:
+                    self._handles.append(module.register_forward_hook(self._tap(name)))
+
+    def _tap(self, name: str) -> Any:
+        def tap(module: nn.Module, args: Any, y: Tensor) -> Any:
+            return self.taps[name](y, self._mask)
+
+        return tap
 
     def _hook(self, name: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,11 +355,11 @@ class _HookStage:
 
         return look
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call) -> Any:
         mask = call.get(MASK)
         self._mask = mask if isinstance(mask, Tensor) else None
         try:
-            self.model(**call)
+            return self.model(**call)
         finally:
             self._last = self._mask = None
 
@@ -259,6 +397,20 @@ def _by_site(
         names = dict.fromkeys(o for call in site.calls for o in running.seen.get(call, ()))
         inputs[site.name] = tuple(running.observers[name].gram for name in names)
     return inputs
+
+
+def _by_slice(
+    sites: Sequence[Site], running: _GraphStage | _HookStage
+) -> dict[str, tuple[GramAccumulator, ...]]:
+    return {
+        s.name: tuple(
+            running.taps[tap].grams[s.name]
+            for call in site.calls
+            for tap in running.tapped.get(call, ())
+        )
+        for site in sites
+        for s in site.slices
+    }
 
 
 def _notes(

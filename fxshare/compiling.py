@@ -6,29 +6,32 @@ import importlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from fxshare.budgeting import Budgeted, plan_within_budget, site_biases
 from fxshare.calibrate import Statistics, calibrate
-from fxshare.capture import Captured, Mode, capture, device_of, dtype_of
+from fxshare.capture import Captured, Mode, bind, capture, device_of, dtype_of
+from fxshare.capture.call import without_labels
 from fxshare.capture.modules_front_end import put_back
 from fxshare.config import ConfigSource, ShareConfig, load_config
-from fxshare.errors import CalibrationError, ConfigError, FactoriseError, PlanError
-from fxshare.factorise import Whitening, factorise, identity_whitening, whiten
-from fxshare.gram import pooled_gram
+from fxshare.errors import CalibrationError, ConfigError, MatchError, PlanError
+from fxshare.factors import Factorised, planned_factors, remade_factors, sharing_factors
+from fxshare.losses import Loss
 from fxshare.matching import Matching, dense_weights, match
-from fxshare.planning import make_plan
+from fxshare.planning import make_plan, uniform_plan
 from fxshare.plans import Plan, Site, Skipped
-from fxshare.progress import track
-from fxshare.record import Record, ShareModule
+from fxshare.record import Record, ShareModule, graph_sha256
 from fxshare.report import Report, group_reports
 from fxshare.source import Source
-from fxshare.verifying import relative_error, verify
+from fxshare.verifying import verify
 from passes import (
     Applied,
     Pass,
+    PivotedGroup,
     Rows,
     SharedGroup,
     SplitSite,
@@ -39,6 +42,7 @@ from passes import (
 )
 
 
+@torch.inference_mode(False)  # what is made under it could never be trained
 def compile(
     model: nn.Module,
     cfg: ConfigSource,
@@ -48,8 +52,10 @@ def compile(
     plan: Plan | None = None,
     capture: Mode | None = None,
     passes: Sequence[Pass] = (),
+    loss: Loss | None = None,
     copy: bool = False,
     check: bool = True,
+    seed: int = 0,
 ) -> Any:
     """Rewrite a model under a configuration; the model itself is never touched.
 
@@ -71,11 +77,17 @@ def compile(
         Which front end; the configuration's where None.
     passes
         Passes of your own, after those named in the configuration.
+    loss
+        For a budget: ``(output, batch) -> scalar``, summed over tokens, whose increase the planner
+        minimises. Next-token cross-entropy for language models where None, else the output's
+        energy.
     copy
         Clone the parameters that are not rewritten, so that training the result leaves the model
         alone.
     check
         Verify the result on small random inputs before handing it out.
+    seed
+        Of the random choices: sampled labels.
 
     Returns
     -------
@@ -91,14 +103,10 @@ def compile(
     stages = _prepare(model, load_config(cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*_named_passes(cfg), *passes)
-    if plan is None:
-        plan = make_plan(cfg, stages.sites, stages.skipped)
-    else:
-        _check_plan(plan, stages.sites)
-    statistics = stages.calibrate() if plan.groups else None
-    weights = dense_weights(model, plan.sites)
-    factors = _factorise(plan, weights, statistics, cfg)
-    rewritten, applied = rewrite(stages.captured.graph, plan, factors.groups, cfg.fuse, own)
+    plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed)
+    rewritten, applied = rewrite(
+        stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
+    )
     result = assemble(model, stages.captured, rewritten, plan, copy=copy)
     report = Report(
         model=type(model).__name__,
@@ -135,7 +143,9 @@ def compile(
         source=Source.of(model),
         relaxed=stages.captured.relaxed,
         slice_errors=factors.slice_errors,
+        bias_shifts=factors.bias_shifts,
         inputs=Record.specs(stages.captured.shapes),
+        extra_passes=tuple(p.name or type(p).__name__ for p in own),
     )
     attach(result, record)
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
@@ -145,20 +155,78 @@ def compile(
     return result
 
 
+def _plan_and_factors(
+    stages: _Stages, plan: Plan | None, loss: Loss | None, seed: int
+) -> tuple[Plan, Factorised, Statistics | None]:
+    """The plan (made, or checked where it was given), and the factors that realise it."""
+    model, cfg = stages.model, stages.cfg
+    if plan is not None:
+        _check_plan(plan, stages.sites)
+    elif cfg.mode != "planned":
+        plan = make_plan(cfg, stages.sites, stages.skipped)
+    weights = dense_weights(model, stages.sites if plan is None else plan.sites)
+    if plan is None:
+        budgeted = _budgeted(stages, weights, loss, seed)
+        plan, made = budgeted.plan, budgeted.factors
+        statistics: Statistics | None = budgeted.statistics
+    elif plan.mode == "planned" and plan.groups:
+        statistics = stages.calibrate(gradients=True, loss=loss, seed=seed)
+        if statistics is None:
+            raise CalibrationError(
+                "a planned plan needs calibration data to be carried out: give calibration=..."
+            )
+        made = remade_factors(plan, weights, statistics, cfg)
+    else:
+        given = stages.calibrate() if plan.groups else None
+        return plan, sharing_factors(plan, weights, given, cfg), given
+    biases = site_biases(model, plan.sites)
+    return plan, planned_factors(plan, weights, biases, made), statistics
+
+
+def _budgeted(
+    stages: _Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
+) -> Budgeted:
+    if stages.batches is None:
+        raise CalibrationError(
+            "a budget needs calibration data to predict losses with: give calibration=..., or use "
+            "group_size and compression_rate, which do without"
+        )
+    return plan_within_budget(
+        stages.model,
+        stages.captured,
+        stages.sites,
+        stages.skipped,
+        weights,
+        stages.batches,
+        stages.cfg,
+        loss=loss,
+        seed=seed,
+    )
+
+
 def make_plan_for(
     model: nn.Module,
     cfg: ConfigSource,
     *,
     calibration: Iterable[object] | None = None,
     example: object = None,
+    loss: Loss | None = None,
+    seed: int = 0,
 ) -> Plan:
     """The plan of a compilation without carrying it out (``fxshare.plan``).
 
-    Nothing of the model is run, so a model on the meta device will do.
+    In exact and sharing mode nothing of the model is run, so a model on the meta device will do.
+    A budget needs ``calibration`` to be spent well; without it the plan has uniform ranks, each
+    slice for itself, and says sizes and FLOPs only.
     """
-    del calibration, example  # uniform ranks need no data; kept for the planners that do
     config = load_config(cfg)
+    _check_module(model)
+    if config.mode == "planned" and calibration is not None:
+        stages = _prepare(model, config, calibration, example, None)
+        return _budgeted(stages, dense_weights(model, stages.sites), loss, seed).plan
     matching = match(model, config)
+    if config.mode == "planned":
+        return uniform_plan(config, matching.sites, matching.skipped)
     return make_plan(config, matching.sites, matching.skipped)
 
 
@@ -173,7 +241,9 @@ class _Stages:
     skipped: tuple[Skipped, ...]
     batches: Iterable[object] | None
 
-    def calibrate(self) -> Statistics | None:
+    def calibrate(
+        self, *, gradients: bool = False, loss: Loss | None = None, seed: int = 0
+    ) -> Statistics | None:
         if self.batches is None:
             return None
         total = len(self.batches) if isinstance(self.batches, Sized) else None
@@ -184,6 +254,10 @@ class _Stages:
             self.sites,
             max_tokens=self.cfg.calibration.max_tokens,
             total=total,
+            gradients=gradients,
+            loss=loss,
+            labels=self.cfg.planner.labels,
+            seed=seed,
         )
 
 
@@ -194,18 +268,28 @@ def _prepare(
     example: object,
     mode: Mode | None,
 ) -> _Stages:
+    _check_module(model)
+    matching = match(model, cfg)
+    first, batches = _peek(calibration)
+    needs = [name for site in matching.sites for name in site.calls]
+    if example is None and first is not None:
+        # labels among the data are for training; an example that has them wants the loss
+        example = without_labels(model, bind(model, first))
+    captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
+    sites, skipped = _visible(captured.graph, matching)
+    if not sites:
+        raise MatchError(
+            f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "
+            "one; give an example that reaches them, or other patterns"
+        )
+    return _Stages(model, cfg, captured, sites, skipped, batches)
+
+
+def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
         )
-    matching = match(model, cfg)
-    first, batches = _peek(calibration)
-    needs = [name for site in matching.sites for name in site.calls]
-    captured = capture(
-        model, first if example is None else example, mode=mode or cfg.capture, needs=needs
-    )
-    sites, skipped = _visible(captured.graph, matching)
-    return _Stages(model, cfg, captured, sites, skipped, batches)
 
 
 def _peek(
@@ -219,7 +303,12 @@ def _peek(
             f"calibration: expected an iterable of batches, found one {type(calibration).__name__};"
             " wrap it in a list"
         )
-    iterator: Iterator[object] = iter(calibration)
+    try:
+        iterator: Iterator[object] = iter(calibration)
+    except TypeError:
+        raise CalibrationError(
+            f"calibration: expected an iterable of batches, found {type(calibration).__name__}"
+        ) from None
     try:
         first = next(iterator)
     except StopIteration:
@@ -286,79 +375,21 @@ def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Factorised:
-    """The factors of every group in the model's dtype, and what is known about them."""
-
-    groups: tuple[SharedGroup, ...]
-    weighted_errors: dict[str, float]
-    slice_errors: dict[str, float]
-    floored: dict[str, int]
-    seconds: dict[str, float]
-
-
-def _factorise(
-    plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics | None, cfg: ShareConfig
-) -> Factorised:
-    """Factorise group by group; groups with the same inputs share one whitening."""
-    rows = {s.name: (site, s) for site in plan.sites for s in site.slices}
-    sites_of = {
-        group.name: tuple(dict.fromkeys(rows[name][0].name for name in group.slices))
-        for group in plan.groups
-    }
-    order = list(plan.groups)
-    if statistics is not None:
-        order.sort(key=lambda group: statistics.key(sites_of[group.name]))
-    made: dict[str, SharedGroup] = {}
-    errors: dict[str, float] = {}
-    slice_errors: dict[str, float] = {}
-    floored: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    key: object = None
-    whitening: Whitening | None = None
-    for group in track(order, "factorising", total=len(order)):
-        start = time.perf_counter()
-        if statistics is None:
-            whitening = identity_whitening(group.in_features)
-        elif whitening is None or key != statistics.key(sites_of[group.name]):
-            key = statistics.key(sites_of[group.name])
-            pooled = pooled_gram([statistics.gram(name) for name in sites_of[group.name]])
-            whitening = whiten(pooled, relative_floor=cfg.calibration.relative_floor)
-        members = [rows[name] for name in group.slices]
-        parts = {s.name: weights[site.name][s.start : s.stop] for site, s in members}
-        try:
-            factors = factorise(list(parts.values()), whitening, group.rank)
-        except FactoriseError as error:
-            raise FactoriseError(f"group {group.name!r}: {error}") from error
-        dtype = next(iter(parts.values())).dtype
-        basis = factors.basis_RI.to(dtype)
-        coefficients = {
-            name: c.to(dtype) for name, c in zip(parts, factors.coefficients, strict=True)
-        }
-        made[group.name] = SharedGroup(group.name, basis, coefficients)
-        for name, coefficient in coefficients.items():
-            product = coefficient.double() @ basis.double()
-            slice_errors[name] = relative_error(parts[name], product)
-        errors[group.name] = factors.weighted_error
-        floored[group.name] = whitening.floored
-        seconds[group.name] = time.perf_counter() - start
-    ordered = tuple(made[group.name] for group in plan.groups)
-    return Factorised(ordered, errors, slice_errors, floored, seconds)
-
-
 def rewrite(
     graph: fx.GraphModule,
     plan: Plan,
     groups: Sequence[SharedGroup],
     fuse: bool,
     extra: Sequence[Pass] = (),
+    *,
+    pivots: Sequence[PivotedGroup] = (),
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
     """Apply the default passes for a plan to a captured graph."""
     sites = [
         SplitSite(site.calls, tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
         for site in plan.sites
     ]
-    return run(graph, default_passes(sites, groups, fuse=fuse, extra=extra))
+    return run(graph, default_passes(sites, groups, pivots, fuse=fuse, extra=extra))
 
 
 def assemble(
@@ -375,6 +406,7 @@ def assemble(
 
 def attach(result: nn.Module, record: Record) -> None:
     """Put the record where :func:`fxshare.record.record_of` finds it."""
+    record = replace(record, graph_sha256=graph_sha256(result))
     result.__dict__["meta"]["fxshare"] = record
     if not isinstance(result, ShareModule):
         result.__dict__["fxshare"] = record

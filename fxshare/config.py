@@ -173,6 +173,24 @@ def _as_kept(value: object) -> float | None:
     return kept
 
 
+def _as_loss(value: object) -> float | None:
+    if value is None:
+        return None
+    expected = "an increase of the loss per token in nats, a finite number above 0"
+    loss = _number(value, expected)
+    if loss <= 0:
+        raise ValueError(f"expected {expected}; found {_shown(value)}")
+    return loss
+
+
+def _as_part(value: object) -> float:
+    expected = "a share of the dense cost, a number from 0 to 1"
+    part = _number(value, expected)
+    if not 0 <= part <= 1:
+        raise ValueError(f"expected {expected}; found {_shown(value)}")
+    return part
+
+
 def _as_floor(value: object) -> float:
     expected = "a fraction of the largest eigenvalue, a number above 0 and below 1"
     floor = _number(value, expected)
@@ -354,6 +372,112 @@ class Calibration(_Section):
     )
 
 
+_Share = Annotated[float | None, BeforeValidator(_as_kept)]
+
+
+class Budget(_Section):
+    """What a planned compression may cost: exactly one limit, and perhaps a bound on FLOPs."""
+
+    params_kept: _Share = Field(
+        default=None,
+        description="Stored numbers after over weights before, of the matched linears (0.8 keeps "
+        "80 %).",
+    )
+    max_bytes: _Count | None = Field(
+        default=None, description="Bytes of the whole model: every parameter and buffer."
+    )
+    max_loss_increase: Annotated[float | None, BeforeValidator(_as_loss)] = Field(
+        default=None,
+        description="The cheapest plan whose loss per token rises by at most this much (predicted, "
+        "then checked on held-back calibration data).",
+    )
+    flops_kept: _Share = Field(
+        default=None,
+        description="FLOPs per token after over before, of the matched linears. Beside another "
+        "limit it bounds every group's FLOPs.",
+    )
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Budget:
+        given = [
+            name
+            for name in ("params_kept", "max_bytes", "max_loss_increase")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1 or (not given and self.flops_kept is None):
+            raise ValueError(
+                "expected one limit of params_kept, max_bytes, max_loss_increase and flops_kept "
+                f"(flops_kept may stand beside another); found {', '.join(given) or 'none'}"
+            )
+        return self
+
+
+class Planner(_Section):
+    """How a budget is spent."""
+
+    strategy: Literal["auto", "layers", "pairs", "same_input", "agglomerative", "separate"] = Field(
+        default="auto",
+        description="How slices are grouped: layers (runs of consecutive layers, exact), pairs "
+        "(at most two, exact), same_input (slices that read one activation first), agglomerative "
+        "(any group, heuristic), separate (no sharing), or auto (the best of them).",
+    )
+    storage: Literal["auto", "plain", "pivoted"] = Field(
+        default="auto",
+        description="plain (basis and coefficient), pivoted (some inputs kept as they are: fewer "
+        "numbers at the same rank), or auto (whichever is cheaper).",
+    )
+    max_group: _Count | None = Field(
+        default=None, description="Most layers that may share one basis."
+    )
+    rank_multiple: _Count | None = Field(
+        default=None,
+        description="Ranks are multiples of this (8, 16 or 64 suit accelerators). Not given: 1, "
+        "or a small power of two for large matrices.",
+    )
+    floor: Annotated[float, BeforeValidator(_as_part)] = Field(
+        default=0.0, description="Least share of its dense cost that every group keeps."
+    )
+    ceiling: Annotated[float, BeforeValidator(_as_part)] = Field(
+        default=1.0,
+        description="Most of its dense cost that a group may keep; below 1 nothing stays dense.",
+    )
+    keep_dense: Annotated[tuple[int, ...], BeforeValidator(_as_list)] = Field(
+        default=(), description="Numbers of layers whose weights stay as they are."
+    )
+    may_share: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_list)] = Field(
+        default=(),
+        description="Sets of weight types that may meet in one basis, such as [[q, k], [gate, up]]"
+        ". A type may always share with itself.",
+    )
+    tie: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_list)] = Field(
+        default=(), description="Sets of slice names that must share one basis."
+    )
+    search: Literal["off", "quick", "thorough"] = Field(
+        default="quick",
+        description="How many plans are tried on held-back calibration data: off (one, not "
+        "measured), quick or thorough.",
+    )
+    remeasure: Annotated[int, Field(strict=True, ge=0)] = Field(
+        default=1,
+        description="How often the statistics are measured again on an intermediate compressed "
+        "model. No effect with `search: off`.",
+    )
+    refit: Annotated[bool | None, Field(strict=True)] = Field(
+        default=None,
+        description="Fit each coefficient to its own layer's inputs. Not given: where it measures "
+        "better.",
+    )
+    bias: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        description="Move the mean of what is lost into the bias, where there is one.",
+    )
+    labels: Literal["data", "sampled"] = Field(
+        default="data",
+        description="Next tokens for the gradient statistics: those of the data, or drawn from "
+        "the model (the Fisher matrix proper).",
+    )
+
+
 class ShareConfig(_Section):
     """A complete configuration, as :func:`fxshare.compile` takes it."""
 
@@ -383,6 +507,14 @@ class ShareConfig(_Section):
     private: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
         default=(),
         description="Names of weight types that share nothing between layers (groups of one).",
+    )
+    budget: Budget | None = Field(
+        default=None,
+        description="What the result may cost; turns the planned mode on. Not together with "
+        "`group_size` and `compression_rate`.",
+    )
+    planner: Planner = Field(
+        default_factory=Planner, description="How the budget is spent; needs `budget`."
     )
     fuse: Annotated[bool, Field(strict=True)] = Field(
         default=True,
@@ -445,9 +577,37 @@ class ShareConfig(_Section):
             raise ValueError(f"{named} Weight types: {', '.join(types)}")
         return value
 
+    @field_validator("budget")
+    @classmethod
+    def _budget_or_rate(cls, value: Budget | None, info: ValidationInfo) -> Budget | None:
+        if value is not None and info.data.get("compression_rate") is not None:
+            raise ValueError(
+                "found together with compression_rate: a budget plans the ranks, a rate fixes "
+                "them; remove one of the two"
+            )
+        return value
+
+    @field_validator("planner")
+    @classmethod
+    def _planner_fits(cls, value: Planner, info: ValidationInfo) -> Planner:
+        if info.data.get("budget", value) is None and value != Planner():
+            raise ValueError("found without budget, where it has no effect: add a budget")
+        types = list(info.data.get("weight_types", {}))
+        for name in [name for names in value.may_share for name in names]:
+            if types and name not in types:
+                raise ValueError(
+                    f"may_share: {_shown(name)} is no weight type.{_nearest(name, types)} Weight "
+                    f"types: {', '.join(types)}"
+                )
+        if value.floor > value.ceiling:
+            raise ValueError(f"floor {value.floor} is above ceiling {value.ceiling}")
+        return value
+
     @property
-    def mode(self) -> Literal["exact", "sharing"]:
-        """``"sharing"`` where a compression rate is given, else ``"exact"``."""
+    def mode(self) -> Literal["exact", "sharing", "planned"]:
+        """``"planned"`` with a budget, ``"sharing"`` with a compression rate, else ``"exact"``."""
+        if self.budget is not None:
+            return "planned"
         return "exact" if self.compression_rate is None else "sharing"
 
     def group_size_of(self, type_name: str) -> int:
@@ -762,7 +922,12 @@ def _section_at(loc: Loc, model: type[_Section]) -> type[_Section]:
     """The model whose fields are the valid keys at ``loc`` inside a ``model``."""
     if not loc:
         return model
-    return WeightType if loc[0] == "weight_types" else Calibration
+    sections: dict[str, type[_Section]] = {
+        "weight_types": WeightType,
+        "budget": Budget,
+        "planner": Planner,
+    }
+    return sections.get(str(loc[0]), Calibration)
 
 
 def _unknown_key(key: str, section: type[_Section]) -> str:
@@ -823,8 +988,10 @@ def dump_config(cfg: ShareConfig) -> str:
 
 __all__ = [
     "CONFIG_VERSION",
+    "Budget",
     "Calibration",
     "ConfigSource",
+    "Planner",
     "ShareConfig",
     "WeightType",
     "dump_config",

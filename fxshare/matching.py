@@ -91,6 +91,10 @@ def _not_rewritable(module: nn.Module) -> str | None:
         return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
     if not is_linear(module):
         return f"is a {kind}, not an nn.Linear or Conv1D"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is not a parameter (weight norm or pruning computes it); make it one"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "has forward hooks or a forward of its own, which rewriting would drop"
     weight, _ = weight_and_bias(module)
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
@@ -305,8 +309,8 @@ def dense_weights(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Tensor
     """The weight ``(out, in)`` of every site, as views of the model's own tensors."""
     found = {}
     for site in sites:
-        weight_OI, _ = weight_and_bias(model.get_submodule(site.name))
-        if not bool(torch.isfinite(weight_OI).all()) and weight_OI.device.type != "meta":
+        weight_OI = weight_and_bias(model.get_submodule(site.name))[0].detach()
+        if weight_OI.device.type != "meta" and not bool(torch.isfinite(weight_OI).all()):
             raise MatchError(f"the weight of {site.name!r} has values that are not finite")
-        found[site.name] = weight_OI.detach()
+        found[site.name] = weight_OI
     return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 from fxshare.config import ShareConfig
-from fxshare.errors import FxShareWarning
+from fxshare.errors import FxShareWarning, PlanError
 from fxshare.plans import Group, Plan, Site, Skipped, SliceSpec
 
 
@@ -50,6 +51,59 @@ def make_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped
     if cfg.mode == "exact":
         return exact_plan(sites, skipped)
     return sharing_plan(cfg, sites, skipped)
+
+
+def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
+    """For a budget without data: every slice for itself, all at the share of numbers (or FLOPs)
+    that the budget keeps. Sizes and FLOPs are those of a planned result; losses are not known."""
+    assert cfg.budget is not None
+    kept = cfg.budget.params_kept or cfg.budget.flops_kept
+    if kept is None:
+        raise PlanError(
+            "this budget needs calibration data to be planned: max_bytes and max_loss_increase say "
+            "nothing about single matrices; give calibration data, or params_kept"
+        )
+    pivoted = cfg.planner.storage != "plain"
+    groups = []
+    for site in sites:
+        for s in site.slices:
+            whole = site.in_features * s.out_features
+            rank = _rank_within(int(kept * whole), site.in_features, s.out_features, pivoted)
+            if rank is None:
+                continue
+            group = _group(kept, site.type, s.label, [(site, s)])
+            storage: Literal["plain", "pivoted"] = "pivoted" if pivoted else "plain"
+            groups.append(group.model_copy(update={"rank": rank, "storage": storage}))
+    return Plan(
+        mode="planned",
+        sites=tuple(sites),
+        groups=with_unique_names(groups),
+        skipped=tuple(skipped),
+    )
+
+
+def _rank_within(numbers: int, width: int, height: int, pivoted: bool) -> int | None:
+    """The largest rank that stores at most ``numbers``; None where dense is not above them."""
+    if numbers >= width * height:
+        return None
+    most = 1
+    for rank in range(1, min(width, height) + 1):
+        cost = rank * (width + height) - (rank * rank - rank if pivoted else 0)
+        if cost > numbers:
+            break
+        most = rank
+    return most
+
+
+def with_unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Number the groups whose names are taken: two sites of one type in one layer."""
+    taken: dict[str, int] = {}
+    result = []
+    for group in groups:
+        times = taken[group.name] = taken.get(group.name, 0) + 1
+        name = group.name if times == 1 else f"{group.name}_n{times}"
+        result.append(group.model_copy(update={"name": name}))
+    return tuple(result)
 
 
 Member = tuple[Site, SliceSpec]

@@ -89,6 +89,10 @@ class Group(_Frozen):
     out_features: int
     """Stacked output width of all slices."""
     rank: int
+    storage: Literal["plain", "pivoted"] = "plain"
+    """``pivoted`` keeps ``rank`` inputs as they are and a table for the others."""
+    loss: float | None = None
+    """Predicted increase of the model's loss per token; None where it was not predicted."""
 
     @property
     def dense_numbers(self) -> int:
@@ -97,18 +101,59 @@ class Group(_Frozen):
 
     @property
     def stored_numbers(self) -> int:
-        """Stored numbers after, in plain storage: ``rank · (in + O)``."""
-        return self.rank * (self.in_features + self.out_features)
+        """Stored numbers after: ``rank · (in + O)`` plain; pivoted ``rank²`` less, and ``rank``
+        index entries."""
+        plain = self.rank * (self.in_features + self.out_features)
+        return plain if self.storage == "plain" else plain - self.rank**2 + self.rank
+
+
+class TrialResult(_Frozen):
+    """One plan of the search, as it turned out on held-back calibration data."""
+
+    name: str
+    predicted: float
+    measured: float | None
+    cost: int
+    groups: int
+    seconds: float
+
+
+class Outlook(_Frozen):
+    """What a plan is expected to lose, per token, above the dense model.
+
+    ``bound`` is the Lagrangian dual bound: no plan over the partitions that were considered is
+    predicted to lose less within the budget. ``gap`` is the distance to it.
+    """
+
+    loss_name: str
+    unit: Literal["numbers", "bytes", "flops"]
+    budget: float
+    cost: int
+    price: float
+    """Loss saved by one more unit of budget."""
+    predicted: float
+    bound: float
+    gap: float
+    measured: float | None = None
+    """On held-back calibration data; None without a search."""
+    strategy: str
+    trial: str
+    refit: bool
+    trials: tuple[TrialResult, ...] = ()
+    held_back_tokens: int = 0
+    seconds: float = 0.0
 
 
 class Plan(_Frozen):
     """Everything that rewriting needs to know, and nothing that depends on weights."""
 
     version: int = VERSION
-    mode: Literal["exact", "sharing"]
+    mode: Literal["exact", "sharing", "planned"]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    outlook: Outlook | None = None
+    """What was predicted, and how good the plan can be; planned mode only."""
 
     @model_validator(mode="after")
     def _is_partition(self) -> Plan:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from fxshare.capture import FrontEnd
 from fxshare.capture.call import Call, Shapes
+from fxshare.capture.guards import hold_guard
 from fxshare.capture.modules_front_end import module_slices
 from fxshare.config import ShareConfig
 from fxshare.errors import FxShareError
-from fxshare.plans import Plan
+from fxshare.plans import Plan, Site
 from fxshare.report import Report
 from fxshare.source import Source
 from passes.graph import weight_and_bias
-from passes.slices import Slice
+from passes.slices import Slice, basis_matrix
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,17 @@ class InputSpec:
 
     @staticmethod
     def of(t: Tensor) -> InputSpec:
-        """The spec of a tensor; on the meta device its range is 0 to 1."""
-        known = t.device.type != "meta" and t.numel() > 0
-        low, high = (float(t.min()), float(t.max())) if known else (0.0, 1.0)
+        """The spec of a tensor; on the meta device its range is 0 to 1.
+
+        Infinities, as in an additive mask, are left out of the range: numbers drawn between them
+        would be NaN, and NaN would hide every difference. So are negative integers beside others:
+        they are marks, such as the -100 of labels.
+        """
+        finite = t if t.device.type == "meta" else t[t.isfinite()]
+        known = finite.device.type != "meta" and finite.numel() > 0
+        low, high = (float(finite.min()), float(finite.max())) if known else (0.0, 1.0)
+        if not t.is_floating_point() and high >= 0:
+            low = max(low, 0.0)
         return InputSpec(tuple(t.shape), str(t.dtype).removeprefix("torch."), low, high)
 
     def random(self, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -54,17 +67,23 @@ class Record:
 
     ``slice_errors`` are ``‖W − C B‖_F / ‖W‖_F`` per slice as they were when factorised, so that a
     rewrite that wired the wrong basis can be told from one that is merely lossy.
+    ``bias_shifts`` are ``‖b' − b‖`` per slice whose bias took up the mean of what was lost.
     ``inputs`` are the two example calls as specs (names to :class:`InputSpec` or constants).
+    ``extra_passes`` names the passes that are not ours; ``graph_sha256`` is the result's, see
+    :func:`graph_sha256`.
     """
 
     config: ShareConfig
     plan: Plan
     report: Report
-    front_end: str
+    front_end: FrontEnd
     source: Source
     relaxed: tuple[int, ...] = ()
     slice_errors: Mapping[str, float] = field(default_factory=dict)
+    bias_shifts: Mapping[str, float] = field(default_factory=dict)
     inputs: tuple[Mapping[str, Any], ...] = ()
+    extra_passes: tuple[str, ...] = ()
+    graph_sha256: str = ""
 
     @staticmethod
     def specs(shapes: Shapes | None) -> tuple[Mapping[str, Any], ...]:
@@ -73,7 +92,10 @@ class Record:
             return ()
         calls = [shapes.base] if shapes.other is None else [shapes.base, shapes.other]
         return tuple(
-            {k: InputSpec.of(v) if isinstance(v, Tensor) else v for k, v in call.items()}
+            {
+                k: pytree.tree_map_only(Tensor, InputSpec.of, v, is_leaf=_is_leaf)
+                for k, v in call.items()
+            }
             for call in calls
         )
 
@@ -81,9 +103,16 @@ class Record:
         """A random call of the form of example ``number``."""
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: spec.random(generator, device) if isinstance(spec, InputSpec) else spec
-            for name, spec in self.inputs[number].items()
+            name: pytree.tree_map_only(
+                InputSpec, lambda spec: spec.random(generator, device), value, is_leaf=_is_leaf
+            )
+            for name, value in self.inputs[number].items()
         }
+
+
+def _is_leaf(value: object) -> bool:
+    # containers of other classes, such as a cache, are constants and not places for specs
+    return type(value) not in (dict, list, tuple)
 
 
 class ShareModule(fx.GraphModule):
@@ -107,6 +136,28 @@ def record_of(module: nn.Module) -> Record:
     return found
 
 
+def graph_sha256(module: nn.Module) -> str:
+    """A hash over the text of every graph in a compiled model.
+
+    Where in the model's source a guard arose is left out: lines move from one release to the next.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        if isinstance(part, fx.GraphModule):
+            digest.update(f"{name}\n{_graph_text(part.graph)}".encode())
+    return digest.hexdigest()
+
+
+def _graph_text(graph: fx.Graph) -> str:
+    lines = []
+    for node in graph.nodes:
+        line = node.format_node() or ""
+        if node.target is hold_guard:
+            line = line.replace(str(node.args[2]), "")
+        lines.append(re.sub(r"0x[0-9a-f]+", "0x", line))
+    return "\n".join(lines)
+
+
 def slices_of(module: nn.Module) -> Mapping[str, Slice]:
     """Where each slice of a compiled model is."""
     return module_slices(module)
@@ -119,8 +170,20 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     rows = weight_OI.detach()[place.start : place.stop].double()
     if place.basis is None:
         return rows
-    basis_RI, _ = weight_and_bias(module.get_submodule(place.basis))
+    basis_RI = basis_matrix(module, place.basis, pivoted=place.pivoted)
     return rows @ basis_RI.detach().double()
+
+
+def site_bias(module: nn.Module, site: Site) -> Tensor | None:
+    """The bias ``(out,)`` that a site of a compiled model adds; None where it has none."""
+    rows = []
+    for s in site.slices:
+        place = slices_of(module)[s.name]
+        _, bias = weight_and_bias(module.get_submodule(place.module))
+        if bias is None:
+            return None
+        rows.append(bias.detach()[place.start : place.stop])
+    return torch.cat(rows)
 
 
 def dense_sites(module: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from fxshare.planner.cost import Shape, flops, weights_bytes
 from fxshare.plans import Group, Plan, Skipped
 
 
@@ -26,6 +30,7 @@ class GroupReport:
     in_features: int
     out_features: int
     rank: int | None
+    storage: str
     numbers_before: int
     numbers_after: int
     bytes_before: int
@@ -81,6 +86,17 @@ class Report:
         }
         return {**plain, "totals": totals}
 
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`; ``KeyError``, ``TypeError`` or ``ValueError`` where it is
+        no such data."""
+        values = {key: value for key, value in plain.items() if key != "totals"}
+        values["groups"] = tuple(
+            GroupReport(**{**group, "layers": tuple(group["layers"])}) for group in plain["groups"]
+        )
+        values["skipped"] = tuple(Skipped(**skipped) for skipped in plain["skipped"])
+        return Report(**values | {key: tuple(plain[key]) for key in ("passes", "notes")})
+
     def to_json(self) -> str:
         """The report as a JSON document."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
@@ -95,7 +111,7 @@ class Report:
                 _layers(g.layers),
                 str(g.slices),
                 f"{g.in_features}→{g.out_features}",
-                "dense" if g.rank is None else str(g.rank),
+                g.storage if g.rank is None else f"{g.rank}{' pivoted' * (g.storage == 'pivoted')}",
                 f"{g.numbers_before:,}",
                 f"{g.numbers_after:,}",
                 f"{g.numbers_after / g.numbers_before:.3f}",
@@ -206,6 +222,7 @@ def group_reports(
                     in_features=site.in_features,
                     out_features=sum(s.out_features for s in alone),
                     rank=None,
+                    storage="dense",
                     numbers_before=numbers,
                     numbers_after=numbers,
                     bytes_before=numbers * element_size,
@@ -230,7 +247,8 @@ def _group_row(
     seconds: float,
 ) -> GroupReport:
     # each site reads the basis with an input of its own
-    flops = 2 * group.rank * (sites * group.in_features + group.out_features)
+    shape = Shape(group.in_features, group.out_features, sites)
+    rank = np.array([group.rank])
     return GroupReport(
         name=group.name,
         type=group.type,
@@ -240,12 +258,13 @@ def _group_row(
         in_features=group.in_features,
         out_features=group.out_features,
         rank=group.rank,
+        storage=group.storage,
         numbers_before=group.dense_numbers,
         numbers_after=group.stored_numbers,
         bytes_before=group.dense_numbers * element_size,
-        bytes_after=group.stored_numbers * element_size,
+        bytes_after=int(weights_bytes(shape, rank, group.storage, element_size)[0]),
         flops_before=2 * group.dense_numbers,
-        flops_after=flops,
+        flops_after=int(flops(shape, rank, group.storage)[0]),
         weighted_error=error,
         floored=floored,
         seconds=seconds,

@@ -36,10 +36,23 @@ class Source:
             return Source(
                 TRANSFORMERS,
                 name,
-                config.to_dict(),
+                _config_of(config),
                 None if generation is None else generation.to_dict(),
             )
         if cls.__module__ == "fxshare.demo.model" and is_dataclass(config):
             assert not isinstance(config, type)
             return Source(EMBEDDED, name, asdict(config))
         return Source(USER, name)
+
+
+def _config_of(config: Any) -> dict[str, Any]:
+    """A transformers configuration as plain data, with the choice of kernels, on which the graph
+    depends and which ``to_dict`` leaves out."""
+    plain: dict[str, Any] = config.to_dict()
+    for key in ("attn_implementation", "experts_implementation"):
+        chosen = {"": getattr(config, f"_{key}", None)}
+        for name in getattr(config, "sub_configs", {}):
+            chosen[name] = getattr(getattr(config, name, None), f"_{key}", None)
+        if any(chosen.values()):
+            plain[key] = chosen if len(set(chosen.values())) > 1 else chosen[""]
+    return plain

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
 from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
 from fxshare.errors import CheckFailed, FxShareError
 from fxshare.numerics import Distance, tolerance, worst
-from fxshare.record import dense_sites, record_of, slice_product
-from passes.graph import is_conv1d, structure_copy, weight_and_bias
+from fxshare.plans import Plan
+from fxshare.record import dense_sites, record_of, site_bias, slice_product
+from passes.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,15 @@ def verify(
     there is nothing to compare on. The models, the RNG and the grad mode stay as they are.
     """
     record = record_of(gm)
+    _check_sites(model, record.plan)
     calls = _calls(model, gm, inputs, seed)
     if not calls:
         raise FxShareError(
             "nothing to verify on: the model was captured without example inputs; give inputs=..."
         )
-    half = dtype_of(model) in (torch.float16, torch.bfloat16)
-    left, right = _evaluated(model, half), _evaluated(gm, half)
+    # a graph of torch.export asserts the dtypes that it was captured with
+    half = record.front_end != "export" and dtype_of(model) in (torch.float16, torch.bfloat16)
+    left, right = evaluated(model, half), evaluated(gm, half)
     original = left
     if record.plan.mode != "exact":
         left = _multiplied_out(left, gm, half)
@@ -115,11 +120,28 @@ def verify(
         limit = tolerance(dtype, depth)
         checks.append(Check(what, distance, limit, from_original.relative))
     if record.plan.mode != "exact":
-        checks.append(_weights(model, gm))
+        checks += [_weights(model, gm), _biases(model, gm)]
     result = Verification(record.plan.mode, str(dtype).removeprefix("torch."), depth, tuple(checks))
     if strict and not result.ok:
         raise CheckFailed(str(result))
     return result
+
+
+def _check_sites(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in plan.sites:
+        module = modules.get(site.name)
+        found = f"no module {site.name!r}"
+        if module is not None:
+            weight_OI, _ = weight_and_bias(module) if is_linear(module) else (None, None)
+            shape = None if weight_OI is None else tuple(weight_OI.shape)
+            if shape == (site.out_features, site.in_features):
+                continue
+            found = f"{site.name!r} as {type(module).__name__} {shape or ''}".rstrip()
+        raise FxShareError(
+            f"{type(model).__name__} is not the model that was compiled: expected "
+            f"{site.name!r} to be a linear ({site.out_features}, {site.in_features}), found {found}"
+        )
 
 
 def _calls(
@@ -129,11 +151,12 @@ def _calls(
     given: list[object] = []
     if inputs is not None:
         given = list(inputs) if isinstance(inputs, list) else [inputs]
+    record = record_of(gm)
+    keep = record.inputs[0] if record.inputs else ()
     calls: list[tuple[str, Call]] = []
     for number, batch in enumerate(given):
-        call = completed(model, without_labels(model, bind(model, batch)))
+        call = completed(model, without_labels(model, bind(model, batch), keep))
         calls.append((f"given {number} {_shape(call)}", to_device(call, device)))
-    record = record_of(gm)
     for number in range(len(record.inputs)):
         call = record.random_call(number, seed=seed + number, device=device)
         calls.append((f"random {_shape(call)}", call))
@@ -154,11 +177,25 @@ def _as_float32(call: Call) -> Call:
     }
 
 
-def _evaluated(module: nn.Module, half: bool) -> nn.Module:
+def evaluated(module: nn.Module, half: bool) -> nn.Module:
+    """A copy in eval mode to run; with ``half`` in float32, graphs included."""
     copy = structure_copy(module, clone_parameters=half)
     for m in copy.modules():
         m.training = False
+        if half and isinstance(m, fx.GraphModule):
+            _cast_to_float32(m)
     return copy.float() if half else copy
+
+
+def _cast_to_float32(gm: fx.GraphModule) -> None:
+    """Casts back to ``x.dtype`` (as in RMSNorm) are constants of the graph: make them float32."""
+
+    def wider(leaf: Any) -> Any:
+        return torch.float32 if leaf in (torch.float16, torch.bfloat16) else leaf
+
+    for node in gm.graph.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), wider)
+    gm.recompile()
 
 
 def _multiplied_out(model: nn.Module, gm: nn.Module, half: bool) -> nn.Module:
@@ -170,8 +207,12 @@ def _multiplied_out(model: nn.Module, gm: nn.Module, half: bool) -> nn.Module:
         old, _ = weight_and_bias(first)
         new = weight_OI.t() if is_conv1d(first) else weight_OI
         parameter = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=False)
+        bias = site_bias(gm, site) if record_of(gm).plan.mode == "planned" else None
         for call in site.calls:
             copy.get_submodule(call).weight = parameter
+            if bias is not None:
+                moved = nn.Parameter(bias.to(old.dtype), requires_grad=False)
+                copy.get_submodule(call).bias = moved
     return copy
 
 
@@ -192,6 +233,30 @@ def _weights(model: nn.Module, gm: nn.Module) -> Check:
             if not gap <= result.relative:
                 result = Distance(gap, gap, expected, found, f"slice {s.name}", (s.out_features,))
     return Check("relative error of each slice's weight", result, limit, result.found)
+
+
+def _biases(model: nn.Module, gm: nn.Module) -> Check:
+    """The worst deviation of a slice's shift of the bias from the recorded one."""
+    record = record_of(gm)
+    result = Distance(0.0, 0.0, 0.0, 0.0, "bias", ())
+    for site in record.plan.sites:
+        _, bias = weight_and_bias(model.get_submodule(site.name))
+        found = site_bias(gm, site)
+        if bias is None and found is None:
+            continue
+        size = 0.0 if bias is None else max(float(bias.detach().double().norm()), 1e-30)
+        for s in site.slices:
+            expected = record.bias_shifts.get(s.name, 0.0)
+            gap = math.inf
+            moved = math.nan
+            if bias is not None and found is not None:
+                rows = slice(s.start, s.stop)
+                moved = float((found[rows].double() - bias.detach()[rows].double()).norm())
+                gap = abs(moved - expected) / size
+            if not gap <= result.relative:
+                result = Distance(gap, gap, expected, moved, f"bias of {s.name}", (s.out_features,))
+    limit = 64 * torch.finfo(dtype_of(model)).eps
+    return Check("shift of each slice's bias", result, limit, result.found)
 
 
 def relative_error(weight_OI: Tensor, product_OI: Tensor) -> float:

@@ -17,7 +17,9 @@ from passes.graph import (
     weight_and_bias,
 )
 from passes.observe import ObserveInputs, observed
+from passes.observe_gradients import ObserveGradients, tapped
 from passes.pipeline import default_passes
+from passes.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.reuse_basis import ReuseBasis
 from passes.runner import Applied, equal_outputs, run
 from passes.share_basis import ShareBasis, SharedGroup
@@ -31,9 +33,12 @@ __all__ = [
     "FuseCoefficients",
     "FxShareError",
     "LinearCall",
+    "ObserveGradients",
     "ObserveInputs",
     "Pass",
     "PassError",
+    "PivotBasis",
+    "PivotedGroup",
     "RequiresError",
     "ReuseBasis",
     "Rows",
@@ -44,6 +49,8 @@ __all__ = [
     "SplitLinear",
     "SplitSite",
     "default_passes",
+    "derive_gathers",
+    "derived_buffers",
     "equal_outputs",
     "is_linear",
     "linear_calls",
@@ -54,5 +61,6 @@ __all__ = [
     "slice_weight",
     "slices",
     "structure_copy",
+    "tapped",
     "weight_and_bias",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,12 +14,12 @@ from passes.base import Pass
 from passes.graph import (
     calls_by_target,
     common_parent,
-    is_written,
     linear_at,
     new_linear,
     put_module,
 )
 from passes.slices import set_slices, slices
+from passes.writes import is_written
 
 
 @dataclass(frozen=True)
@@ -52,38 +53,43 @@ class FuseCoefficients(Pass):
                 assert isinstance(z, fx.Node)
                 readers.setdefault(z, []).append(node)
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
-        sets: dict[fx.Node, tuple[str, ...]] = {}
-        for z, nodes in readers.items():
+        # a module that is called twice has its neighbours in two places: the same set, two products
+        sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}
+        for nodes in readers.values():
             nodes.sort(key=lambda node: order[node])
-            sets[z] = tuple(str(node.target) for node in nodes)
-        fused: dict[tuple[str, ...], str] = {}
+            sets.setdefault(tuple(str(node.target) for node in nodes), []).append(nodes)
         count = 0
-        for z, names in sets.items():
-            if not self._may_fuse(gm, z, names, readers[z], sets):
+        for names, places in sets.items():
+            if not _may_fuse(gm, names, places, sets):
                 continue
-            if names not in fused:
-                fused[names] = _fuse_modules(gm, names)
-            _fuse_calls(gm, fused[names], readers[z])
-            count += 1
+            sizes = [linear_at(gm, name).out_features for name in names]
+            fused = _fuse_modules(gm, names)
+            for nodes in places:
+                _fuse_calls(gm, fused, sizes, nodes)
+            count += len(places)
         return count
 
-    def _may_fuse(
-        self,
-        gm: fx.GraphModule,
-        z: fx.Node,
-        names: tuple[str, ...],
-        nodes: list[fx.Node],
-        sets: dict[fx.Node, tuple[str, ...]],
-    ) -> bool:
-        if len(names) < 2 or len(set(names)) < len(names):
+
+def _may_fuse(
+    gm: fx.GraphModule,
+    names: tuple[str, ...],
+    places: list[list[fx.Node]],
+    sets: Iterable[tuple[str, ...]],
+) -> bool:
+    if len(names) < 2 or len(set(names)) < len(names):
+        return False
+    if any(set(names) & set(other) and other != names for other in sets):
+        return False
+    for nodes in places:
+        if any(is_written(node) for node in [*nodes[0].all_input_nodes, *nodes]):
             return False
-        if is_written(z) or any(is_written(node) for node in nodes):
-            return False
-        if any(set(names) & set(other) and other != names for other in sets.values()):
-            return False
-        linears = [linear_at(gm, name) for name in names]
-        alike = {(m.bias is None, m.weight.dtype, m.weight.requires_grad) for m in linears}
-        return len(alike) == 1
+    return len({_kind(linear_at(gm, name)) for name in names}) == 1
+
+
+def _kind(linear: nn.Linear) -> tuple[object, ...]:
+    """What one module cannot have two of."""
+    bias = None if linear.bias is None else linear.bias.requires_grad
+    return linear.weight.dtype, linear.weight.device, linear.weight.requires_grad, bias
 
 
 def _fuse_modules(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
@@ -95,6 +101,8 @@ def _fuse_modules(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
         requires_grad=first.weight.requires_grad,
         training=gm.training,
     )
+    if first.bias is not None:
+        fused.bias.requires_grad_(first.bias.requires_grad)
     name = _fused_name(gm, names)
     places = {}
     for slice_name, place in slices(gm).items():
@@ -113,25 +121,27 @@ def _fuse_modules(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
 def _fused_name(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
     """The common parent itself where it holds nothing else (``c_attn``), else a new child of it."""
     parent = common_parent(names)
-    held = {
-        name for name, module in gm.get_submodule(parent).named_modules() if not module._modules
-    }
-    if parent and {f"{parent}.{name}" for name in held} == set(names):
-        return parent
     prefix = f"{parent}." if parent else ""
+    if parent and _held(gm.get_submodule(parent), prefix) == set(names):
+        return parent
     leaves = [name.removeprefix(prefix).replace(".", "_") for name in names]
     joined = "_".join(leaves) if len(leaves) <= 4 else f"{leaves[0]}_to_{leaves[-1]}"
+    while hasattr(gm.get_submodule(parent), joined):
+        joined += "_"
     return f"{prefix}{joined}"
 
 
-def _fuse_calls(gm: fx.GraphModule, fused: str, nodes: list[fx.Node]) -> None:
+def _held(parent: nn.Module, prefix: str) -> set[str]:
+    """The leaves below ``parent``, and whatever below it has tensors of its own."""
+    return {
+        f"{prefix}{name}".rstrip(".")
+        for name, module in parent.named_modules(remove_duplicate=False)
+        if not module._modules or module._parameters or module._buffers
+    }
+
+
+def _fuse_calls(gm: fx.GraphModule, fused: str, sizes: list[int], nodes: list[fx.Node]) -> None:
     graph = gm.graph
-    sizes = [
-        place.stop - place.start
-        for place in sorted(
-            (p for p in slices(gm).values() if p.module == fused), key=lambda p: p.start
-        )
-    ]
     z = nodes[0].args[0]
     with graph.inserting_before(nodes[0]):
         y = graph.call_module(fused, (z,))

@@ -23,22 +23,6 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _LINEAR_FUNCTIONS = (torch.ops.aten.linear.default, F.linear, torch._C._nn.linear)
 _ADDMM_FUNCTIONS = (torch.ops.aten.addmm.default, torch.addmm)
-_IN_PLACE_OPERATORS = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.imod,
-        operator.ipow,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-        operator.imatmul,
-        operator.setitem,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +68,13 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     assert isinstance(weight, Tensor)
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
-    return (weight.t() if is_conv1d(module) else weight), bias
+    return (_transposed(weight) if is_conv1d(module) else weight), bias
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    # under no_grad the view would say that a trainable weight is frozen
+    with torch.enable_grad():
+        return weight.t()
 
 
 def linear_at(gm: nn.Module, name: str) -> nn.Linear:
@@ -104,11 +94,19 @@ def linear_calls(gm: fx.GraphModule) -> list[LinearCall]:
     return calls
 
 
+def linear_input(node: fx.Node) -> object:
+    """What a linear call multiplies, as the graph is now: rewriting one call may change the input
+    of the next."""
+    if node.op == "call_function" and node.target in _ADDMM_FUNCTIONS:
+        return node.args[1]
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+
+
 def _module_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
     module = gm.get_submodule(str(node.target))
     if not is_linear(module):
         return None
-    x = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+    x = linear_input(node)
     if not isinstance(x, fx.Node):
         return None
     weight, bias = weight_and_bias(module)
@@ -119,26 +117,30 @@ def _function_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
     if node.op != "call_function":
         return None
     if node.target in _LINEAR_FUNCTIONS:
-        operands = [*node.args, *(node.kwargs[k] for k in ("weight", "bias") if k in node.kwargs)]
-        x, weight, bias = [*operands, None][:3]
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        weight, bias = given.get("weight"), given.get("bias")
         transposed = False
     elif node.target in _ADDMM_FUNCTIONS:
         # addmm(bias, x, W) with W stored (in, out); beta and alpha would change the meaning
         if node.kwargs or len(node.args) != 3:
             return None
-        bias, x, weight = node.args
+        bias, _, weight = node.args
         transposed = True
     else:
         return None
+    x = linear_input(node)
     stored = _stored_tensor(gm, weight)
     if stored is None or not isinstance(x, fx.Node) or stored.ndim != 2:
         return None
     assert isinstance(weight, fx.Node)
-    if bias is not None and _stored_tensor(gm, bias) is None:
+    weight_OI = _transposed(stored) if transposed else stored
+    bias_O = _stored_tensor(gm, bias)
+    # addmm also takes a bias that broadcasts, such as a matrix; that is no linear
+    if bias is not None and (bias_O is None or bias_O.shape != weight_OI.shape[:1]):
         return None
     owner, _, field = str(weight.target).rpartition(".")
     name = owner if field == "weight" else str(weight.target)
-    return LinearCall(node, name, x, stored.t() if transposed else stored, _stored_tensor(gm, bias))
+    return LinearCall(node, name, x, weight_OI, bias_O)
 
 
 def _stored_tensor(gm: fx.GraphModule, argument: object) -> Tensor | None:
@@ -146,25 +148,6 @@ def _stored_tensor(gm: fx.GraphModule, argument: object) -> Tensor | None:
         return None
     value = operator.attrgetter(str(argument.target))(gm)
     return value if isinstance(value, Tensor) else None
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether the node writes into one of its inputs (``x.add_(1)``, ``x += 1``, ``out=``)."""
-    if "out" in node.kwargs:
-        return True
-    if node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None:
-            return bool(schema.is_mutable)
-        return node.target in _IN_PLACE_OPERATORS or getattr(
-            node.target, "__name__", ""
-        ).rstrip().endswith("_")
-    return node.op == "call_method" and str(node.target).endswith("_") and node.target != "__"
-
-
-def is_written(node: fx.Node) -> bool:
-    """Whether any reader of ``node`` writes into it, so that two reads may differ."""
-    return any(is_in_place(user) for user in node.users)
 
 
 def structure_copy(
@@ -191,6 +174,8 @@ def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
     parent = root
     for part in path:
         child = parent._modules.get(part)
+        if child is None and hasattr(parent, part):
+            delattr(parent, part)
         if child is None or is_linear(child):
             child = nn.Module()
             child.training = root.training
@@ -241,3 +226,8 @@ def common_parent(names: Sequence[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def read_instead(node: fx.Node, new: fx.Node) -> None:
+    """Let every reader of ``node`` read ``new``, except ``new`` itself."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from passes.base import Pass
 from passes.errors import RequiresError
-from passes.graph import is_written, linear_calls
+from passes.graph import linear_calls
+from passes.writes import is_written
 
 _KEY = "observed"
 
@@ -54,7 +55,10 @@ class ObserveInputs(Pass):
             # an input that is written into in place may differ from one read to the next
             key = (call.input, call.node) if is_written(call.input) else call.input
             if key not in seen:
-                name = f"observer_{len(seen)}"
+                number = len(seen)
+                while hasattr(gm, f"observer_{number}"):  # the model's own, or an earlier run's
+                    number += 1
+                name = f"observer_{number}"
                 observer = self.new_observer(call.weight_OI.shape[1])
                 gm.add_module(name, observer)
                 arguments = (call.input,) if mask is None else (call.input, mask)

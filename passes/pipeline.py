@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from passes.base import Pass
 from passes.clean_up import CleanUp
 from passes.fuse_coefficients import FuseCoefficients
+from passes.pivot_basis import PivotBasis, PivotedGroup
 from passes.reuse_basis import ReuseBasis
 from passes.share_basis import ShareBasis, SharedGroup
 from passes.split_linear import SplitLinear, SplitSite
@@ -15,6 +16,7 @@ from passes.split_linear import SplitLinear, SplitSite
 def default_passes(
     sites: Sequence[SplitSite],
     groups: Sequence[SharedGroup] = (),
+    pivots: Sequence[PivotedGroup] = (),
     *,
     fuse: bool = True,
     extra: Sequence[Pass] = (),
@@ -33,6 +35,8 @@ def default_passes(
                 ShareBasis(groups=tuple(groups)),
                 # before fusing: coefficients can only be fused once they read the same product
                 ReuseBasis(),
+                # after reuse, so that a product's gather is made once
+                *((PivotBasis(groups=tuple(pivots)),) if pivots else ()),
                 # after reuse; `fuse=False` leaves the slices apart for people who read the graph
                 *((FuseCoefficients(),) if fuse else ()),
             )

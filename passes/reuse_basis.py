@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import fx, nn
 
 from passes.base import Pass
-from passes.graph import calls_by_target, is_written
+from passes.graph import calls_by_target
 from passes.slices import slices
+from passes.writes import is_written
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class ReuseBasis(Pass):
         for target, nodes in calls_by_target(gm, lambda m: isinstance(m, nn.Linear)).items():
             if target not in bases:
                 continue
-            first: dict[object, fx.Node] = {}
+            first: dict[fx.Node, fx.Node] = {}
             for node in nodes:
                 x = node.args[0]
                 assert isinstance(x, fx.Node)
+                if is_written(x) or is_written(node):
+                    continue
                 original = first.setdefault(x, node)
-                if original is node or is_written(x) or is_written(original) or is_written(node):
+                if original is node:
                     continue
                 node.replace_all_uses_with(original)
                 gm.graph.erase_node(node)

@@ -98,7 +98,7 @@ class _Snapshot:
             text=str(gm.graph),
             inputs=_inputs(gm.graph),
             output=_output(gm.graph),
-            versions={name: (t, t._version) for name, t in tensors.items()},
+            versions={name: (t, _version(t)) for name, t in tensors.items()},
             shared=frozenset(_owned_twice(gm)),
         )
 
@@ -113,7 +113,7 @@ class _Snapshot:
         if rewrites == 0 and str(gm.graph) != self.text:
             raise EnsuresError(f"pass {one.name!r} says 0 rewrites but changed the graph text")
         for name, (tensor, version) in self.versions.items():
-            if tensor._version != version:
+            if _version(tensor) != version:
                 raise EnsuresError(
                     f"pass {one.name!r} wrote into tensor {name!r}, which the caller's graph "
                     "shares; make a new tensor instead"
@@ -123,6 +123,11 @@ class _Snapshot:
             raise EnsuresError(
                 f"pass {one.name!r} gave one parameter two owners: {next(iter(twice.values()))}"
             )
+
+
+def _version(tensor: Tensor) -> int:
+    # made under torch.inference_mode, a tensor does not count the writes to it
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _inputs(graph: fx.Graph) -> tuple[tuple[str, object], ...]:

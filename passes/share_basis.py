@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError, ShapeError
-from passes.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.graph import calls_by_target, linear_at, linear_input, new_linear, put_module
 from passes.slices import Slice, set_slices, slices
 
 
@@ -25,6 +25,7 @@ class SharedGroup:
     name: str
     basis_RI: Tensor
     coefficients: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +53,18 @@ class ShareBasis(Pass):
     def requires(self, gm: fx.GraphModule) -> None:
         known = slices(gm)
         seen: set[str] = set()
+        names: set[str] = set()
         for group in self.groups:
-            if "." in group.name or hasattr(gm, group.name):
+            if "." in group.name or hasattr(gm, group.name) or group.name in names:
                 raise RequiresError(
                     f"{self.name}: basis name {group.name!r} is taken or dotted; a basis is one "
                     "new submodule at the root"
+                )
+            names.add(group.name)
+            if group.basis_RI.ndim != 2:
+                raise ShapeError(
+                    f"{self.name}: the basis of group {group.name!r} needs shape (rank, in "
+                    f"features), found {tuple(group.basis_RI.shape)}"
                 )
             rank, in_features = group.basis_RI.shape
             for name, coefficient in group.coefficients.items():
@@ -90,11 +98,15 @@ class ShareBasis(Pass):
                     coefficient, None, requires_grad=trainable, training=gm.training
                 )
                 linear.bias = old.bias
+                if name in group.biases:
+                    linear.bias = nn.Parameter(group.biases[name], requires_grad=trainable)
                 put_module(gm, name, linear)
                 set_slices(gm, {name: Slice(name, 0, linear.out_features, group.name)})
                 for node in calls.get(name, []):
+                    x = linear_input(node)
+                    assert isinstance(x, fx.Node)
                     with gm.graph.inserting_before(node):
-                        z = gm.graph.call_module(group.name, node.args)
+                        z = gm.graph.call_module(group.name, (x,))
                     z.meta.update(node.meta)
                     node.args, node.kwargs = (z,), {}
                     count += 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from passes.errors import PassError
 from passes.graph import weight_and_bias
@@ -22,12 +22,14 @@ _KEY = "slices"
 @dataclass(frozen=True)
 class Slice:
     """Rows ``start:stop`` of the linear ``module`` compute one slice; with ``basis`` set, that
-    linear is a coefficient and reads the product of the basis module of that name."""
+    linear is a coefficient and reads the product of the basis module of that name; ``pivoted``
+    says that the basis is stored as kept inputs and a table (:class:`passes.PivotBasis`)."""
 
     module: str
     start: int
     stop: int
     basis: str | None = None
+    pivoted: bool = False
 
 
 def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
@@ -54,5 +56,21 @@ def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
     rows = weight_OI[place.start : place.stop]
     if place.basis is None:
         return rows
-    basis_RI, _ = weight_and_bias(gm.get_submodule(place.basis))
-    return torch.matmul(rows, basis_RI)
+    return torch.matmul(rows, basis_matrix(gm, place.basis, pivoted=place.pivoted))
+
+
+def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:
+    """The basis ``(R, I)`` of a module, whether it is stored whole or pivoted."""
+    module = gm.get_submodule(name)
+    weight_RT, _ = weight_and_bias(module)
+    if not pivoted:
+        return weight_RT
+    kept = module.kept
+    assert isinstance(kept, Tensor)
+    rank, features = weight_RT.shape[0], sum(weight_RT.shape)
+    others = torch.ones(features, dtype=torch.bool, device=kept.device)
+    others[kept.long()] = False
+    basis_RI = weight_RT.new_zeros(rank, features)
+    basis_RI[:, kept.long()] = torch.eye(rank, dtype=weight_RT.dtype, device=weight_RT.device)
+    basis_RI[:, others] = weight_RT
+    return basis_RI

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError
-from passes.graph import LinearCall, erase_dead, is_linear, linear_calls, new_linear, put_module
+from passes.graph import (
+    LinearCall,
+    erase_dead,
+    is_linear,
+    linear_calls,
+    linear_input,
+    new_linear,
+    put_module,
+)
 from passes.slices import Slice, set_slices
 
 
@@ -65,6 +73,9 @@ class SplitLinear(Pass):
                         f"{sorted(calls)[:6]}. Leave the site out, or capture another way"
                     )
                 _check_rows(name, site, calls[name].weight_OI.shape[0])
+                _check_tie(calls[site.calls[0]], calls[name])
+        _check_names(gm, self.sites)
+        _check_readers(gm, self.sites)
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         by_name: dict[str, list[LinearCall]] = {}
@@ -114,26 +125,85 @@ def _check_rows(name: str, site: SplitSite, out_features: int) -> None:
         )
 
 
+def _check_tie(first: LinearCall, other: LinearCall) -> None:
+    for what in ("weight_OI", "bias_O"):
+        if not _same_memory(getattr(first, what), getattr(other, what)):
+            raise RequiresError(
+                f"split-linear: {first.name!r} and {other.name!r} of one site have not the same "
+                f"{what.partition('_')[0]}; a site is one weight and one bias, make two sites"
+            )
+
+
+def _same_memory(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None or left is right:
+        return left is right
+    # two transposed views of one Conv1D weight are different objects
+    return (
+        left.untyped_storage()._cdata == right.untyped_storage()._cdata
+        and left.storage_offset() == right.storage_offset()
+        and (left.shape, left.stride()) == (right.shape, right.stride())
+    )
+
+
+def _check_names(gm: fx.GraphModule, sites: tuple[SplitSite, ...]) -> None:
+    nodes = [node for node in gm.graph.nodes if node.op in ("call_module", "get_attr")]
+    taken = {
+        str(n.target) if n.op == "call_module" else str(n.target).rpartition(".")[0] for n in nodes
+    }
+    for site in sites:
+        free = set(site.calls)
+        for rows in site.rows:
+            if rows.name in taken and rows.name not in free:
+                raise RequiresError(
+                    f"split-linear: the name {rows.name!r} of rows {rows.start}:{rows.stop} is "
+                    "taken by another module; give the slice another name"
+                )
+            taken.add(rows.name)
+            free.discard(rows.name)
+
+
+def _check_readers(gm: fx.GraphModule, sites: tuple[SplitSite, ...]) -> None:
+    """Splitting takes the module away: nothing but the linear calls may use it or its tensors."""
+    names = {name for site in sites for name in site.calls}
+    linears = {call.node for call in linear_calls(gm)}
+    for node in gm.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and target in names and node not in linears:
+            _refuse_reader(target, node)
+        if node.op == "get_attr" and (target in names or target.rpartition(".")[0] in names):
+            for user in node.users:
+                if user not in linears:
+                    _refuse_reader(target, user)
+
+
+def _refuse_reader(name: str, node: fx.Node) -> None:
+    raise RequiresError(
+        f"split-linear: {name!r} is also used by node {node.name!r} ({node.op}), which is no "
+        "linear call; leave the site out"
+    )
+
+
 def _place_modules(gm: fx.GraphModule, site: SplitSite, call: LinearCall) -> None:
     weight_OI, bias_O = call.weight_OI, call.bias_O
     for rows in site.rows:
-        put_module(
-            gm,
-            rows.name,
-            new_linear(
-                weight_OI[rows.start : rows.stop],
-                None if bias_O is None else bias_O[rows.start : rows.stop],
-                requires_grad=weight_OI.requires_grad,
-                training=gm.training,
-            ),
+        linear = new_linear(
+            weight_OI[rows.start : rows.stop],
+            None if bias_O is None else bias_O[rows.start : rows.stop],
+            requires_grad=weight_OI.requires_grad,
+            training=gm.training,
         )
+        if bias_O is not None:
+            linear.bias.requires_grad_(bias_O.requires_grad)
+        put_module(gm, rows.name, linear)
 
 
 def _split(graph: fx.Graph, call: LinearCall, site: SplitSite) -> None:
     node = call.node
     operands = [n for n in node.all_input_nodes if n.op == "get_attr"]
     with graph.inserting_before(node):
-        parts = [graph.call_module(rows.name, (call.input,)) for rows in site.rows]
+        x = linear_input(node)
+        assert isinstance(x, fx.Node)
+        parts = [graph.call_module(rows.name, (x,)) for rows in site.rows]
         y = parts[0]
         if len(parts) > 1:
             y = graph.call_function(torch.cat, (parts,), {"dim": -1})

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,6 @@ from fxshare.capture.call import (
     tensors,
     to_device,
     vary,
-    without_labels,
 )
 from fxshare.capture.export_front_end import export
 from fxshare.capture.fx_front_end import trace
@@ -77,6 +76,13 @@ def capture(
     Raises :class:`CaptureError` naming the model's line and every front end that was tried.
     """
     start = time.perf_counter()
+    try:
+        structure_copy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied (copy.deepcopy): {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}; take what it holds beside parameters and buffers out"
+        ) from error
     if mode == "auto" and example is None:
         return _modules(model, start, ("no example inputs: captured at module granularity",))
     if mode == "modules":
@@ -86,9 +92,7 @@ def capture(
             f"capture={mode!r} needs an example of the model's inputs: give calibration data or "
             "example=..., or use capture='modules'"
         )
-    call = to_device(
-        completed(model, without_labels(model, bind(model, example))), device_of(model)
-    )
+    call = to_device(completed(model, bind(model, example)), device_of(model))
     run = _Original(model)
     shapes = vary(call, run.works)
     if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
@@ -106,6 +110,34 @@ def capture(
     if mode == "auto":
         return _modules(model, start, tuple(f"tried {failure}" for failure in failures))
     raise CaptureError("; ".join(failures))
+
+
+def recapture(
+    model: nn.Module, front_end: FrontEnd, shapes: Shapes | None, relaxed: Sequence[int]
+) -> Captured:
+    """Repeat an earlier capture of a model of this structure.
+
+    Nothing is run, so neither the weights nor the values of the calls matter.
+
+    Raises :class:`CaptureError` where the front end fails.
+    """
+    start = time.perf_counter()
+    if front_end == "modules" or shapes is None:
+        return _modules(model, start, ())
+    if front_end == "fx":
+        # one shape will do: that none is baked into the graph was seen the first time
+        graph, notes = trace(model, replace(shapes, other=None))
+    else:
+        graph, notes = export(model, shapes), ()
+    guards = len(_guard_nodes(graph))
+    if any(not 0 <= number < guards for number in relaxed):
+        raise CaptureError(
+            f"the graph has {guards} guards, and {list(relaxed)} are to be let go: it is not the "
+            "graph that was captured before"
+        )
+    _erase_guards(graph, relaxed)
+    seconds = time.perf_counter() - start
+    return Captured(front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
 
 
 def _modules(model: nn.Module, start: float, notes: tuple[str, ...]) -> Captured:
@@ -132,7 +164,7 @@ def _graph(
     if hidden:
         raise CaptureError(
             f"the graph does not show the matched linear {hidden[0]!r} ({len(hidden)} in all), "
-            "which is inside a module that is called as a whole"
+            "which is inside a module or function that is called as a whole"
         )
     error = None
     if not run.is_meta:
@@ -149,9 +181,11 @@ def _graph(
 
 
 def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
-    shown = {call.name for call in linear_calls(gm)}
+    hidden = set(names) - {call.name for call in linear_calls(gm)}
     called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
-    return sorted(n for n in set(names) - shown if any(n.startswith(leaf) for leaf in called))
+    # F.multi_head_attention_forward is one node that reads the weight of out_proj
+    read = {str(n.target).rpartition(".")[0] for n in gm.graph.nodes if n.op == "get_attr"}
+    return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -338,6 +372,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "quiet",
+    "recapture",
     "resized",
     "tensors",
     "to_device",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,16 @@ def bind(model: nn.Module, batch: object) -> Call:
     return dict(zip(names, values, strict=False))
 
 
-def without_labels(model: nn.Module, call: Call) -> Call:
-    """The call without optional labels, so that the captured graph returns what inference needs."""
+def without_labels(model: nn.Module, call: Call, keep: Iterable[str] = ()) -> Call:
+    """The call without optional labels but those of ``keep``, so that the captured graph returns
+    what inference needs."""
     parameters = parameters_of(model)
     return {
         name: value
         for name, value in call.items()
         if not (
             name in LABELS
+            and name not in keep
             and name in parameters
             and parameters[name].default is not inspect.Parameter.empty
         )
@@ -122,6 +124,13 @@ class Shapes:
     other: Call | None
     batch: bool
     sequence: bool
+
+    @staticmethod
+    def between(base: Call, other: Call | None) -> Shapes:
+        """Two calls that are known to work; what differs between them varies."""
+        batch, length = _sizes(base)
+        other_batch, other_length = _sizes(base if other is None else other)
+        return Shapes(base, other, batch=batch != other_batch, sequence=length != other_length)
 
     def dynamic_dims(self, value: Tensor) -> tuple[int, ...]:
         """The dimensions of one of the base call's tensors that are meant to vary."""

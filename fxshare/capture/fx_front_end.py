@@ -34,9 +34,11 @@ def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, 
     notes: list[str] = []
     graph, guards = _trace_once(root, shapes.base, training=False)
     if shapes.other is not None:
-        _check_sizes(graph, _trace_once(root, shapes.other, training=False)[0])
+        # on a copy: fx leaves the constants of a trace on the root, and numbers on from there
+        other = structure_copy(model)
+        _check_sizes(graph, _trace_once(other, shapes.other, training=False)[0])
     try:
-        trained, _ = _trace_once(root, shapes.base, training=True)
+        trained, _ = _trace_once(structure_copy(model), shapes.base, training=True)
         switches = insert_training_switches(root, graph, differences(graph, trained))
         if switches:
             notes.append(f"{switches} constants follow train/eval through switches")

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxshare.errors import CaptureError
 from passes.graph import is_linear, structure_copy
+from passes.pivot_basis import gathers, set_gathers
 from passes.slices import Slice, set_slices, slices
 
 
@@ -37,7 +40,10 @@ def linears_side_by_side(model: nn.Module) -> fx.GraphModule:
     """One graph with an input, a linear call and an output for every linear module of ``model``."""
     root = structure_copy(model)
     names = [
-        name for name, module in root.named_modules(remove_duplicate=False) if is_linear(module)
+        name
+        for name, module in root.named_modules(remove_duplicate=False)
+        # nn.MultiheadAttention never calls its out_proj, it reads the weight
+        if is_linear(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
     if not names:
         raise CaptureError(
@@ -56,10 +62,13 @@ def put_back(
 ) -> nn.Module:
     """A structure copy of ``model`` in which each site is the rewritten piece of the graph."""
     sites = list(sites)
+    # the pieces hold views of the source's weights and biases
+    rewritten = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
     result = structure_copy(_without(model, sites), clone_parameters=copy)
     (output,) = (node for node in rewritten.graph.nodes if node.op == "output")
     results: Any = output.args[0]
     places: dict[str, Slice] = {}
+    derived: dict[str, tuple[str, ...]] = {}
     bases = {place.basis for place in slices(rewritten).values() if place.basis}
     for name in sorted(bases):
         result.add_module(name, rewritten.get_submodule(name))
@@ -69,9 +78,13 @@ def put_back(
         for slice_name, place in slices(rewritten).items():
             if place.module in moved:
                 new = f"{name}.{moved[place.module]}"
-                places.setdefault(slice_name, Slice(new, place.start, place.stop, place.basis))
+                places.setdefault(slice_name, replace(place, module=new))
+        for gather, order in gathers(rewritten).items():
+            if hasattr(piece, gather):
+                derived[f"{name}.{gather}"] = order
     holder = result.__dict__.setdefault("meta", {})
     holder["slices"] = places
+    set_gathers(result, derived)
     return result
 
 
@@ -104,6 +117,9 @@ def _piece(
             copies[node] = graph.placeholder("x")
             continue
         new = graph.node_copy(node, lambda old: copies[old])
+        if node.op == "get_attr":  # the index of a gather
+            index = getattr(rewritten, str(node.target))
+            root.register_buffer(str(node.target), index, persistent=False)
         if node.op == "call_module":
             target = str(node.target)
             module = rewritten.get_submodule(target)

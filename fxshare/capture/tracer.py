@@ -157,6 +157,7 @@ class ValueTracer(fx.Tracer):
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._faked: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._computing = False
+        self._thread = threading.get_ident()
 
     def guard(self, proxy: ValueProxy, value: NumberT, what: str) -> NumberT:
         """Record that the traced path rests on ``value``."""
@@ -233,14 +234,19 @@ class ValueTracer(fx.Tracer):
         return super().create_arg(a)
 
     # While a fake value is computed the hooks must be off, else each call of a module or read of a
-    # parameter would be traced again, without end.
+    # parameter would be traced again, without end. fx's hooks are global: what another thread runs
+    # meanwhile is none of our business.
+    @property
+    def _passes_by(self) -> bool:
+        return self._computing or threading.get_ident() != self._thread
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._computing:
+        if self._passes_by:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._computing:
+        if self._passes_by:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 

@@ -1,0 +1,326 @@
+"""The planned mode from a configuration: statistics, search, and a plan within a budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from fxshare.calibrate import Statistics, calibrate
+from fxshare.capture import Call, Captured, bind, device_of, dtype_of, to_device
+from fxshare.capture.call import completed, without_labels
+from fxshare.config import Budget, Planner, ShareConfig
+from fxshare.errors import CalibrationError, PlanError
+from fxshare.losses import Loss
+from fxshare.planned import (
+    GroupFactors,
+    Options,
+    make_problem,
+    nodes_of,
+    slice_statistics,
+)
+from fxshare.planner.cost import Storage
+from fxshare.planner.solve import least_cost
+from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
+from fxshare.search import Effort, Judge, Planned, Search, Trial, substituted, trials
+from fxshare.spectra import Spectra
+from passes.graph import weight_and_bias
+
+_HELD_BACK = 10
+
+
+@dataclass(eq=False)
+class Budgeted:
+    """A plan within its budget and the factors that realise it."""
+
+    plan: Plan
+    factors: Mapping[str, GroupFactors]
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class _Data:
+    fit: list[object]
+    held_back: list[tuple[Call, object]]
+
+
+def plan_within_budget(
+    model: nn.Module,
+    captured: Captured,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, Tensor],
+    batches: Iterable[object],
+    cfg: ShareConfig,
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Budgeted:
+    """Plan and factorise under the configuration's budget.
+
+    A tenth of the calibration data is held back from the statistics; the plans of the search are
+    compared on it.
+
+    Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
+    each other, and :class:`CalibrationError` where gradients are missing or not finite.
+    """
+    assert cfg.budget is not None
+    start = time.perf_counter()
+    planner = cfg.planner
+    data = _split(model, captured, batches, planner.search)
+
+    def gather(run: nn.Module, on: Captured) -> Statistics:
+        return calibrate(
+            run,
+            on,
+            data.fit,
+            sites,
+            max_tokens=cfg.calibration.max_tokens,
+            total=len(data.fit),
+            gradients=True,
+            loss=loss,
+            labels=planner.labels,
+            seed=seed,
+        )
+
+    statistics = gather(model, captured)
+    slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
+    floor = cfg.calibration.relative_floor
+    options = _options(cfg.budget, planner, dtype_of(model).itemsize)
+    _check_layers(planner, sites)
+    judge = None
+    if planner.search != "off":
+        judge = Judge(model, captured, sites, data.held_back, loss=loss)
+    budget = _limit(model, cfg.budget, sites, options)
+    if cfg.budget.max_loss_increase is not None:
+        problem = make_problem(nodes_of(sites, slices), Spectra(slices, floor), options)
+        strategy = _strategy(planner)
+        budget = float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
+    search = Search(
+        sites=tuple(sites),
+        weights=weights,
+        biases=site_biases(model, sites),
+        options=options,
+        budget=budget,
+        judge=judge,
+        refit=planner.refit,
+        bias=planner.bias,
+        relative_floor=floor,
+    )
+    todo = _trials(planner, options)
+    best = search.run(slices, todo)
+    if judge is not None:
+        for number in range(planner.remeasure):
+            again = _remeasured(captured, model, search, best, number, gather)
+            slices_again = slice_statistics(sites, weights, again, centred=planner.bias)
+            rerun = search.run(slices_again, todo, label=_label(number))
+            if rerun.measured < best.measured:
+                best, slices = rerun, slices_again
+    limit = cfg.budget.max_loss_increase
+    if limit is not None and judge is not None:
+        best = _within_loss(search, best, slices, limit)
+    plan = Plan(
+        mode="planned",
+        sites=tuple(sites),
+        groups=best.groups,
+        skipped=tuple(skipped),
+        outlook=_outlook(best, search, options, statistics, judge, time.perf_counter() - start),
+    )
+    return Budgeted(plan, best.factors, statistics)
+
+
+def _label(number: int) -> str:
+    return ", remeasured" if number == 0 else f", remeasured {number + 1} times"
+
+
+def _split(
+    model: nn.Module, captured: Captured, batches: Iterable[object], effort: Effort
+) -> _Data:
+    """Every tenth batch is held back; of few batches the last one."""
+    everything = list(batches)
+    if effort == "off":
+        return _Data(everything, [])
+    if len(everything) < 2:
+        raise CalibrationError(
+            "a search needs at least 2 calibration batches, of which one is held back to judge "
+            f"plans; found {len(everything)}. Give smaller batches, or planner: {{search: off}}"
+        )
+    step = min(_HELD_BACK, len(everything))
+    keep = captured.shapes.base if captured.shapes else ()
+    held = []
+    for batch in everything[step - 1 :: step]:
+        call = completed(model, without_labels(model, bind(model, batch), keep))
+        held.append((to_device(call, device_of(model)), batch))
+    fit = [b for i, b in enumerate(everything) if i % step != step - 1]
+    return _Data(fit, held)
+
+
+def _options(budget: Budget, planner: Planner, element_size: int) -> Options:
+    alone = budget.params_kept is None and budget.max_bytes is None
+    alone = alone and budget.max_loss_increase is None
+    storages: dict[str, tuple[Storage, ...]] = {
+        "auto": ("plain", "pivoted"),
+        "plain": ("plain",),
+        "pivoted": ("pivoted",),
+    }
+    return Options(
+        unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
+        storages=storages[planner.storage],
+        element_size=element_size,
+        max_group=planner.max_group,
+        rank_multiple=planner.rank_multiple,
+        floor=planner.floor,
+        ceiling=planner.ceiling,
+        flops_kept=None if alone else budget.flops_kept,
+        keep_dense=frozenset(planner.keep_dense),
+        may_share=tuple(frozenset(types) for types in planner.may_share),
+        tie=tuple(frozenset(names) for names in planner.tie),
+    )
+
+
+def _check_layers(planner: Planner, sites: Sequence[Site]) -> None:
+    layers = {site.layer for site in sites}
+    unknown = [layer for layer in planner.keep_dense if layer not in layers]
+    if unknown:
+        known = sorted(layer for layer in layers if layer is not None)
+        raise PlanError(f"planner.keep_dense: there is no layer {unknown[0]}; layers are {known}")
+
+
+def _limit(model: nn.Module, budget: Budget, sites: Sequence[Site], options: Options) -> float:
+    """The budget in the options' unit."""
+    dense = sum(site.weights for site in sites)
+    if budget.params_kept is not None:
+        return float(int(budget.params_kept * dense))
+    if budget.max_bytes is not None:
+        whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        rest = whole - dense * options.element_size
+        if budget.max_bytes <= rest:
+            raise PlanError(
+                f"budget.max_bytes: {budget.max_bytes:,} bytes; what is not rewritten alone takes "
+                f"{rest:,}. Match more weights, or raise the budget"
+            )
+        return float(budget.max_bytes - rest)
+    if budget.max_loss_increase is not None:
+        return float(dense)
+    assert budget.flops_kept is not None
+    return budget.flops_kept * 2 * dense
+
+
+def _strategy(planner: Planner) -> str:
+    return planner.strategy
+
+
+def _trials(planner: Planner, options: Options) -> list[Trial]:
+    found = trials(planner.search, mergeable=not options.may_share)
+    return [t if t.strategy != "layers" else replace(t, strategy=_strategy(planner)) for t in found]
+
+
+def site_biases(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The bias ``(out,)`` of every site that has one."""
+    found = {}
+    for site in sites:
+        _, bias = weight_and_bias(model.get_submodule(site.name))
+        if bias is not None:
+            found[site.name] = bias.detach()
+    return found
+
+
+def _remeasured(
+    captured: Captured,
+    model: nn.Module,
+    search: Search,
+    best: Planned,
+    number: int,
+    gather: Callable[[nn.Module, Captured], Statistics],
+) -> Statistics:
+    """Statistics on a model compressed half as much; later rounds on the best plan so far."""
+    middle = best
+    if number == 0:
+        dense = search.dense_cost(best)
+        half = Search(
+            search.sites,
+            search.weights,
+            search.biases,
+            search.options,
+            (search.budget + dense) / 2,
+            None,
+            search.refit,
+            search.bias,
+            search.relative_floor,
+        )
+        assert best.spectra is not None
+        middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
+    weights, biases = search.dense(middle.factors)
+    if captured.front_end == "modules":
+        return gather(substituted(model, search.sites, weights, biases), captured)
+    graph = substituted(captured.graph, search.sites, weights, biases)
+    return gather(model, replace(captured, graph=graph))
+
+
+def _within_loss(
+    search: Search, best: Planned, slices: Mapping[str, object], limit: float
+) -> Planned:
+    """Raise the budget until the measured loss keeps the limit; the prediction was a start."""
+    dense = float(search.dense_cost(best))
+    low, high = search.budget, dense
+    if best.measured <= limit:
+        low, high = 0.0, search.budget
+    found = best if best.measured <= limit else None
+    for _ in range(6):
+        search.budget = (low + high) / 2
+        try:
+            one = search.run(slices, [best.trial], label=" within max_loss_increase")  # type: ignore[arg-type]
+        except PlanError:
+            low = search.budget
+            continue
+        if one.measured <= limit:
+            found, high = one, search.budget
+        else:
+            low = search.budget
+    if found is None:
+        raise PlanError(
+            f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
+            f"{best.measured:.3g}. Raise it, or match fewer weights"
+        )
+    return found
+
+
+def _outlook(
+    best: Planned,
+    search: Search,
+    options: Options,
+    statistics: Statistics,
+    judge: Judge | None,
+    seconds: float,
+) -> Outlook:
+    solution = best.solution
+    return Outlook(
+        loss_name=statistics.loss,
+        unit=options.unit,
+        budget=solution.budget,
+        cost=solution.cost,
+        price=solution.price,
+        predicted=solution.loss,
+        bound=solution.bound,
+        gap=solution.gap,
+        measured=None if math.isnan(best.measured) else best.measured,
+        strategy=solution.strategy,
+        trial=best.trial.name,
+        refit=best.refitted,
+        trials=tuple(
+            TrialResult(
+                name=t.trial,
+                predicted=t.predicted,
+                measured=t.measured if math.isfinite(t.measured) else None,
+                cost=t.cost,
+                groups=t.groups,
+                seconds=t.seconds,
+            )
+            for t in search.tried
+        ),
+        held_back_tokens=0 if judge is None else judge.tokens,
+        seconds=seconds,
+    )

@@ -1,0 +1,138 @@
+"""The command line: ``fxshare COMMAND``, or ``python -m fxshare COMMAND``.
+
+Results go to stdout; messages, warnings and progress to stderr. Each command is a function that
+returns a :class:`~fxshare.cli.output.Result`; what is slow to import is imported inside of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fxshare.cli.compile import compile_model
+from fxshare.cli.demo import demo
+from fxshare.cli.eval import evaluate_model
+from fxshare.cli.inspect import inspect_model
+from fxshare.cli.output import reports, show_error, show_warning
+from fxshare.cli.plan import plan_model
+from fxshare.cli.schema import schema
+from fxshare.cli.validate import validate
+from fxshare.cli.verify import verify_model
+from fxshare.errors import CheckFailed, ConfigError, FxShareError, FxShareWarning
+
+OK, KNOWN_ERROR, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+# typer 0.12 imports click, later versions carry their own: this is UsageError of either.
+_UsageError: type = typer.BadParameter.__mro__[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (``sys.argv[1:]`` where None); returns the exit code.
+
+    0: done. 1: an error. 2: a wrong command line or configuration. 3: a numerical check failed.
+    130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("FXSHARE_DEBUG", "0") not in ("", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FxShareWarning)
+        warnings.showwarning = show_warning(warnings.showwarning)
+        try:
+            code = make_app()(arguments, prog_name="fxshare", standalone_mode=False)
+            sys.stdout.flush()
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except BrokenPipeError:
+            # The reader (`| head`) has what it wanted; Python would complain again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return KNOWN_ERROR
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            return _failed(error, debug)
+    if code == INTERRUPTED:  # some versions of typer raise, others return it
+        show_error("interrupted")
+    return code if isinstance(code, int) else OK
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    if isinstance(error, _UsageError):
+        show_error(error.format_message(), hint=_usage(error))  # type: ignore[attr-defined]
+        return USAGE
+    if isinstance(error, FxShareError):
+        show_error(str(error))
+        if isinstance(error, ConfigError):
+            return USAGE
+        return CHECK_FAILED if isinstance(error, CheckFailed) else KNOWN_ERROR
+    if isinstance(error, OSError):
+        show_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return KNOWN_ERROR
+    hint = None if debug else "--debug shows where; please report it if it is not your model's code"
+    show_error(f"unexpected {type(error).__name__}: {error}", hint=hint)
+    return KNOWN_ERROR
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = "fxshare" if context is None else context.command_path
+    return f"'{command} --help' shows what it takes"
+
+
+def make_app() -> typer.Typer:
+    """The commands, in the order in which ``--help`` lists them."""
+    app = typer.Typer(
+        name="fxshare",
+        no_args_is_help=False,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    app.command("demo")(reports(demo))
+    app.command("validate")(reports(validate))
+    app.command("plan")(reports(plan_model))
+    app.command("compile")(reports(compile_model))
+    app.command("verify")(reports(verify_model))
+    app.command("inspect")(reports(inspect_model))
+    app.command("eval")(reports(evaluate_model))
+    app.command("schema")(reports(schema))
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fxshare import __version__
+
+        print(f"fxshare {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Make transformers smaller and faster by cross-layer basis sharing.
+
+    \b
+    fxshare demo                                    a tour, nothing to download
+    fxshare validate MODEL -c gpt2.yaml             what does the configuration match?
+    fxshare compile MODEL -c gpt2.yaml -o out/      rewrite, check, report, save
+    fxshare eval out/ --against MODEL --data x.txt  perplexity side by side
+
+    A MODEL is a folder that fxshare saved, a transformers folder, package.module:factory, or
+    'embedded'. Nothing is downloaded. Exit codes: 0 done, 1 error, 2 wrong command line or
+    configuration, 3 a numerical check failed, 130 interrupted.
+    """
+    del version
+
+
+__all__ = ["main", "make_app"]

@@ -1,0 +1,126 @@
+"""``fxshare compile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxshare.cli.options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    Capture,
+    Configs,
+    Debug,
+    Length,
+    Model,
+    Seed,
+    Sets,
+    Tokens,
+    calibration_batches,
+    config_of,
+)
+from fxshare.cli.output import Result, note
+from fxshare.cli.plan import read_plan
+from fxshare.errors import StoreError
+
+if TYPE_CHECKING:
+    from fxshare.models import LoadedModel
+
+
+def compile_model(
+    model: Model,
+    config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
+    set_: Sets = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Realise this plan (of 'fxshare plan') as it is."),
+    ] = None,
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    length: Length = None,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    capture: Annotated[
+        Capture | None,
+        typer.Option(
+            help="How the model is captured. Default: the configuration's.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Save the result here."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output folder of fxshare.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Rewrite a model under a configuration, check the result, and print the report.
+
+    Without -o nothing is saved. Without --calibration the weights alone decide (plain SVD).
+
+    \b
+    Example:
+      fxshare compile path/to/gpt2 -c configs/gpt2.yaml \\
+          --set group_size=2 --set compression_rate=0.8 \\
+          --calibration wiki.txt --tokens 65536 -o out/
+    """
+    del as_json, debug
+    import fxshare
+    from fxshare.models import example_ids, load_model
+
+    cfg = config_of(config, set_)
+    made = None if plan is None else read_plan(plan)
+    _check_free(output, force)
+    loaded = load_model(model)
+    batches = calibration_batches(
+        loaded, calibration, tokens=tokens, length=length, batch_size=batch_size, seed=seed
+    )
+    note(f"compiling {model} ({type(loaded.model).__name__})")
+    gm = fxshare.compile(
+        loaded.model,
+        cfg,
+        calibration=batches,
+        example=None if batches else example_ids(loaded.model, seed=seed),
+        plan=made,
+        capture=None if capture is None else capture.value,
+    )
+    report = gm.fxshare.report
+    data: dict[str, Any] = {**report.to_dict(), "saved_to": None}
+    text = str(report)
+    if output is not None:
+        _save(gm, loaded, output, force)
+        data["saved_to"] = str(output)
+        text += f"\nsaved to {output}"
+    return Result(data, text)
+
+
+def _check_free(output: Path | None, force: bool) -> None:
+    """Refuse before hours of work what saving would refuse after them."""
+    from fxshare.models import is_saved
+
+    if output is None or not output.exists():
+        return
+    if not output.is_dir():
+        raise StoreError(f"{output}: expected a folder to save to, found a file")
+    if not force:
+        raise StoreError(f"{output} exists; choose another folder, or replace it with --force")
+    if any(output.iterdir()) and not is_saved(str(output)):
+        raise StoreError(
+            f"{output} has files and was not written by fxshare; --force replaces only folders "
+            "that were. Choose another"
+        )
+
+
+def _save(gm: Any, loaded: LoadedModel, output: Path, force: bool) -> None:
+    from fxshare.store import save
+
+    save(gm, output, force=force)
+    # transformers' tokenizers are files; the demo's comes with this package
+    keep = getattr(loaded.tokenizer, "save_pretrained", None)
+    if keep is not None:
+        keep(output)

@@ -1,0 +1,155 @@
+"""``fxshare eval``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxshare.cli.options import (
+    AsJson,
+    BatchSize,
+    Debug,
+    Length,
+    Model,
+    Original,
+    Protocol,
+    Seed,
+    Tokens,
+    window_length,
+)
+from fxshare.cli.output import Result, table
+from fxshare.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fxshare.evaluating import Evaluation
+    from fxshare.models import LoadedModel
+
+
+def evaluate_model(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="FILE.txt, FILE.jsonl[:KEY], FILE.npy, FILE.safetensors[:NAME], stdlib or "
+            "stdlib:held-out.",
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="OTHER", help="A second model, evaluated in the same run."),
+    ] = None,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="A (GPTQ): windows without overlap, remainder dropped, mean over all tokens. "
+            "B (Basis Sharing): short last window kept, mean of window means."
+        ),
+    ] = Protocol.A,
+    length: Length = None,
+    tokens: Tokens = None,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    original: Original = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Measure perplexity, and bits per byte where the text is known; the protocol is always named.
+
+    \b
+    Examples:
+      fxshare eval path/to/gpt2 --data wiki.test.txt --length 1024
+      fxshare eval out/ --against path/to/gpt2 --data wiki.test.txt --protocol B
+    """
+    del as_json, debug
+    from fxshare.evaluating import PROTOCOLS, evaluate
+    from fxshare.models import vocabulary_of
+    from fxshare.text import read_stream
+
+    if protocol is Protocol.B and tokens is not None:
+        raise ConfigError(
+            f"--tokens {tokens}: protocol B keeps the short last window of all the data, so a "
+            "choice of windows is not it; leave --tokens out or take --protocol A"
+        )
+    models = _load(model, against, original)
+    tokenizer = next((m.tokenizer for m in models if m.tokenizer is not None), None)
+    vocabularies = [v for m in models if (v := vocabulary_of(m.model)) is not None]
+    stream = read_stream(data, tokenizer=tokenizer, vocabulary=min(vocabularies, default=None))
+    size = min(window_length(m, length) for m in models)
+    ids = stream.ids
+    if tokens is not None:
+        ids = stream.windows(size, count=max(1, -(-tokens // size)), seed=seed)
+    found = [
+        evaluate(
+            m.model,
+            ids,
+            protocol=protocol.value,
+            length=size,
+            bytes_per_token=stream.bytes_per_token,
+            batch_size=batch_size,
+        )
+        for m in models
+    ]
+    document = {
+        "protocol": protocol.value,
+        "description": PROTOCOLS[protocol.value],
+        "data": data,
+        "length": size,
+        "results": [{"model": m.name, **_numbers(e)} for m, e in zip(models, found, strict=True)],
+    }
+    return Result(document, _text(models, found, data))
+
+
+def _load(model: str, against: str | None, original: str | None) -> list[LoadedModel]:
+    from fxshare.models import is_saved, load_model
+
+    structure = None if original is None else load_model(original).model
+    if against is None:
+        return [load_model(model, original=structure)]
+    if is_saved(model):
+        # a saved folder that cannot tell its class is probably compared with what it was made from
+        other = load_model(against, original=structure)
+        return [load_model(model, original=structure or _unless_saved(other)), other]
+    first = load_model(model)
+    return [first, load_model(against, original=structure or _unless_saved(first))]
+
+
+def _unless_saved(loaded: LoadedModel) -> nn.Module | None:
+    return None if loaded.kind == "saved" else loaded.model
+
+
+def _numbers(found: Evaluation) -> dict[str, Any]:
+    shared = ("protocol", "description", "length")
+    return {key: value for key, value in found.to_dict().items() if key not in shared}
+
+
+def _text(models: list[LoadedModel], found: list[Evaluation], data: str) -> str:
+    first = found[0]
+    header = ["model", "perplexity", "nats/token", "bits/byte", "tokens", "windows", "s"]
+    rows = [
+        [
+            m.name,
+            f"{e.perplexity:.4f}",
+            f"{e.nll:.4f}",
+            "–" if e.bits_per_byte is None else f"{e.bits_per_byte:.4f}",
+            f"{e.tokens:,}",
+            f"{e.windows:,}",
+            f"{e.seconds:.1f}",
+        ]
+        for m, e in zip(models, found, strict=True)
+    ]
+    lines = [
+        f"protocol {first.protocol} ({first.description})",
+        f"data {data}, windows of {first.length} tokens",
+        table(header, rows),
+    ]
+    if len(found) == 2:
+        ratio = found[0].perplexity / found[1].perplexity
+        lines.append(
+            f"perplexity of {models[0].name} is {ratio:.4f} times that of {models[1].name} "
+            f"({found[0].nll - found[1].nll:+.4f} nats per token)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""``fxshare inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxshare.cli.options import AsJson, Configs, Debug, Original, Sets, config_of
+from fxshare.cli.output import Result, table
+from fxshare.errors import CaptureError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fxshare.config import ShareConfig
+    from fxshare.record import Record
+
+
+def inspect_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT_OR_MODEL", help="A folder that fxshare saved, or any MODEL to look into."
+        ),
+    ],
+    config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
+    set_: Sets = None,
+    slices: Annotated[
+        bool, typer.Option("--slices", help="List every slice and where its rows are.")
+    ] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph as code.")] = False,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Explain a module or slice: what became of it, or why nothing did."
+        ),
+    ] = None,
+    original: Original = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Show the report and the sites of a saved folder, or the linear modules of a model.
+
+    With -c, the modules of a model that is not compiled yet are explained under a configuration.
+
+    \b
+    Examples:
+      fxshare inspect out/
+      fxshare inspect out/ --why transformer.h.0.attn.c_attn.q.3
+      fxshare inspect path/to/gpt2 -c configs/gpt2.yaml --why lm_head
+    """
+    del as_json, debug
+    from fxshare.cli.why import explain
+    from fxshare.models import load_model
+
+    structure = None if original is None else load_model(original).model
+    loaded = load_model(model, original=structure)
+    meta = getattr(loaded.model, "meta", None)
+    record: Record | None = meta.get("fxshare") if isinstance(meta, dict) else None
+    cfg = _config(config, set_, record)
+    if why is not None:
+        lines = explain(loaded.model, why, cfg, record)
+        return Result({"name": why, "why": lines}, "\n".join([why, *(f"  {x}" for x in lines)]))
+    if graph:
+        code = _graph(model, loaded.model, record)
+        return Result({"model": model, "graph": code}, code)
+    if record is None:
+        return _linears(model, loaded.model, cfg)
+    return _saved(model, loaded.model, record, slices)
+
+
+def _config(config: Any, set_: Any, record: Record | None) -> ShareConfig | None:
+    if not config and not set_:
+        return None if record is None else record.config
+    if record is not None:
+        raise ConfigError(
+            "a saved folder is shown under the configuration it was compiled with; leave -c and "
+            "--set out"
+        )
+    return config_of(config, set_)
+
+
+def _graph(name: str, model: nn.Module, record: Record | None) -> str:
+    from torch import fx
+
+    from fxshare.capture import capture
+    from fxshare.models import example_ids
+
+    if record is None:
+        captured = capture(model, example_ids(model))
+        if captured.front_end == "modules":
+            raise CaptureError(
+                f"{name}: no graph of the whole model: {'; '.join(captured.notes)}; only a model "
+                "that reads token ids can be traced without data of yours"
+            )
+        return _code(captured.graph)
+    if isinstance(model, fx.GraphModule):
+        return _code(model)
+    pieces = [(site.name, model.get_submodule(site.name)) for site in record.plan.sites]
+    return "\n\n".join(
+        f"# {site}\n{_code(piece)}" for site, piece in pieces if isinstance(piece, fx.GraphModule)
+    )
+
+
+def _code(gm: Any) -> str:
+    code: str = gm.print_readable(print_output=False)
+    return code.rstrip()
+
+
+def _saved(name: str, model: nn.Module, record: Record, slices: bool) -> Result:
+    from fxshare.record import slices_of
+
+    places = slices_of(model)
+    ranks = {s: g.rank for g in record.plan.groups for s in g.slices}
+    sites = [
+        {
+            "site": site.name,
+            "type": site.type,
+            "layer": site.layer,
+            "in_features": site.in_features,
+            "out_features": site.out_features,
+            "calls": list(site.calls),
+            "slices": [
+                {
+                    "slice": s.name,
+                    "rows": [s.start, s.stop],
+                    "module": places[s.name].module,
+                    "module_rows": [places[s.name].start, places[s.name].stop],
+                    "basis": places[s.name].basis,
+                    "rank": ranks.get(s.name),
+                    "relative_error": record.slice_errors.get(s.name),
+                }
+                for s in site.slices
+            ],
+        }
+        for site in record.plan.sites
+    ]
+    data = {"model": name, "report": record.report.to_dict(), "sites": sites}
+    listing = _slice_table(sites) if slices else _site_table(sites)
+    return Result(data, f"{record.report}\n\n{listing}")
+
+
+def _site_table(sites: list[dict[str, Any]]) -> str:
+    header = ["site", "type", "layer", "in→out", "slices", "bases", "modules that read it"]
+    rows = [
+        [
+            s["site"],
+            s["type"],
+            _or_dash(s["layer"]),
+            f"{s['in_features']}→{s['out_features']}",
+            str(len(s["slices"])),
+            str(len({p["basis"] for p in s["slices"] if p["basis"]})),
+            str(len(s["calls"])),
+        ]
+        for s in sites
+    ]
+    return table(header, rows, left=2)
+
+
+def _slice_table(sites: list[dict[str, Any]]) -> str:
+    header = ["slice", "is in module", "basis", "rows", "rows there", "rank", "relative error"]
+    rows = [
+        [
+            p["slice"],
+            p["module"],
+            p["basis"] or "–",
+            "{}:{}".format(*p["rows"]),
+            "{}:{}".format(*p["module_rows"]),
+            "dense" if p["rank"] is None else str(p["rank"]),
+            "–" if p["relative_error"] is None else f"{p['relative_error']:.3e}",
+        ]
+        for s in sites
+        for p in s["slices"]
+    ]
+    return table(header, rows, left=3)
+
+
+def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
+    from fxshare.matching import match
+    from passes.graph import is_linear, weight_and_bias
+
+    matching = None if cfg is None else match(model, cfg)
+    types = {} if matching is None else {c: s.type for s in matching.sites for c in s.calls}
+    names: dict[int, list[str]] = {}
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(parameter_name)
+    linears = []
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if not is_linear(module):
+            continue
+        weight_OI, bias = weight_and_bias(module)
+        readers = [n.rpartition(".")[0] for n in names.get(id(module.weight), ())]
+        linears.append(
+            {
+                "module": module_name,
+                "kind": type(module).__name__,
+                "in_features": weight_OI.shape[1],
+                "out_features": weight_OI.shape[0],
+                "bias": bias is not None,
+                "shares_weight_with": [n for n in readers if n != module_name],
+                "type": types.get(module_name),
+            }
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    data = {
+        "model": name,
+        "class": type(model).__name__,
+        "parameters": parameters,
+        "linears": linears,
+        "skipped": [] if matching is None else [s.model_dump() for s in matching.skipped],
+    }
+    header = ["module", "kind", "in→out", "bias", "shares weight with"]
+    header += [] if cfg is None else ["weight type"]
+    rows = [
+        [
+            line["module"],
+            line["kind"],
+            f"{line['in_features']}→{line['out_features']}",
+            "yes" if line["bias"] else "no",
+            ", ".join(line["shares_weight_with"]) or "–",
+            *([] if cfg is None else [_or_dash(line["type"])]),
+        ]
+        for line in linears
+    ]
+    text = (
+        f"{name}: {type(model).__name__}, {parameters:,} parameters, {len(linears)} linear "
+        f"modules; not compiled by fxshare\n{table(header, rows, left=2)}"
+    )
+    return Result(data, text)
+
+
+def _or_dash(value: object) -> str:
+    return "–" if value is None else str(value)

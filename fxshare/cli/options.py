@@ -1,0 +1,163 @@
+"""The options that several commands take."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxshare.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fxshare.config import ShareConfig
+    from fxshare.models import LoadedModel
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder that fxshare saved, a transformers folder, package.module:factory, or "
+        "'embedded' (the demo's model).",
+    ),
+]
+Configs = Annotated[
+    list[Path],
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Configuration in YAML. Give it again to merge several; later files win.",
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one key of the configuration: group_size=2, weight_types.attn.n_head=16.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error (or FXSHARE_DEBUG=1).")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Data to gather statistics on: FILE.txt, FILE.jsonl[:KEY], FILE.npy, "
+        "FILE.safetensors[:NAME], stdlib, stdlib:held-out. Without it: plain SVD of the weights.",
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Use about N tokens: a random choice of windows. Default: all."
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="L",
+        help="Tokens per window. Default: what the model was made for, at most 2048.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="B", help="Windows per batch.")]
+Seed = Annotated[int, typer.Option(metavar="S", help="Seed of every random choice.")]
+
+Original = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model that a saved folder was made from, where the folder cannot tell its class.",
+    ),
+]
+
+LONGEST_DEFAULT = 2048
+"""Window length of the published perplexities; the default where the model takes that much."""
+
+
+class Capture(str, Enum):
+    """Values of ``--capture``."""
+
+    AUTO = "auto"
+    FX = "fx"
+    EXPORT = "export"
+    MODULES = "modules"
+
+
+class Protocol(str, Enum):
+    """Values of ``--protocol``."""
+
+    A = "A"
+    B = "B"
+
+
+def config_of(configs: list[Path], sets: list[str] | None) -> ShareConfig:
+    """The configuration that ``-c`` and ``--set`` describe."""
+    from fxshare.config import load_config
+
+    if not configs:
+        raise ConfigError("expected a configuration; give it with -c FILE.yaml")
+    return load_config(configs, overrides=sets or [])
+
+
+def window_length(loaded: LoadedModel, length: int | None) -> int:
+    """The window length that was asked for, or the model's own up to 2048."""
+    from fxshare.models import context_of
+
+    context = context_of(loaded.model)
+    if length is None and context is None:
+        raise ConfigError(
+            f"{loaded.name}: the model does not say how many tokens it reads at once; give "
+            "--length L"
+        )
+    if length is None:
+        assert context is not None
+        return min(context, LONGEST_DEFAULT)
+    if context is not None and length > context:
+        raise ConfigError(
+            f"--length {length}: {loaded.name} was made for at most {context} tokens; give a "
+            "smaller length"
+        )
+    return length
+
+
+def calibration_batches(
+    loaded: LoadedModel,
+    spec: str | None,
+    *,
+    tokens: int | None,
+    length: int | None,
+    batch_size: int,
+    seed: int,
+) -> list[Tensor] | None:
+    """The batches that ``--calibration`` and its options describe; None without it."""
+    import torch
+
+    from fxshare.models import vocabulary_of
+    from fxshare.text import load_tokens
+
+    if spec is None:
+        for option, value in (("--tokens", tokens), ("--length", length)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} {value}: has no effect without data; give --calibration SPEC, or "
+                    f"leave {option} out"
+                )
+        return None
+    size = window_length(loaded, length)
+    windows = load_tokens(
+        spec,
+        tokenizer=loaded.tokenizer,
+        length=size,
+        count=None if tokens is None else max(1, -(-tokens // size)),
+        seed=seed,
+        vocabulary=vocabulary_of(loaded.model),
+    )
+    return list(torch.split(windows, batch_size))

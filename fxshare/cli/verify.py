@@ -1,0 +1,76 @@
+"""``fxshare verify``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxshare.cli.options import AsJson, Debug, Length, Model, Seed, window_length
+from fxshare.cli.output import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fxshare.models import LoadedModel
+
+_FAILED = 3
+_WINDOWS = 2
+
+
+def verify_model(
+    model: Model,
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The folder that was compiled from it.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="Compare on two windows of this data as well (see 'eval --data')."
+        ),
+    ] = None,
+    length: Length = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Compare a saved model numerically with the model it was made from.
+
+    In exact mode the outputs must be equal up to rounding; in the other modes they must equal
+    those of the original with every compressed weight multiplied out, and the error of each slice
+    must be the recorded one. Exit code 3 where they are not.
+
+    \b
+    Example:
+      fxshare verify path/to/gpt2 out/
+    """
+    del as_json, debug
+    from fxshare.models import example_ids, load_model
+    from fxshare.record import record_of
+    from fxshare.verifying import verify
+
+    original = load_model(model)
+    compiled = load_model(out, original=original.model)
+    record = record_of(compiled.model)
+    inputs: list[Tensor] | None = None
+    if data is not None:
+        inputs = [_windows(original, data, length, seed)]
+    elif not record.inputs:
+        example = example_ids(original.model, seed=seed)
+        inputs = None if example is None else [example]
+    found = verify(original.model, compiled.model, inputs, seed=seed)
+    return Result(found.to_dict(), str(found), code=0 if found.ok else _FAILED)
+
+
+def _windows(loaded: LoadedModel, spec: str, length: int | None, seed: int) -> Tensor:
+    from fxshare.models import vocabulary_of
+    from fxshare.text import load_tokens
+
+    return load_tokens(
+        spec,
+        tokenizer=loaded.tokenizer,
+        length=window_length(loaded, length),
+        count=_WINDOWS,
+        seed=seed,
+        vocabulary=vocabulary_of(loaded.model),
+    )

@@ -1,0 +1,287 @@
+"""The planned mode: statistics in, a plan with predicted loss out; and its factors.
+
+Joins the pure planner (:mod:`fxshare.planner`) to tensors: spectra price the candidates, the chosen
+groups are factorised in the metric they were priced in, refitted, and pivoted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxshare.calibrate import Statistics
+from fxshare.errors import FactoriseError
+from fxshare.factorise import factorise
+from fxshare.pivoting import Pivoted, pivot
+from fxshare.planner.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
+from fxshare.planner.curve import DENSE, Curve, restrict
+from fxshare.planner.problem import Node, Part, Problem
+from fxshare.planner.solve import Choice, Solution
+from fxshare.planning import with_unique_names
+from fxshare.plans import Group, Site
+from fxshare.spectra import OutputRoot, SliceStatistics, Spectra, output_root
+
+Unit = Literal["numbers", "bytes", "flops"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a planning problem allows. ``floor`` and ``ceiling`` are shares of a group's dense cost;
+    ``flops_kept`` bounds every group's operations by that share of its dense ones."""
+
+    unit: Unit = "numbers"
+    storages: tuple[Storage, ...] = ("plain", "pivoted")
+    element_size: int = 4
+    max_group: int | None = None
+    rank_multiple: int | None = None
+    floor: float = 0.0
+    ceiling: float = 1.0
+    flops_kept: float | None = None
+    keep_dense: frozenset[int] = frozenset()
+    may_share: tuple[frozenset[str], ...] = ()
+    tie: tuple[Part, ...] = ()
+
+
+def slice_statistics(
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    statistics: Statistics,
+    *,
+    centred: bool = True,
+) -> dict[str, SliceStatistics]:
+    """Statistics per slice. With ``centred`` a site that has a bias is judged by the covariance of
+    its input: the mean's part of the error goes into the bias."""
+    found = {}
+    grams: dict[object, Tensor] = {}
+    for site in sites:
+        key = (statistics.key([site.name]), centred and site.bias)
+        mean = statistics.mean(site.name) if centred and site.bias else None
+        if key not in grams:
+            gram = statistics.gram(site.name)
+            grams[key] = gram if mean is None else gram - torch.outer(mean, mean)
+        for s in site.slices:
+            found[s.name] = SliceStatistics(
+                weight_OI=weights[site.name][s.start : s.stop],
+                gram_II=grams[key],
+                moment_OO=statistics.moment(s.name, site.name) if statistics.gradients else None,
+                input=key,
+                mean_I=mean,
+            )
+    return found
+
+
+def nodes_of(sites: Sequence[Site], slices: Mapping[str, SliceStatistics]) -> dict[str, Node]:
+    """The planner's nodes. Sites without a layer number get one of their own, below all layers."""
+    found = {}
+    for number, site in enumerate(sites):
+        layer = -1 - number if site.layer is None else site.layer
+        for s in site.slices:
+            found[s.name] = Node(
+                name=s.name,
+                site=site.name,
+                type=site.type,
+                label=s.label,
+                layer=layer,
+                head=s.head,
+                in_features=site.in_features,
+                out_features=s.out_features,
+                input=slices[s.name].input,
+            )
+    return found
+
+
+def shape_of(nodes: Mapping[str, Node], part: Part) -> Shape:
+    """The shape of a group: each site reads the basis with its input, once."""
+    members = [nodes[name] for name in part]
+    return Shape(
+        members[0].in_features,
+        sum(node.out_features for node in members),
+        len({node.input for node in members}),
+    )
+
+
+def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) -> Problem:
+    """The partition problem with curves from spectra."""
+
+    def curve(part: Part) -> Curve:
+        shape = shape_of(nodes, part)
+        rank = ranks(shape, options.rank_multiple)
+        dense = _cost(shape, np.array([0]), "plain", options, dense=True)
+        costs, losses, chosen = [], [], []
+        if not any(nodes[name].layer in options.keep_dense for name in part):
+            tails = spectra.tails(part)
+            for storage in options.storages:
+                cost = _cost(shape, rank, storage, options)
+                keep = cost < dense[0]
+                if options.flops_kept is not None:
+                    keep &= flops(shape, rank, storage) <= options.flops_kept * shape.dense_flops
+                costs.append(cost[keep])
+                losses.append(tails[rank[keep]])
+                chosen.append(rank[keep] * 2 + (storage == "pivoted"))
+        whole = Curve(
+            np.concatenate([*costs, dense]),
+            np.concatenate([*losses, np.zeros(1)]),
+            np.concatenate([*chosen, np.array([DENSE])]),
+        )
+        ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
+        return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
+
+    return Problem(
+        nodes, curve, may_share=options.may_share, max_group=options.max_group, tie=options.tie
+    )
+
+
+def _cost(
+    shape: Shape,
+    rank: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    storage: Storage,
+    options: Options,
+    *,
+    dense: bool = False,
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    if options.unit == "numbers":
+        return np.array([shape.dense_numbers]) if dense else numbers(shape, rank, storage)
+    if options.unit == "bytes":
+        size = options.element_size
+        if dense:
+            return np.array([shape.dense_numbers * size])
+        return weights_bytes(shape, rank, storage, size)
+    return np.array([shape.dense_flops]) if dense else flops(shape, rank, storage)
+
+
+def rank_of(choice: Choice) -> tuple[int, Storage]:
+    """Rank and storage that an option of a basis candidate stands for."""
+    return choice.rank // 2, "pivoted" if choice.rank % 2 else "plain"
+
+
+def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:
+    """The plan's groups; slices that stay dense are in none."""
+    groups = []
+    for choice in solution.choices:
+        if choice.rank == DENSE:
+            continue
+        rank, storage = rank_of(choice)
+        part = choice.candidate.slices
+        members = sorted((nodes[n] for n in part), key=lambda n: (n.layer, n.site, n.name))
+        shape = shape_of(nodes, part)
+        types = list(dict.fromkeys(n.type for n in members))
+        labels = list(dict.fromkeys(n.label for n in members))
+        layers = tuple(sorted({n.layer for n in members if n.layer >= 0}))
+        where = f"{layers[0]}_{layers[-1]}" if layers else members[0].site
+        name = "_".join(filter(None, ["basis", *types, *(labels[:4]), where]))
+        groups.append(
+            Group(
+                name=re.sub(r"\W", "_", name),
+                type="+".join(types),
+                label="+".join(labels),
+                layers=layers,
+                slices=tuple(n.name for n in members),
+                in_features=shape.in_features,
+                out_features=shape.out_features,
+                rank=rank,
+                storage=storage,
+                loss=choice.loss,
+            )
+        )
+    return with_unique_names(groups)
+
+
+@dataclass(eq=False)
+class GroupFactors:
+    """The factors of one group in float64: ``weight_i ≈ coefficients[i] @ basis_RI``."""
+
+    group: Group
+    basis_RI: Tensor
+    coefficients: dict[str, Tensor]
+    pivoted: Pivoted | None
+    floored: int
+    lost: float
+    """Predicted loss increase, from the spectrum."""
+    total: float
+    bias_shift: dict[str, Tensor] = field(default_factory=dict)
+
+    def product(self, name: str) -> Tensor:
+        """The weight that a slice is replaced by."""
+        return self.coefficients[name] @ self.basis_RI
+
+
+def factorise_group(
+    group: Group,
+    spectra: Spectra,
+    roots: dict[str, OutputRoot],
+    *,
+    refit: bool = True,
+    bias: bool = True,
+) -> GroupFactors:
+    """Factorise one planned group in the metric it was priced in.
+
+    Minimises ``½ Σ_i tr(A_i (W_i − C_i B) G (W_i − C_i B)ᵀ)``; with ``refit`` each slice's
+    coefficient is then fitted to its own Gram, ``C_i = W_i G_i Bᵀ (B G_i Bᵀ)⁻¹``, which never
+    raises its error; with ``bias`` the mean of what is lost is returned as a shift of the bias.
+    """
+    names = group.slices
+    whitening = spectra.whitening(tuple(sorted(names)))
+    members: list[Tensor] = []
+    inverses: list[Tensor | None] = []
+    for name in names:
+        one = spectra.slices[name]
+        weight = one.weight_OI.double()
+        if one.moment_OO is None:
+            members.append(weight)
+            inverses.append(None)
+            continue
+        if name not in roots:
+            roots[name] = output_root(one.moment_OO, relative_floor=spectra.relative_floor)
+        members.append(roots[name].root_OO @ weight)
+        inverses.append(roots[name].inverse_OO)
+    try:
+        factors = factorise(members, whitening, group.rank)
+    except FactoriseError as error:
+        raise FactoriseError(f"group {group.name!r}: {error}") from error
+    coefficients = {
+        name: c if inverse is None else inverse @ c
+        for name, c, inverse in zip(names, factors.coefficients, inverses, strict=True)
+    }
+    basis = factors.basis_RI
+    if refit:
+        coefficients = {
+            name: _refit(spectra.slices[name], basis, coefficients[name], whitening.floor)
+            for name in names
+        }
+    shift = {}
+    if bias:
+        for name in names:
+            one = spectra.slices[name]
+            if one.mean_I is not None:
+                shift[name] = (one.weight_OI.double() - coefficients[name] @ basis) @ one.mean_I
+    pivoted = pivot(basis) if group.storage == "pivoted" else None
+    return GroupFactors(
+        group,
+        basis,
+        coefficients,
+        pivoted,
+        whitening.floored,
+        0.5 * factors.lost,
+        0.5 * factors.total,
+        shift,
+    )
+
+
+def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
+    gram = one.gram_II.double()
+    projected = basis_RI @ gram
+    inner = projected @ basis_RI.T
+    # the damping that the whitening had, so that a singular Gram refits to where it started
+    inner = inner + floor * (basis_RI @ basis_RI.T)
+    right = one.weight_OI.double() @ (projected.T + floor * basis_RI.T)
+    solved, info = torch.linalg.solve_ex(inner, right.T)
+    refitted: Tensor = solved.T
+    if int(info) or not bool(refitted.isfinite().all()):
+        return coefficient
+    return refitted

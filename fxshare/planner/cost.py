@@ -1,0 +1,79 @@
+"""Exact integer costs of one group at every rank, plain and pivoted.
+
+Letters: I input features, O stacked output width, R rank, M distinct inputs that read the basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Storage = Literal["plain", "pivoted"]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a group depends on, apart from its rank."""
+
+    in_features: int
+    out_features: int
+    inputs: int = 1
+    """Distinct inputs: each is multiplied with the basis once per token."""
+
+    @property
+    def full_rank(self) -> int:
+        """``min(I, O)``."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def dense_numbers(self) -> int:
+        """``I · O``."""
+        return self.in_features * self.out_features
+
+    @property
+    def dense_flops(self) -> int:
+        """Floating-point operations per token of the dense weights: 2 a weight."""
+        return 2 * self.dense_numbers
+
+    @property
+    def break_even_rank(self) -> int:
+        """The largest rank whose plain storage is not above dense."""
+        return self.dense_numbers // (self.in_features + self.out_features)
+
+
+def numbers(shape: Shape, rank: Ints, storage: Storage) -> Ints:
+    """Stored numbers: ``R (I + O)`` plain; pivoted (PIFA, arXiv 2501.19090) ``R (I + O) − R²`` and
+    ``R`` index entries."""
+    plain = rank * (shape.in_features + shape.out_features)
+    return plain if storage == "plain" else plain - rank * rank + rank
+
+
+def weights_bytes(shape: Shape, rank: Ints, storage: Storage, element_size: int) -> Ints:
+    """Bytes: numbers in the model's dtype, index entries as 4-byte integers."""
+    plain = rank * (shape.in_features + shape.out_features)
+    if storage == "plain":
+        return plain * element_size
+    return (plain - rank * rank) * element_size + rank * 4
+
+
+def flops(shape: Shape, rank: Ints, storage: Storage) -> Ints:
+    """Operations per token: the basis once per distinct input, every coefficient once."""
+    basis_width = shape.in_features if storage == "plain" else shape.in_features - rank
+    return 2 * rank * (shape.inputs * basis_width + shape.out_features)
+
+
+def ranks(shape: Shape, multiple: int | None = None) -> Ints:
+    """The ranks to choose from: multiples of ``multiple``, never above full rank.
+
+    None chooses a step of full rank / 256 as a power of two: a finer choice of thousands of ranks
+    changes the cost by less than the budget's tolerance.
+    """
+    if multiple is None:
+        multiple = 1
+        while shape.full_rank // multiple > 512:
+            multiple *= 2
+    return np.arange(min(multiple, shape.full_rank), shape.full_rank + 1, multiple, dtype=np.int64)

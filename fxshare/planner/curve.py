@@ -1,0 +1,86 @@
+"""Loss against cost: what the solver sees of a candidate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxshare.errors import PlanError
+
+Floats = NDArray[np.float64]
+DENSE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The options of one candidate, by ascending cost; the last one is dense.
+
+    ``cost`` is in the budget's unit, ``loss`` the predicted increase of the model's loss per token,
+    ``rank`` what is kept (:data:`DENSE` for dense).
+    """
+
+    cost: NDArray[np.int64]
+    loss: Floats
+    rank: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.loss).all() or (self.loss < 0).any():
+            raise PlanError(
+                "a candidate's loss curve is not finite or below zero; look for NaN in the "
+                "gradients or inputs of its sites"
+            )
+
+    @cached_property
+    def hull(self) -> NDArray[np.int64]:
+        """Options on the lower convex hull, by ascending cost: all that any price can choose."""
+        chosen: list[int] = []
+        for at in np.lexsort((self.loss, self.cost)):
+            while chosen and self.loss[at] < self.loss[chosen[-1]] and len(chosen) > 1:
+                a, b = chosen[-2], chosen[-1]
+                run_ab, run_ac = self.cost[b] - self.cost[a], self.cost[at] - self.cost[a]
+                drop_ab, drop_ac = self.loss[a] - self.loss[b], self.loss[a] - self.loss[at]
+                if drop_ab * run_ac > drop_ac * run_ab:
+                    break
+                chosen.pop()
+            if not chosen or self.loss[at] < self.loss[chosen[-1]]:
+                if chosen and self.cost[at] == self.cost[chosen[-1]]:
+                    chosen.pop()
+                chosen.append(int(at))
+        return np.array(chosen, dtype=np.int64)
+
+    @cached_property
+    def slopes(self) -> Floats:
+        """Loss saved per unit of cost between consecutive hull options; descending."""
+        cost, loss = self.cost[self.hull], self.loss[self.hull]
+        saved: Floats = (loss[:-1] - loss[1:]) / np.maximum(cost[1:] - cost[:-1], 1)
+        return np.minimum.accumulate(saved) if len(saved) else saved
+
+    def at_price(self, price: float) -> int:
+        """The option that minimises ``loss + price · cost``."""
+        steps = int(np.searchsorted(-self.slopes, -price, side="left"))
+        return int(self.hull[steps])
+
+    def values(self, prices: Floats) -> Floats:
+        """``min (loss + price · cost)`` at each of several prices."""
+        options = self.hull[np.searchsorted(-self.slopes, -prices, side="left")]
+        found: Floats = self.loss[options] + prices * self.cost[options]
+        return found
+
+    def value(self, price: float) -> float:
+        """``min (loss + price · cost)``."""
+        option = self.at_price(price)
+        return float(self.loss[option] + price * self.cost[option])
+
+
+def restrict(curve: Curve, *, least: float = 0.0, most: float | None = None) -> Curve:
+    """Only the options whose cost is at least ``least`` and, dense apart, at most ``most``."""
+    keep = curve.cost >= least
+    if most is not None:
+        keep &= curve.cost <= most
+    # dense always remains: nothing else can be done where the floor is above every rank
+    if most is None or not keep.any():
+        keep |= curve.rank == DENSE
+    return Curve(curve.cost[keep], curve.loss[keep], curve.rank[keep])

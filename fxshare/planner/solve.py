@@ -1,0 +1,199 @@
+"""Meet a budget: prices outside, a partition problem inside.
+
+At a price λ per unit of cost the groups no longer compete, and the best partition is an
+unconstrained problem (MATH §2 of the design notes: Lagrangian relaxation). Partitions are collected
+on a fixed grid of prices; each is then ranked for the budget along its own path of falling slopes,
+and the best is kept. Because the grid does not depend on the budget, more budget never gives more
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxshare.errors import PlanError
+from fxshare.planner.curve import Curve
+from fxshare.planner.problem import Candidate, Part, Problem
+from fxshare.planner.strategies import STRATEGIES
+
+_PRICES = 48
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate and which option of its curve was taken."""
+
+    candidate: Candidate
+    option: int
+
+    @property
+    def cost(self) -> int:
+        """Cost in the budget's unit."""
+        return int(self.candidate.curve.cost[self.option])
+
+    @property
+    def loss(self) -> float:
+        """Predicted loss increase."""
+        return float(self.candidate.curve.loss[self.option])
+
+    @property
+    def rank(self) -> int:
+        """Rank, or ``DENSE``."""
+        return int(self.candidate.curve.rank[self.option])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A partition with ranks. ``bound`` is the dual bound: no plan over the partitions considered
+    loses less within the budget; ``gap`` how far above it this plan is."""
+
+    choices: tuple[Choice, ...]
+    budget: float
+    bound: float
+    price: float
+    strategy: str
+
+    @property
+    def cost(self) -> int:
+        """Total cost."""
+        return sum(choice.cost for choice in self.choices)
+
+    @property
+    def loss(self) -> float:
+        """Total predicted loss increase."""
+        return sum(choice.loss for choice in self.choices)
+
+    @property
+    def gap(self) -> float:
+        """``loss − bound``."""
+        return max(self.loss - self.bound, 0.0)
+
+
+def solve(problem: Problem, budget: float, *, strategy: str = "auto") -> Solution:
+    """The plan of least predicted loss whose cost is at most ``budget``.
+
+    Raises :class:`PlanError` for an unknown strategy or a budget below the cheapest plan.
+    """
+    found = sweep(problem, [budget], strategy=strategy)[0]
+    return found
+
+
+def sweep(problem: Problem, budgets: Sequence[float], *, strategy: str = "auto") -> list[Solution]:
+    """:func:`solve` for several budgets over one collection of partitions."""
+    if strategy not in STRATEGIES:
+        raise PlanError(f"no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+    if not problem.nodes:
+        raise PlanError("there is nothing to plan: no slices")
+    prices = _grid(problem)
+    problem.fix_prices(prices)
+    partitions: dict[frozenset[Part], list[Part]] = {}
+    for price in prices:
+        parts = STRATEGIES[strategy](problem, price)
+        partitions.setdefault(frozenset(parts), parts)
+    # over every partition collected, not only the one found at this price: a heuristic may have
+    # found a better one at another price, and the bound must hold for that one too
+    values = [
+        min(sum(problem.value(p, price) for p in parts) for parts in partitions.values())
+        for price in prices
+    ]
+    paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
+    return [_best(paths, prices, values, budget, strategy) for budget in budgets]
+
+
+def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
+    """The cheapest plan whose predicted loss increase is at most ``loss``, to within 0.1 % of the
+    dense cost. Loss never rises with the budget, so the budget is bisected."""
+    if not loss >= 0:
+        raise PlanError(f"max_loss_increase: expected a number of at least 0, found {loss!r}")
+    dense = sum(int(problem.candidate(p).curve.cost[-1]) for p in problem.singletons())
+    low, high = 0, dense
+    best = solve(problem, dense, strategy=strategy)
+    while high - low > dense / 1000:
+        middle = (low + high) // 2
+        try:
+            one = solve(problem, middle, strategy=strategy)
+        except PlanError:  # below the cheapest plan
+            low = middle
+            continue
+        if one.loss <= loss:
+            best, high = one, middle
+        else:
+            low = middle
+    return best
+
+
+def _grid(problem: Problem) -> list[float]:
+    """Prices from where everything is dense to where everything is cheapest."""
+    slopes = [s for p in problem.singletons() for s in _ends(problem.candidate(p).curve) if s > 0]
+    if not slopes:
+        return [1.0]
+    low, high = min(slopes) * 0.5, max(slopes) * 2
+    if not np.isfinite(high):
+        raise PlanError("a price is infinite: some slice loses infinitely much per stored number")
+    return [float(x) for x in np.geomspace(low, high, _PRICES)]
+
+
+def _ends(curve: Curve) -> list[float]:
+    return [float(curve.slopes[0]), float(curve.slopes[-1])] if len(curve.slopes) else []
+
+
+class _Path:
+    """One partition, from its cheapest plan to its dearest: steps by falling slope."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self.candidates = candidates
+        steps: list[tuple[float, int, int]] = []
+        for number, candidate in enumerate(candidates):
+            for at, slope in enumerate(candidate.curve.slopes):
+                steps.append((-float(slope), number, at))
+        self.steps = sorted(steps)
+        self.start = [int(c.curve.hull[0]) for c in candidates]
+        self.least = sum(int(c.curve.cost[o]) for c, o in zip(candidates, self.start, strict=True))
+
+    def at(self, budget: float) -> tuple[tuple[Choice, ...], float]:
+        """The choices at a budget, and the price there."""
+        options = list(self.start)
+        left = budget - self.least
+        price = 0.0
+        for negative, number, at in self.steps:
+            curve = self.candidates[number].curve
+            step = int(curve.cost[curve.hull[at + 1]] - curve.cost[curve.hull[at]])
+            if step <= left:
+                options[number] = int(curve.hull[at + 1])
+                left -= step
+                continue
+            # the first step that does not fit is taken in part: the options between hull points
+            price = -negative
+            options[number] = _between(curve, options[number], left)
+            break
+        choices = tuple(Choice(c, o) for c, o in zip(self.candidates, options, strict=True))
+        return choices, price
+
+
+def _between(curve: Curve, option: int, left: float) -> int:
+    fits = np.flatnonzero(curve.cost <= curve.cost[option] + left)
+    best = int(fits[np.argmin(curve.loss[fits])])
+    return best if curve.loss[best] < curve.loss[option] else option
+
+
+def _best(
+    paths: Sequence[_Path],
+    prices: Sequence[float],
+    values: Sequence[float],
+    budget: float,
+    strategy: str,
+) -> Solution:
+    feasible = [path for path in paths if path.least <= budget]
+    if not feasible:
+        least = min(path.least for path in paths)
+        raise PlanError(
+            f"the budget {budget:,.0f} is below the cheapest plan, {least:,}; raise the budget or "
+            "lower the floor"
+        )
+    found = [path.at(budget) for path in feasible]
+    choices, price = min(found, key=lambda one: sum(c.loss for c in one[0]))
+    bound = max(v - p * budget for p, v in zip(prices, values, strict=True))
+    return Solution(choices, budget, max(bound, 0.0), price, strategy)

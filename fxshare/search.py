@@ -1,0 +1,353 @@
+"""A small search over plans, judged by the measured loss on held-back calibration data.
+
+Far from dense a quadratic model says little, and by how much is not known beforehand. So a few
+plans are made (with a floor under every rank, blended with uniform ranks, with same-input types
+merged, with statistics measured again on a half-compressed model), each is tried on data that the
+statistics have not seen, and the best is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxshare.capture import Call, Captured, quiet
+from fxshare.capture.call import holds_tensor
+from fxshare.errors import PlanError
+from fxshare.losses import Labels, Loss, default_loss
+from fxshare.planned import (
+    GroupFactors,
+    Options,
+    factorise_group,
+    groups_of,
+    make_problem,
+    nodes_of,
+    shape_of,
+)
+from fxshare.planner.curve import DENSE
+from fxshare.planner.problem import Node, Problem
+from fxshare.planner.solve import Choice, Solution, solve
+from fxshare.plans import Group, Site
+from fxshare.progress import track
+from fxshare.spectra import OutputRoot, SliceStatistics, Spectra
+from passes.graph import ModuleT, is_conv1d, structure_copy
+
+Effort = Literal["off", "quick", "thorough"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to plan."""
+
+    name: str
+    strategy: str = "layers"
+    floor: float = 0.0
+    """Least share of every group's dense cost, as a share of the budget's."""
+    blend: float = 0.0
+    """How far ranks are drawn towards uniform ones; 1 is uniform."""
+    merge: bool = False
+    """Whether types that read one activation may share a basis."""
+    loss_aware: bool = True
+    """Whether the gradient statistics are used; without them errors of activations count."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial's outcome. ``measured`` is the loss increase per token on the held-back data."""
+
+    trial: str
+    predicted: float
+    measured: float
+    cost: int
+    groups: int
+    seconds: float
+
+
+def trials(effort: Effort, *, mergeable: bool) -> list[Trial]:
+    """The trials of each effort; the first is the plain optimum of the quadratic model."""
+    first = Trial("planned")
+    if effort == "off":
+        return [first]
+    found = [
+        first,
+        Trial("floor 0.3", floor=0.3),
+        Trial("floor 0.6", floor=0.6),
+        Trial("blend 0.5", blend=0.5),
+        Trial("uniform", strategy="separate", blend=1.0),
+        Trial("uniform, activation error", strategy="separate", blend=1.0, loss_aware=False),
+    ]
+    if mergeable:
+        found.append(Trial("same input merged", strategy="same_input", merge=True))
+    if effort == "thorough":
+        found += [
+            Trial("floor 0.15", floor=0.15),
+            Trial("floor 0.8", floor=0.8),
+            Trial("blend 0.25", blend=0.25),
+            Trial("blend 0.75", blend=0.75),
+            Trial("floor 0.3, blend 0.25", floor=0.3, blend=0.25),
+        ]
+        if mergeable:
+            found.append(
+                Trial("same input merged, floor 0.3", strategy="same_input", merge=True, floor=0.3)
+            )
+    return found
+
+
+class Judge:
+    """Measures the loss of a substitution of weights on held-back calls.
+
+    Runs the captured graph (or a copy of the model at module granularity) in which the sites'
+    weights are replaced by dense ones of the same function as the plan's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        sites: Sequence[Site],
+        calls: Sequence[tuple[Call, object]],
+        *,
+        loss: Loss | None = None,
+        labels: Labels = "data",
+    ) -> None:
+        source: nn.Module = model if captured.front_end == "modules" else captured.graph
+        self._source = source
+        self._sites = tuple(sites)
+        self._calls = list(calls)
+        self._loss = loss
+        self._labels = labels
+        self.tokens = sum(_tokens(call) for call, _ in self._calls)
+        self.base = self._run(structure_copy(source))
+
+    def __call__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
+        """Loss per token above the dense model's; infinite where it is not finite."""
+        value = self._run(substituted(self._source, self._sites, weights, biases))
+        return value - self.base if math.isfinite(value) else math.inf
+
+    def _run(self, module: nn.Module) -> float:
+        for m in module.modules():
+            m.training = False
+        total = 0.0
+        with quiet():
+            for call, batch in self._calls:
+                given = {k: v for k, v in call.items() if holds_tensor(v)}
+                output = module(**given)
+                if self._loss is not None:
+                    total += float(self._loss(output, batch))
+                else:
+                    total += float(default_loss(output, call)[0])
+        return total / max(self.tokens, 1)
+
+
+def _tokens(call: Call) -> int:
+    for value in call.values():
+        if isinstance(value, Tensor):
+            shape = value.shape[:2] if value.ndim > 1 else value.shape[:1]
+            return math.prod(shape)
+    return 1
+
+
+def substituted(
+    source: ModuleT,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+) -> ModuleT:
+    """A copy of a module in which sites have other weights ``(out, in)`` and biases ``(out,)``."""
+    copy = structure_copy(source)
+    for site in sites:
+        for attribute, values in (("weight", weights), ("bias", biases)):
+            if site.name not in values:
+                continue
+            for call in site.calls:
+                module = copy.get_submodule(call)
+                new = values[site.name]
+                if attribute == "weight" and is_conv1d(module):
+                    new = new.t()
+                old = getattr(module, attribute)
+                parameter = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=False)
+                setattr(module, attribute, parameter)
+    return copy
+
+
+@dataclass(eq=False)
+class Planned:
+    """A plan that was tried: its groups, its factors, and what it was predicted to lose."""
+
+    solution: Solution
+    groups: tuple[Group, ...]
+    factors: dict[str, GroupFactors]
+    trial: Trial
+    refitted: bool
+    measured: float = math.nan
+    spectra: Spectra | None = None
+
+
+@dataclass(eq=False)
+class Search:
+    """Everything that trials share. ``budget`` is in the options' unit."""
+
+    sites: tuple[Site, ...]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    options: Options
+    budget: float
+    judge: Judge | None
+    refit: bool | None = None
+    bias: bool = True
+    relative_floor: float = 1e-8
+    tried: list[Tried] = field(default_factory=list)
+
+    def run(
+        self, slices: Mapping[str, SliceStatistics], todo: Sequence[Trial], *, label: str = ""
+    ) -> Planned:
+        """Try every trial on these statistics and return the best."""
+        spectra = {
+            aware: Spectra(
+                slices if aware else _without_moments(slices), relative_floor=self.relative_floor
+            )
+            for aware in (True, False)
+        }
+        best: Planned | None = None
+        failures: list[str] = []
+        for trial in track(list(todo), f"searching{label}", total=len(todo)):
+            start = time.perf_counter()
+            try:
+                one = self._plan(trial, spectra[trial.loss_aware])
+            except PlanError as error:  # a floor above the budget: this trial has no plan
+                failures.append(f"{trial.name}: {error}")
+                continue
+            self._realise(one)
+            self.tried.append(
+                Tried(
+                    trial.name + label,
+                    one.solution.loss,
+                    one.measured,
+                    one.solution.cost,
+                    len(one.groups),
+                    time.perf_counter() - start,
+                )
+            )
+            if best is None or one.measured < best.measured:
+                best = one
+        if best is None:
+            raise PlanError("; ".join(failures))
+        return best
+
+    def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
+        nodes = nodes_of(self.sites, spectra.slices)
+        dense = sum(_dense_cost(nodes, name, self.options) for name in nodes)
+        share = self.budget / dense
+        options = replace(
+            self.options,
+            floor=max(self.options.floor, trial.floor * share),
+            may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
+        )
+        problem = make_problem(nodes, spectra, options)
+        solution = solve(problem, self.budget, strategy=trial.strategy)
+        if trial.blend:
+            solution = blend(solution, problem, trial.blend, share)
+        groups = groups_of(solution, nodes)
+        return Planned(solution, groups, {}, trial, False, spectra=spectra)
+
+    def dense_cost(self, planned: Planned) -> int:
+        """What everything dense would cost, in the options' unit."""
+        return sum(int(choice.candidate.curve.cost[-1]) for choice in planned.solution.choices)
+
+    def _realise(self, one: Planned) -> None:
+        """Factorise, with and without the refits that are left to measurement, and measure."""
+        assert one.spectra is not None
+        roots: dict[str, OutputRoot] = {}
+        best = math.inf
+        choices = (
+            (True, False)
+            if self.refit is None and self.judge is not None
+            else (self.refit is not False,)
+        )
+        for refit in choices:
+            factors = {
+                g.name: factorise_group(g, one.spectra, roots, refit=refit, bias=self.bias)
+                for g in one.groups
+            }
+            measured = math.nan
+            if self.judge is not None:
+                measured = self.judge(*self.dense(factors))
+            if not one.factors or measured < best:
+                one.factors, one.measured, one.refitted = factors, measured, refit
+                best = measured
+
+    def dense(
+        self, factors: Mapping[str, GroupFactors]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The sites' weights multiplied out, and their shifted biases."""
+        products = {
+            name: (f.product(name), f.bias_shift.get(name))
+            for f in factors.values()
+            for name in f.group.slices
+        }
+        weights: dict[str, Tensor] = {}
+        shifts: dict[str, Tensor] = {}
+        for site in self.sites:
+            if not any(s.name in products for s in site.slices):
+                continue
+            rows, moved = [], []
+            for s in site.slices:
+                product, shift = products.get(s.name, (None, None))
+                own = self.weights[site.name][s.start : s.stop].double()
+                rows.append(own if product is None else product)
+                moved.append(own.new_zeros(s.out_features) if shift is None else shift)
+            weights[site.name] = torch.cat(rows)
+            if any(products.get(s.name, (None, None))[1] is not None for s in site.slices):
+                shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
+        return weights, shifts
+
+
+def _without_moments(slices: Mapping[str, SliceStatistics]) -> dict[str, SliceStatistics]:
+    return {name: replace(one, moment_OO=None) for name, one in slices.items()}
+
+
+def _dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:
+    shape = shape_of(nodes, frozenset({name}))
+    if options.unit == "numbers":
+        return shape.dense_numbers
+    if options.unit == "bytes":
+        return shape.dense_numbers * options.element_size
+    return shape.dense_flops
+
+
+def _same_input_types(nodes: Mapping[str, Node]) -> tuple[frozenset[str], ...]:
+    by_input: dict[object, set[str]] = {}
+    for node in nodes.values():
+        by_input.setdefault(node.input, set()).add(node.type)
+    return tuple({frozenset(types) for types in by_input.values() if len(types) > 1})
+
+
+def blend(solution: Solution, problem: Problem, share: float, kept: float) -> Solution:
+    """Draw every group's cost towards ``kept`` of its dense cost: ``(1 − share) · planned + share ·
+    uniform``, never above the budget."""
+    choices = []
+    for choice in solution.choices:
+        curve = choice.candidate.curve
+        dense = int(curve.cost[-1])
+        wanted = (1 - share) * choice.cost + share * kept * dense
+        fits = np.flatnonzero((curve.cost <= wanted) & (curve.rank != DENSE))
+        if wanted >= dense:
+            choices.append(Choice(choice.candidate, len(curve.cost) - 1))
+        elif len(fits):
+            best = fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]]
+            choices.append(Choice(choice.candidate, int(best)))
+        else:
+            choices.append(Choice(choice.candidate, int(curve.hull[0])))
+    blended = replace(solution, choices=tuple(choices))
+    if blended.cost > solution.budget:
+        raise PlanError(
+            f"blended ranks cost {blended.cost:,}, more than the budget {solution.budget:,.0f}"
+        )
+    return blended

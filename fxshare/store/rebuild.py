@@ -1,0 +1,174 @@
+"""Compile again from the structure: the same capture, the same plan, tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.capture import recapture
+from fxshare.capture.call import Call, Shapes
+from fxshare.compiling import assemble, rewrite
+from fxshare.errors import FxShareError, StoreError
+from fxshare.record import InputSpec, Record, graph_sha256
+from fxshare.store.manifest import DTYPES, Manifest, dtype_name
+from fxshare.store.skeleton import hollow
+from passes import Pass, PivotedGroup, SharedGroup
+
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+
+
+def rebuild(
+    structure: nn.Module,
+    manifest: Manifest,
+    record: Record,
+    passes: Sequence[Pass],
+    device: torch.device,
+) -> nn.Module:
+    """The compiled module, its tensors without values.
+
+    Raises :class:`StoreError` with the versions then and now where compiling fails.
+    """
+    # torch.export writes the device into the graph, so it must see the one that is wanted. The
+    # tracer does not, and meta costs no memory; but a model that makes a tensor on the CPU without
+    # saying so can only be traced there.
+    places = {"fx": (_META, _CPU), "export": (device,), "modules": (_META,)}[manifest.front_end]
+    first: nn.Module | None = None
+    failure: Exception | None = None
+    for place in places:
+        try:
+            result = _compile_again(structure, manifest, record, passes, place)
+        except Exception as error:
+            failure = failure or error
+            continue
+        if graph_sha256(result) == manifest.graph_sha256:
+            return result
+        first = first or result
+    if first is not None:
+        return first
+    assert failure is not None
+    kind = "" if isinstance(failure, FxShareError) else f"{type(failure).__name__}: "
+    raise StoreError(
+        f"the graph of {manifest.source.class_name} could not be built again: {kind}{failure}; "
+        f"{manifest.then_and_now()}. Use those versions, or give the structure of the original as "
+        "model=..."
+    ) from failure
+
+
+def _compile_again(
+    structure: nn.Module,
+    manifest: Manifest,
+    record: Record,
+    passes: Sequence[Pass],
+    device: torch.device,
+) -> nn.Module:
+    dtypes = _dtypes(manifest, record)
+    default = DTYPES[record.report.dtype]
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        fallback = default if isinstance(tensor, nn.Parameter) else tensor.dtype
+        return dtypes.get(name, fallback) if tensor.is_floating_point() else tensor.dtype
+
+    model = hollow(structure, dtype_of, device)
+    captured = recapture(model, record.front_end, _shapes(record, device), record.relaxed)
+    site_of = {s.name: (site, s) for site in record.plan.sites for s in site.slices}
+    groups, pivots = [], []
+    for group in record.plan.groups:
+        members = [site_of[name] for name in group.slices]
+        dtype = dtypes.get(f"{members[0][0].name}.weight", default)
+        basis_RI = torch.empty(group.rank, group.in_features, dtype=dtype, device=device)
+        coefficients = {
+            s.name: torch.empty(s.out_features, group.rank, dtype=dtype, device=device)
+            for _, s in members
+        }
+        groups.append(SharedGroup(group.name, basis_RI, coefficients))
+        if group.storage == "pivoted":
+            kept_J = torch.arange(group.rank, dtype=torch.int32, device=device)
+            table_RT = basis_RI[:, group.rank :]
+            pivots.append(PivotedGroup(group.name, kept_J, table_RT, coefficients))
+    rewritten, _ = rewrite(
+        captured.graph, record.plan, groups, record.config.fuse, passes, pivots=pivots
+    )
+    return assemble(model, captured, rewritten, record.plan, copy=False)
+
+
+def _dtypes(manifest: Manifest, record: Record) -> dict[str, torch.dtype]:
+    """The dtype of each tensor when the model was captured, by its name in the original.
+
+    ``gm.half()`` afterwards changes the tensors and not the graph, in which dtypes are constants:
+    what has the module's main dtype now had the model's main dtype then.
+    """
+    then = {manifest.dtype: record.report.dtype}
+    found = {name: entry.dtype for name, entry in manifest.tensors.items()}
+    for site in record.plan.sites:
+        for call in site.calls:
+            for leaf in ("weight", "bias"):
+                name = f"{call}.{leaf}"
+                found[name] = manifest.site_dtypes.get(site.name, manifest.dtype)
+    return {name: DTYPES[then.get(dtype, dtype)] for name, dtype in found.items()}
+
+
+def _shapes(record: Record, device: torch.device) -> Shapes | None:
+    if not record.inputs:
+        return None
+    calls = [record.random_call(n, seed=0, device=device) for n in range(len(record.inputs))]
+    return Shapes.between(calls[0], calls[1] if len(calls) > 1 else None)
+
+
+def encode_inputs(calls: Sequence[Call]) -> tuple[dict[str, Any], ...]:
+    """Example calls as JSON: ``{"tensor": …}``, ``{"tuple": […]}``, ``{"dict": {…}}``,
+    ``{"dtype": …}``, lists, and plain constants.
+
+    Raises :class:`StoreError` naming an argument of another kind.
+    """
+    return tuple({name: _encode(name, value) for name, value in call.items()} for call in calls)
+
+
+def _encode(name: str, value: object) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, InputSpec):
+        spec = {"shape": list(value.shape), "dtype": value.dtype}
+        return {"tensor": {**spec, "low": value.low, "high": value.high}}
+    if isinstance(value, torch.dtype):
+        return {"dtype": dtype_name(value)}
+    if type(value) is list:
+        return [_encode(name, item) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [_encode(name, item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _encode(name, item) for key, item in value.items()}}
+    raise StoreError(
+        f"argument {name!r} of the example call is a {type(value).__name__}, which a folder cannot "
+        "describe; compile with an example of tensors, numbers and strings, or with "
+        "capture='modules'"
+    )
+
+
+def decode_inputs(calls: Sequence[Mapping[str, Any]]) -> tuple[Call, ...]:
+    """The inverse of :func:`encode_inputs`; :class:`StoreError` for anything else."""
+    try:
+        return tuple({name: _decode(value) for name, value in call.items()} for call in calls)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the folder's example calls cannot be read: {error!r}") from error
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        dtype = dtype_name(DTYPES[content["dtype"]])
+        shape = tuple(int(size) for size in content["shape"])
+        return InputSpec(shape, dtype, float(content["low"]), float(content["high"]))
+    if kind == "dtype":
+        return DTYPES[content]
+    if kind == "tuple":
+        return tuple(_decode(item) for item in content)
+    if kind == "dict":
+        return {key: _decode(item) for key, item in content.items()}
+    raise ValueError(f"unknown kind of value {kind!r}")

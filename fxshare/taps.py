@@ -1,0 +1,60 @@
+"""Second moments of the gradients at the outputs of linears: ``A = E[δ δᵀ]`` per slice.
+
+One backward pass over the calibration data, weights untouched: ``A`` is the output side of the
+Kronecker-factored Fisher matrix (K-FAC, arXiv 1503.05671), and with it the loss increase of every
+site is on one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.gram import GramAccumulator
+from fxshare.plans import SliceSpec
+
+
+class GradientTap(nn.Module):
+    """The identity; in the backward pass it adds the gradient's rows to one Gram per slice."""
+
+    def __init__(self, slices: Sequence[SliceSpec]) -> None:
+        super().__init__()
+        self.slices = tuple(slices)
+        self.grams = {s.name: GramAccumulator(s.out_features) for s in slices}
+        # what makes the tap part of the backward graph although every weight may be frozen
+        self.probe = torch.zeros((), requires_grad=True)
+        self.finite = True
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``y`` ``(..., out)`` as it is; rows where ``mask`` ``(batch, sequence)`` is 0 are left
+        out of the statistics."""
+        if not torch.is_grad_enabled():
+            return y
+        rows = y.numel() // max(y.shape[-1], 1)
+        keep = mask.bool() if mask is not None and mask.numel() == rows else None
+        tapped: Tensor = _Tap.apply(y, self.probe.to(y.device), self, keep)  # type: ignore[no-untyped-call]
+        return tapped
+
+    def take(self, gradient: Tensor, keep: Tensor | None) -> None:
+        """Add the rows of a gradient ``(..., out)``."""
+        if not bool(torch.isfinite(gradient).all()):
+            self.finite = False
+            return
+        for s in self.slices:
+            self.grams[s.name].add(gradient[..., s.start : s.stop], keep)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probe: Tensor, tap: GradientTap, keep: Any) -> Tensor:
+        ctx.tap, ctx.keep = tap, keep
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,) = gradients
+        ctx.tap.take(gradient.detach(), ctx.keep)
+        return gradient, gradient.new_zeros(()), None, None

@@ -1,0 +1,162 @@
+"""What may import what, what importing costs, and what every module owes its readers."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = {"torch", "pydantic", "yaml", "networkx", "safetensors", "numpy"}
+# the command line may have its own, but `import fxshare` does not import the command line
+COMMAND_LINE = {"typer", "rich", "click"}
+EXTRAS = ("transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "matplotlib")
+
+
+def _files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _at_import_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs when the module is imported: not in functions, not for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if _is_type_checking(child):
+            assert isinstance(child, ast.If)
+            for statement in child.orelse:
+                yield from (statement, *_at_import_time(statement))
+            continue
+        yield child
+        yield from _at_import_time(child)
+
+
+def _imported(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write the full name"
+            yield node.lineno, str(node.module).partition(".")[0]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("path", _files("passes"), ids=lambda p: p.name)
+def test_passes_import_torch_and_the_standard_library_only(path: Path) -> None:
+    allowed = {"passes", "torch"} | sys.stdlib_module_names
+    wrong = [found for found in _imported(ast.walk(_tree(path))) if found[1] not in allowed]
+    assert not wrong, f"{path.name}: {wrong}"
+
+
+@pytest.mark.parametrize("path", _files("fxshare"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_fxshare_imports_extras_lazily(path: Path) -> None:
+    allowed = {"fxshare", "passes"} | CORE | set(sys.stdlib_module_names)
+    if "cli" in path.parts or path.name in {"cli.py", "__main__.py", "progress.py"}:
+        allowed |= COMMAND_LINE
+    wrong = [found for found in _imported(_at_import_time(_tree(path))) if found[1] not in allowed]
+    assert not wrong, f"{path}: import these inside the functions that need them: {wrong}"
+
+
+def test_the_checks_above_find_what_they_look_for() -> None:
+    source = """
+import torch, transformers.models
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import onnx
+else:
+    import matplotlib
+try:
+    from tokenizers import Tokenizer
+except ImportError:
+    pass
+class A:
+    import rich
+    def f(self):
+        import safetensors
+"""
+    found = {name for _, name in _imported(_at_import_time(ast.parse(source)))}
+    assert found == {"torch", "transformers", "typing", "matplotlib", "tokenizers", "rich"}
+
+
+_MEASURE = """
+import json, sys, time
+start = time.process_time()
+import torch
+middle = time.process_time()
+import fxshare
+end = time.process_time()
+print(json.dumps({"torch": middle - start, "fxshare": end - middle, "modules": list(sys.modules)}))
+"""
+
+
+def test_importing_is_fast_and_pulls_in_no_extra() -> None:
+    best = float("inf")  # processor time: other processes on the machine do not count
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        tops = {name.partition(".")[0] for name in found["modules"]}
+        assert not tops & {*EXTRAS, "typer"}
+        best = min(best, found["fxshare"])
+        if best < 1.0:
+            break
+    assert best < 1.0, f"importing fxshare takes {best:.2f} s beyond torch"
+
+
+def _public() -> Iterator[tuple[str, object]]:
+    for package in ("fxshare", "passes"):
+        root = import_module(package)
+        names = [package, *(m.name for m in pkgutil.walk_packages(root.__path__, f"{package}."))]
+        for name in names:
+            if name.endswith("__main__"):
+                continue
+            module = import_module(name)
+            yield name, module
+            for attribute, value in vars(module).items():
+                ours = getattr(value, "__module__", None) == name
+                plain = inspect.isclass(value) or inspect.isfunction(value)
+                if ours and plain and not attribute.startswith("_"):
+                    yield f"{name}.{attribute}", value
+
+
+def test_everything_public_has_a_docstring() -> None:
+    bare = [name for name, value in _public() if not (getattr(value, "__doc__", "") or "").strip()]
+    # a dataclass without a docstring gets its signature for one
+    bare += [
+        name
+        for name, value in _public()
+        if inspect.isclass(value) and (value.__doc__ or "").startswith(f"{value.__name__}(")
+    ]
+    assert not bare, bare
+
+
+@pytest.mark.parametrize(
+    "path", _files("passes") + _files("fxshare"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_module_level_registries(path: Path) -> None:
+    """An empty list, dict or set at module level is there to be filled; ``__all__`` is not."""
+    empty = []
+    for node in _tree(path).body:
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        literal = isinstance(value, (ast.List, ast.Dict, ast.Set)) and not ast.unparse(value)[1:-1]
+        call = isinstance(value, ast.Call) and ast.unparse(value) in {"dict()", "list()", "set()"}
+        if literal or call:
+            empty.append(node.lineno)
+    assert not empty, f"{path}: lines {empty}"
