@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxshare.calibrate import Statistics, calibrate
 from fxshare.capture import Call, Captured, bind, device_of, dtype_of, to_device
-from fxshare.capture.call import completed, without_labels
+from fxshare.capture.call import MASK, completed, tensors, without_labels
 from fxshare.config import Budget, Planner, ShareConfig
 from fxshare.errors import CalibrationError, PlanError
 from fxshare.losses import Loss
@@ -24,6 +24,7 @@ from fxshare.planned import (
 )
 from fxshare.planner.cost import Storage
 from fxshare.planner.solve import least_cost
+from fxshare.planning import check_layers
 from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
 from fxshare.search import Effort, Judge, Planned, Search, Trial, substituted, trials
 from fxshare.spectra import Spectra
@@ -45,6 +46,15 @@ class Budgeted:
 class _Data:
     fit: list[object]
     held_back: list[tuple[Call, object]]
+    sizes: list[int]
+    """Of the batches in ``fit``, see :func:`_size`."""
+
+    def held_back_tokens(self, statistics: Statistics) -> int:
+        """Tokens held back, by what a token of the statistics is: a row of the busiest linear
+        (of images, say, a patch)."""
+        seen = sum(self.sizes[: statistics.batches])
+        held = sum(_size(call) for call, _ in self.held_back)
+        return max(round(statistics.tokens * held / max(seen, 1)), 1)
 
 
 def plan_within_budget(
@@ -90,10 +100,11 @@ def plan_within_budget(
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
     floor = cfg.calibration.relative_floor
     options = _options(cfg.budget, planner, dtype_of(model).itemsize)
-    _check_layers(planner, sites)
+    check_layers(planner, sites)
     judge = None
     if planner.search != "off":
-        judge = Judge(model, captured, sites, data.held_back, loss=loss)
+        tokens = data.held_back_tokens(statistics)
+        judge = Judge(model, captured, sites, data.held_back, tokens=tokens, loss=loss)
     budget = _limit(model, cfg.budget, sites, options)
     if cfg.budget.max_loss_increase is not None:
         problem = make_problem(nodes_of(sites, slices), Spectra(slices, floor), options)
@@ -142,7 +153,7 @@ def _split(
     """Every tenth batch is held back; of few batches the last one."""
     everything = list(batches)
     if effort == "off":
-        return _Data(everything, [])
+        return _Data(everything, [], [])
     if len(everything) < 2:
         raise CalibrationError(
             "a search needs at least 2 calibration batches, of which one is held back to judge "
@@ -155,7 +166,15 @@ def _split(
         call = completed(model, without_labels(model, bind(model, batch), keep))
         held.append((to_device(call, device_of(model)), batch))
     fit = [b for i, b in enumerate(everything) if i % step != step - 1]
-    return _Data(fit, held)
+    return _Data(fit, held, [_size(completed(model, bind(model, batch))) for batch in fit])
+
+
+def _size(call: Call) -> int:
+    """Numbers in a call's first tensor; masked tokens do not count."""
+    mask = call.get(MASK)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.bool().sum())
+    return next((t.numel() for t in tensors(call)), 1)
 
 
 def _options(budget: Budget, planner: Planner, element_size: int) -> Options:
@@ -179,14 +198,6 @@ def _options(budget: Budget, planner: Planner, element_size: int) -> Options:
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
     )
-
-
-def _check_layers(planner: Planner, sites: Sequence[Site]) -> None:
-    layers = {site.layer for site in sites}
-    unknown = [layer for layer in planner.keep_dense if layer not in layers]
-    if unknown:
-        known = sorted(layer for layer in layers if layer is not None)
-        raise PlanError(f"planner.keep_dense: there is no layer {unknown[0]}; layers are {known}")
 
 
 def _limit(model: nn.Module, budget: Budget, sites: Sequence[Site], options: Options) -> float:
@@ -214,7 +225,9 @@ def _strategy(planner: Planner) -> str:
 
 
 def _trials(planner: Planner, options: Options) -> list[Trial]:
-    found = trials(planner.search, mergeable=not options.may_share)
+    # a strategy that was asked for by name is kept to: "separate" means no sharing at all
+    mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
+    found = trials(planner.search, mergeable=mergeable)
     return [t if t.strategy != "layers" else replace(t, strategy=_strategy(planner)) for t in found]
 
 
@@ -306,7 +319,7 @@ def _outlook(
         predicted=solution.loss,
         bound=solution.bound,
         gap=solution.gap,
-        measured=None if math.isnan(best.measured) else best.measured,
+        measured=best.measured if math.isfinite(best.measured) else None,
         strategy=solution.strategy,
         trial=best.trial.name,
         refit=best.refitted,

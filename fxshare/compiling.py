@@ -45,7 +45,7 @@ from passes import (
 @torch.inference_mode(False)  # what is made under it could never be trained
 def compile(
     model: nn.Module,
-    cfg: ConfigSource,
+    cfg: ConfigSource | Sequence[ConfigSource],
     *,
     calibration: Iterable[object] | None = None,
     example: object = None,
@@ -206,7 +206,7 @@ def _budgeted(
 
 def make_plan_for(
     model: nn.Module,
-    cfg: ConfigSource,
+    cfg: ConfigSource | Sequence[ConfigSource],
     *,
     calibration: Iterable[object] | None = None,
     example: object = None,

@@ -30,9 +30,10 @@ def next_token_logits(output: Any, call: Call) -> tuple[Tensor, Tensor] | None:
         logits = output[0]
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         return None
-    for value in call.values():
+    for name, value in call.items():
         if (
-            isinstance(value, Tensor)
+            name != MASK
+            and isinstance(value, Tensor)
             and value.dtype in (torch.int64, torch.int32)
             and value.shape == logits.shape[:2]
             and value.shape[1] > 1
@@ -48,8 +49,8 @@ def default_loss(
     """Summed next-token cross-entropy for a language model, else half the output's energy.
 
     With ``labels="sampled"`` the next tokens are drawn from the model itself: the expectation of
-    the squared gradient is then the Fisher matrix proper. Positions whose target is masked do not
-    count. Returns the loss and its name.
+    the squared gradient is then the Fisher matrix proper. Positions that are masked, or whose
+    target is, do not count. Returns the loss and its name.
 
     Raises :class:`CalibrationError` when there is nothing to differentiate.
     """
@@ -60,18 +61,27 @@ def default_loss(
             raise CalibrationError(
                 "the model's output has no floating-point tensor to take a loss of; give loss=..."
             )
-        energy = torch.stack([0.5 * leaf.float().pow(2).sum() for leaf in leaves]).sum()
+        energy = torch.stack([0.5 * _wide(leaf).pow(2).sum() for leaf in leaves]).sum()
         return energy, "output energy"
     logits, ids = found
-    predictions = logits[:, :-1].flatten(0, 1).float()
+    predictions = _wide(logits[:, :-1].flatten(0, 1))
     targets = ids[:, 1:].flatten().long()
     if labels == "sampled":
         with torch.no_grad():
-            probabilities = torch.softmax(predictions, -1)
-            targets = torch.multinomial(probabilities, 1, generator=generator).flatten()
+            # on the CPU, where the generator is: the same seed draws the same labels everywhere
+            probabilities = torch.softmax(predictions, -1).cpu()
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            targets = drawn.flatten().to(targets.device)
     losses = F.cross_entropy(predictions, targets, reduction="none")
     mask = call.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        losses = losses * mask[:, 1:].flatten().to(losses.dtype)
+        # of left padding the last position predicts a token, from nothing
+        both = mask[:, 1:].bool() & mask[:, :-1].bool()
+        losses = losses * both.flatten().to(losses.dtype)
     name = "next-token cross-entropy"
     return losses.sum(), name if labels == "data" else f"{name}, sampled labels"
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision in float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -94,14 +94,26 @@ def _pivoted_qr(basis_RI: Tensor) -> Tensor:
     """The columns that column-pivoted QR picks, in order."""
     work = basis_RI.clone()
     norms = work.pow(2).sum(0)
+    rank, features = work.shape
+    # below this a column is what rounding left of one that the others span
+    largest = float(norms.max())
+    least = features * torch.finfo(torch.float64).eps * largest**0.5
     chosen: list[int] = []
-    for step in range(work.shape[0]):
+    for step in range(rank):
         j = int(norms.argmax())
         chosen.append(j)
-        direction = work[:, j] / work[:, j].norm().clamp(min=1e-300)
+        size = float(work[:, j].norm())
+        if size <= least:
+            raise FactoriseError(
+                f"pivoting: a basis of {rank} rows has rank {step} only; choose a lower rank"
+            )
+        direction = work[:, j] / size
         along = direction @ work
         work -= torch.outer(direction, along)
-        # downdated norms drift by cancellation: recomputed now and then
-        norms = work.pow(2).sum(0) if step % 32 == 31 else norms - along.pow(2)
+        # downdated norms drift by cancellation: recomputed now and then, and where they are small
+        norms = norms - along.pow(2)
         norms[chosen] = -1.0
+        if step % 32 == 31 or float(norms.max()) < 1e-8 * largest:
+            norms = work.pow(2).sum(0)
+            norms[chosen] = -1.0
     return torch.tensor(chosen, device=basis_RI.device)

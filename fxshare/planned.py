@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -65,11 +66,15 @@ def slice_statistics(
         if key not in grams:
             gram = statistics.gram(site.name)
             grams[key] = gram if mean is None else gram - torch.outer(mean, mean)
+        # losses are per token: a linear called twice a token counts twice, an expert that sees a
+        # tenth of the tokens a tenth
+        rows = statistics.tokens_of(site.name) / max(statistics.tokens, 1)
         for s in site.slices:
+            moment = statistics.moment(s.name, site.name) if statistics.gradients else None
             found[s.name] = SliceStatistics(
                 weight_OI=weights[site.name][s.start : s.stop],
                 gram_II=grams[key],
-                moment_OO=statistics.moment(s.name, site.name) if statistics.gradients else None,
+                moment_OO=None if moment is None else moment if rows == 1 else moment * rows,
                 input=key,
                 mean_I=mean,
             )
@@ -199,12 +204,24 @@ class GroupFactors:
     group: Group
     basis_RI: Tensor
     coefficients: dict[str, Tensor]
-    pivoted: Pivoted | None
     floored: int
     lost: float
     """Predicted loss increase, from the spectrum."""
     total: float
+    floor: float = 0.0
+    """What the whitening raised small eigenvalues to."""
     bias_shift: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def pivoted(self) -> Pivoted | None:
+        """The pivoted form of the basis where the group is stored so; made when first asked for,
+        because most plans of a search are never stored."""
+        if self.group.storage != "pivoted":
+            return None
+        try:
+            return pivot(self.basis_RI)
+        except FactoriseError as error:
+            raise FactoriseError(f"group {self.group.name!r}: {error}") from error
 
     def product(self, name: str) -> Tensor:
         """The weight that a slice is replaced by."""
@@ -248,29 +265,37 @@ def factorise_group(
         name: c if inverse is None else inverse @ c
         for name, c, inverse in zip(names, factors.coefficients, inverses, strict=True)
     }
-    basis = factors.basis_RI
-    if refit:
-        coefficients = {
-            name: _refit(spectra.slices[name], basis, coefficients[name], whitening.floor)
-            for name in names
-        }
-    shift = {}
-    if bias:
-        for name in names:
-            one = spectra.slices[name]
-            if one.mean_I is not None:
-                shift[name] = (one.weight_OI.double() - coefficients[name] @ basis) @ one.mean_I
-    pivoted = pivot(basis) if group.storage == "pivoted" else None
-    return GroupFactors(
+    made = GroupFactors(
         group,
-        basis,
+        factors.basis_RI,
         coefficients,
-        pivoted,
         whitening.floored,
         0.5 * factors.lost,
         0.5 * factors.total,
-        shift,
+        whitening.floor,
     )
+    if refit:
+        return refitted(made, spectra, bias=bias)
+    return replace(made, bias_shift=_shifts(made, spectra)) if bias else made
+
+
+def refitted(factors: GroupFactors, spectra: Spectra, *, bias: bool = True) -> GroupFactors:
+    """The factors with every coefficient fitted to its own slice's Gram."""
+    coefficients = {
+        name: _refit(spectra.slices[name], factors.basis_RI, coefficient, factors.floor)
+        for name, coefficient in factors.coefficients.items()
+    }
+    made = replace(factors, coefficients=coefficients, bias_shift={})
+    return replace(made, bias_shift=_shifts(made, spectra)) if bias else made
+
+
+def _shifts(factors: GroupFactors, spectra: Spectra) -> dict[str, Tensor]:
+    shifts = {}
+    for name in factors.coefficients:
+        one = spectra.slices[name]
+        if one.mean_I is not None:
+            shifts[name] = (one.weight_OI.double() - factors.product(name)) @ one.mean_I
+    return shifts
 
 
 def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:

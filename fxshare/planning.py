@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal
 
-from fxshare.config import ShareConfig
+from fxshare.config import Planner, ShareConfig
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.plans import Group, Plan, Site, Skipped, SliceSpec
 
@@ -65,7 +65,10 @@ def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
         )
     pivoted = cfg.planner.storage != "plain"
     groups = []
+    check_layers(cfg.planner, sites)
     for site in sites:
+        if site.layer in cfg.planner.keep_dense:
+            continue
         for s in site.slices:
             whole = site.in_features * s.out_features
             rank = _rank_within(int(kept * whole), site.in_features, s.out_features, pivoted)
@@ -80,6 +83,15 @@ def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
         groups=with_unique_names(groups),
         skipped=tuple(skipped),
     )
+
+
+def check_layers(planner: Planner, sites: Sequence[Site]) -> None:
+    """:class:`PlanError` for a layer to keep dense that is none."""
+    layers = {site.layer for site in sites}
+    unknown = [layer for layer in planner.keep_dense if layer not in layers]
+    if unknown:
+        known = sorted(layer for layer in layers if layer is not None)
+        raise PlanError(f"planner.keep_dense: there is no layer {unknown[0]}; layers are {known}")
 
 
 def _rank_within(numbers: int, width: int, height: int, pivoted: bool) -> int | None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fxshare.capture import Call, Captured, quiet
 from fxshare.capture.call import holds_tensor
-from fxshare.errors import PlanError
-from fxshare.losses import Labels, Loss, default_loss
+from fxshare.errors import FactoriseError, PlanError
+from fxshare.losses import Labels, Loss, default_loss, next_token_logits
+from fxshare.numerics import float_leaves
 from fxshare.planned import (
     GroupFactors,
     Options,
@@ -29,6 +30,7 @@ from fxshare.planned import (
     groups_of,
     make_problem,
     nodes_of,
+    refitted,
     shape_of,
 )
 from fxshare.planner.curve import DENSE
@@ -104,7 +106,9 @@ class Judge:
     """Measures the loss of a substitution of weights on held-back calls.
 
     Runs the captured graph (or a copy of the model at module granularity) in which the sites'
-    weights are replaced by dense ones of the same function as the plan's.
+    weights are replaced by dense ones of the same function as the plan's. ``tokens`` is how many
+    the calls have, counted as the statistics count them: predicted and measured are then in one
+    unit.
     """
 
     def __init__(
@@ -114,16 +118,19 @@ class Judge:
         sites: Sequence[Site],
         calls: Sequence[tuple[Call, object]],
         *,
+        tokens: int,
         loss: Loss | None = None,
         labels: Labels = "data",
     ) -> None:
         source: nn.Module = model if captured.front_end == "modules" else captured.graph
         self._source = source
+        self._whole_call = captured.front_end == "modules"
         self._sites = tuple(sites)
         self._calls = list(calls)
         self._loss = loss
         self._labels = labels
-        self.tokens = sum(_tokens(call) for call, _ in self._calls)
+        self.tokens = tokens
+        self._dense: dict[int, list[Tensor]] = {}
         self.base = self._run(structure_copy(source))
 
     def __call__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
@@ -136,22 +143,23 @@ class Judge:
             m.training = False
         total = 0.0
         with quiet():
-            for call, batch in self._calls:
-                given = {k: v for k, v in call.items() if holds_tensor(v)}
-                output = module(**given)
-                if self._loss is not None:
-                    total += float(self._loss(output, batch))
-                else:
-                    total += float(default_loss(output, call)[0])
+            for number, (call, batch) in enumerate(self._calls):
+                # a graph has no inputs but tensors: the others are constants in it
+                given = {k: v for k, v in call.items() if self._whole_call or holds_tensor(v)}
+                total += self._lost(number, module(**given), call, batch)
         return total / max(self.tokens, 1)
 
-
-def _tokens(call: Call) -> int:
-    for value in call.values():
-        if isinstance(value, Tensor):
-            shape = value.shape[:2] if value.ndim > 1 else value.shape[:1]
-            return math.prod(shape)
-    return 1
+    def _lost(self, number: int, output: object, call: Call, batch: object) -> float:
+        if self._loss is not None:
+            return float(self._loss(output, batch))
+        if next_token_logits(output, call) is not None:
+            return float(default_loss(output, call)[0])
+        # the output's energy itself falls with everything that is left out, down to zero where
+        # nothing is left: what counts is that of the distance to the dense output
+        leaves = [leaf for _, leaf in float_leaves(output)]
+        dense = self._dense.setdefault(number, leaves)
+        gaps = [(a.double() - b.double()).pow(2).sum() for a, b in zip(leaves, dense, strict=True)]
+        return 0.5 * float(torch.stack(gaps).sum())
 
 
 def substituted(
@@ -217,14 +225,21 @@ class Search:
         }
         best: Planned | None = None
         failures: list[str] = []
+        known: dict[object, Planned] = {}
         for trial in track(list(todo), f"searching{label}", total=len(todo)):
             start = time.perf_counter()
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
-            except PlanError as error:  # a floor above the budget: this trial has no plan
+                twin = known.setdefault(_signature(one), one)
+                if twin is one:
+                    self._realise(one)
+                else:  # the trial led to a plan that was tried already
+                    one.factors, one.refitted = twin.factors, twin.refitted
+                    one.measured = twin.measured
+            except (PlanError, FactoriseError) as error:
+                # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
                 continue
-            self._realise(one)
             self.tried.append(
                 Tried(
                     trial.name + label,
@@ -265,17 +280,18 @@ class Search:
         """Factorise, with and without the refits that are left to measurement, and measure."""
         assert one.spectra is not None
         roots: dict[str, OutputRoot] = {}
+        plain = {
+            g.name: factorise_group(g, one.spectra, roots, refit=False, bias=self.bias)
+            for g in one.groups
+        }
         best = math.inf
-        choices = (
-            (True, False)
-            if self.refit is None and self.judge is not None
-            else (self.refit is not False,)
-        )
-        for refit in choices:
-            factors = {
-                g.name: factorise_group(g, one.spectra, roots, refit=refit, bias=self.bias)
-                for g in one.groups
-            }
+        undecided = self.refit is None and self.judge is not None
+        for refit in (True, False) if undecided else (self.refit is not False,):
+            factors = plain
+            if refit:
+                factors = {
+                    name: refitted(f, one.spectra, bias=self.bias) for name, f in plain.items()
+                }
             measured = math.nan
             if self.judge is not None:
                 measured = self.judge(*self.dense(factors))
@@ -307,6 +323,11 @@ class Search:
             if any(products.get(s.name, (None, None))[1] is not None for s in site.slices):
                 shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
         return weights, shifts
+
+
+def _signature(one: Planned) -> object:
+    groups = frozenset((g.slices, g.rank, g.storage) for g in one.groups)
+    return one.trial.loss_aware, groups
 
 
 def _without_moments(slices: Mapping[str, SliceStatistics]) -> dict[str, SliceStatistics]:

@@ -129,7 +129,10 @@ class Spectra:
         # beyond the sketch the tail is not known: it stays at its last value, and is 0 at full rank
         tail[len(values) + 1 : full] = tail[len(values)]
         tail[full] = 0.0
-        found: NDArray[np.float64] = 0.5 * np.minimum.accumulate(np.clip(tail, 0.0, None))
+        # what rounding leaves of the eigenvalues is no loss: a curve of it would make the planner
+        # pay for ranks that the weights do not have
+        tail[tail < full * np.finfo(np.float64).eps * total] = 0.0
+        found: NDArray[np.float64] = 0.5 * np.minimum.accumulate(tail)
         self._write(key, found)
         return found
 
@@ -137,8 +140,12 @@ class Spectra:
         if self.cache is None:
             return None
         digest = hashlib.sha256(f"{self.relative_floor} {self.sketch} {self.seed}".encode())
+        inputs = [self.slices[name].input for name in names]
         for name in names:
             one = self.slices[name]
+            # the Gram is pooled over distinct inputs: which members have the same one counts too
+            shape, number = tuple(one.weight_OI.shape), inputs.index(one.input)
+            digest.update(f"{shape} {number} {one.moment_OO is None}".encode())
             for t in (one.weight_OI, one.gram_II, one.moment_OO):
                 if t is not None:
                     digest.update(t.detach().double().cpu().contiguous().numpy().tobytes())

@@ -51,7 +51,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, probe: Tensor, tap: GradientTap, keep: Any) -> Tensor:
         ctx.tap, ctx.keep = tap, keep
-        return y.view_as(y)
+        # not a view: autograd refuses to write in place into the view of a custom function, and
+        # `ReLU(inplace=True)` after a linear does
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -181,10 +181,16 @@ def _graph(
 
 
 def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
-    hidden = set(names) - {call.name for call in linear_calls(gm)}
+    linears = linear_calls(gm)
+    nodes = {call.node for call in linears}
+    hidden = set(names) - {call.name for call in linears}
     called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
     # F.multi_head_attention_forward is one node that reads the weight of out_proj
-    read = {str(n.target).rpartition(".")[0] for n in gm.graph.nodes if n.op == "get_attr"}
+    read = {
+        str(n.target).rpartition(".")[0]
+        for n in gm.graph.nodes
+        if n.op == "get_attr" and not nodes.issuperset(n.users)
+    }
     return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
 
 

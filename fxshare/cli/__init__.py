@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from fxshare.cli.bench import bench_app
 from fxshare.cli.compile import compile_model
 from fxshare.cli.demo import demo
 from fxshare.cli.eval import evaluate_model
@@ -103,6 +104,7 @@ def make_app() -> typer.Typer:
     app.command("inspect")(reports(inspect_model))
     app.command("eval")(reports(evaluate_model))
     app.command("schema")(reports(schema))
+    app.add_typer(bench_app())
     return app
 
 

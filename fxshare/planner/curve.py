@@ -36,20 +36,22 @@ class Curve:
     @cached_property
     def hull(self) -> NDArray[np.int64]:
         """Options on the lower convex hull, by ascending cost: all that any price can choose."""
-        chosen: list[int] = []
-        for at in np.lexsort((self.loss, self.cost)):
-            while chosen and self.loss[at] < self.loss[chosen[-1]] and len(chosen) > 1:
-                a, b = chosen[-2], chosen[-1]
-                run_ab, run_ac = self.cost[b] - self.cost[a], self.cost[at] - self.cost[a]
-                drop_ab, drop_ac = self.loss[a] - self.loss[b], self.loss[a] - self.loss[at]
-                if drop_ab * run_ac > drop_ac * run_ab:
-                    break
-                chosen.pop()
-            if not chosen or self.loss[at] < self.loss[chosen[-1]]:
-                if chosen and self.cost[at] == self.cost[chosen[-1]]:
-                    chosen.pop()
-                chosen.append(int(at))
-        return np.array(chosen, dtype=np.int64)
+        order = np.lexsort((self.loss, self.cost))
+        # cheaper and no worse: what remains falls strictly in loss and rises strictly in cost
+        best_before = np.minimum.accumulate(self.loss[order])
+        useful = np.concatenate([[True], self.loss[order][1:] < best_before[:-1]])
+        chosen = order[useful]
+        while len(chosen) > 2:
+            run = np.diff(self.cost[chosen]).astype(np.float64)
+            slope = -np.diff(self.loss[chosen]) / run
+            # a point above the segment between any two others is not on the hull, so all such
+            # points can go at once
+            above = np.concatenate([[False], slope[1:] >= slope[:-1], [False]])
+            if not above.any():
+                break
+            chosen = chosen[~above]
+        hull: NDArray[np.int64] = chosen.astype(np.int64)
+        return hull
 
     @cached_property
     def slopes(self) -> Floats:

@@ -72,6 +72,7 @@ class Problem:
     max_group: int | None = None
     tie: Sequence[Part] = ()
     _known: dict[Part, SharedBasis] = field(default_factory=dict)
+    _joins: dict[Part, bool] = field(default_factory=dict)
     _values: dict[Part, list[float]] = field(default_factory=dict)
     _at: dict[float, int] = field(default_factory=dict)
     _prices: Floats = field(default_factory=lambda: np.zeros(0))
@@ -110,6 +111,32 @@ class Problem:
             return a.label == b.label or a.input == b.input
         return any({a.type, b.type} <= types for types in self.may_share)
 
+    def may_join(self, part: Part) -> bool:
+        """Whether slices may be one group: any two types may meet, and pairs of slices that may
+        meet link all of them. (Heads 0 and 1 of a layer, and head 0 of the next, may be one group
+        although head 1 and the next layer's head 0 may not meet alone.) What is tied always may.
+        """
+        if part not in self._joins:
+            self._joins[part] = self.allowed(part) and self._linked(part)
+        return self._joins[part]
+
+    def _linked(self, part: Part) -> bool:
+        tied = [names for names in self.tie if names <= part]
+        meeting = [*self.may_share, *(frozenset(self.nodes[n].type for n in t) for t in tied)]
+        types = {self.nodes[name].type for name in part}
+        if not all(any({a, b} <= m for m in meeting) for a, b in itertools.combinations(types, 2)):
+            return False
+        graph: nx.Graph[str] = nx.Graph()
+        graph.add_nodes_from(part)
+        for names in tied:
+            nx.add_path(graph, names)
+        graph.add_edges_from(
+            (a, b)
+            for a, b in itertools.combinations(part, 2)
+            if self.may_meet(self.nodes[a], self.nodes[b])
+        )
+        return bool(nx.is_connected(graph))
+
     def allowed(self, part: Part) -> bool:
         """Whether a part keeps to the largest group (in layers)."""
         if self.max_group is None:
@@ -143,9 +170,9 @@ class Problem:
         """The graph at a price: edges join neighbours that may share, weighted by what sharing
         them saves, ``f(u) + f(v) − f(u ∪ v)``.
 
-        Neighbours are consecutive layers of one family, and consecutive slices that read the same
-        activation: a number of edges linear in the slices, where all pairs would be quadratic in
-        the heads.
+        Neighbours are consecutive layers of one family, and among slices that read the same
+        activation each and the next that it may meet: a number of edges linear in the slices, where
+        all pairs would be quadratic in the heads.
         """
         graph: nx.Graph[Part] = nx.Graph()
         parts = self.singletons()
@@ -162,7 +189,7 @@ class Problem:
             )
         for a, b in self.neighbours(parts):
             both = a | b
-            if self.allowed(both):
+            if self.may_join(both):
                 gain = self.value(a, price) + self.value(b, price) - self.value(both, price)
                 graph.add_edge(a, b, weight=gain)
         return graph
@@ -170,15 +197,17 @@ class Problem:
     def neighbours(self, parts: Sequence[Part]) -> list[tuple[Part, Part]]:
         """Pairs of parts that may meet and are next to each other in layer or in input."""
         pairs: dict[frozenset[Part], tuple[Part, Part]] = {}
-        rows: dict[Hashable, list[tuple[int, str, Part]]] = {}
-        for part in parts:
-            for name in part:
-                node = self.nodes[name]
-                rows.setdefault(("family", node.family), []).append((node.layer, name, part))
-                rows.setdefault(("input", node.input), []).append((node.layer, name, part))
+        home = {name: part for part in parts for name in part}
+        rows: dict[Hashable, list[Node]] = {}
+        # in the order of the slices, not of their names: "head.10" comes before "head.2"
+        for node in sorted(self.nodes.values(), key=lambda node: node.layer):
+            rows.setdefault(("family", node.family), []).append(node)
+            rows.setdefault(("input", node.input), []).append(node)
         for row in rows.values():
-            row.sort(key=lambda entry: entry[:2])
-            for (_, name_a, a), (_, name_b, b) in itertools.pairwise(row):
-                if a != b and self.may_meet(self.nodes[name_a], self.nodes[name_b]):
+            for at, node in enumerate(row):
+                # between k and v, which may share, stands q, which may not
+                other = next((o for o in row[at + 1 :] if self.may_meet(node, o)), None)
+                if other is not None and home[node.name] != home[other.name]:
+                    a, b = home[node.name], home[other.name]
                     pairs.setdefault(frozenset({a, b}), (a, b))
         return list(pairs.values())

@@ -89,9 +89,12 @@ def sweep(problem: Problem, budgets: Sequence[float], *, strategy: str = "auto")
         raise PlanError("there is nothing to plan: no slices")
     prices = _grid(problem)
     problem.fix_prices(prices)
+    position = {name: at for at, name in enumerate(problem.nodes)}
     partitions: dict[frozenset[Part], list[Part]] = {}
     for price in prices:
+        # in the slices' order: some strategies give sets, whose order changes from run to run
         parts = STRATEGIES[strategy](problem, price)
+        parts = sorted(parts, key=lambda part: min(position[name] for name in part))
         partitions.setdefault(frozenset(parts), parts)
     # over every partition collected, not only the one found at this price: a heuristic may have
     # found a better one at another price, and the bound must hold for that one too
@@ -105,13 +108,21 @@ def sweep(problem: Problem, budgets: Sequence[float], *, strategy: str = "auto")
 
 def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
     """The cheapest plan whose predicted loss increase is at most ``loss``, to within 0.1 % of the
-    dense cost. Loss never rises with the budget, so the budget is bisected."""
+    dense cost. Loss never rises with the budget, so the budget is bisected.
+
+    Raises :class:`PlanError` when not even the dearest plan that is allowed loses so little.
+    """
     if not loss >= 0:
         raise PlanError(f"max_loss_increase: expected a number of at least 0, found {loss!r}")
     dense = sum(int(problem.candidate(p).curve.cost[-1]) for p in problem.singletons())
     low, high = 0, dense
     best = solve(problem, dense, strategy=strategy)
-    while high - low > dense / 1000:
+    if best.loss > loss:
+        raise PlanError(
+            f"max_loss_increase {loss:g}: the dearest plan that the ceiling allows is predicted to "
+            f"lose {best.loss:.3g}; raise the limit or the ceiling"
+        )
+    while high - low > max(dense / 1000, 1):
         middle = (low + high) // 2
         try:
             one = solve(problem, middle, strategy=strategy)
@@ -133,7 +144,9 @@ def _grid(problem: Problem) -> list[float]:
     low, high = min(slopes) * 0.5, max(slopes) * 2
     if not np.isfinite(high):
         raise PlanError("a price is infinite: some slice loses infinitely much per stored number")
-    return [float(x) for x in np.geomspace(low, high, _PRICES)]
+    # a price that nothing is worth: it finds the cheapest partition, however much that one loses,
+    # so that every budget that can be kept has a plan
+    return [*(float(x) for x in np.geomspace(low, high, _PRICES)), high * 1e9]
 
 
 def _ends(curve: Curve) -> list[float]:
@@ -145,30 +158,32 @@ class _Path:
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self.candidates = candidates
-        steps: list[tuple[float, int, int]] = []
-        for number, candidate in enumerate(candidates):
-            for at, slope in enumerate(candidate.curve.slopes):
-                steps.append((-float(slope), number, at))
-        self.steps = sorted(steps)
-        self.start = [int(c.curve.hull[0]) for c in candidates]
-        self.least = sum(int(c.curve.cost[o]) for c, o in zip(candidates, self.start, strict=True))
+        curves = [candidate.curve for candidate in candidates]
+        self.least = sum(int(c.cost[c.hull[0]]) for c in curves)
+        slopes = np.concatenate([c.slopes for c in curves])
+        owner = np.repeat(np.arange(len(curves)), [len(c.slopes) for c in curves])
+        at = np.concatenate([np.arange(len(c.slopes)) for c in curves])
+        cost = np.concatenate([np.diff(c.cost[c.hull]) for c in curves])
+        # slopes fall along a hull, so this order keeps every candidate's steps in theirs
+        order = np.lexsort((at, owner, -slopes))
+        self._slopes, self._owner = slopes[order], owner[order]
+        self._spent = np.cumsum(cost[order])
 
     def at(self, budget: float) -> tuple[tuple[Choice, ...], float]:
         """The choices at a budget, and the price there."""
-        options = list(self.start)
         left = budget - self.least
+        taken = int(np.searchsorted(self._spent, left, side="right"))
+        counts = np.bincount(self._owner[:taken], minlength=len(self.candidates))
+        options = [
+            int(c.curve.hull[n]) for c, n in zip(self.candidates, counts.tolist(), strict=True)
+        ]
         price = 0.0
-        for negative, number, at in self.steps:
-            curve = self.candidates[number].curve
-            step = int(curve.cost[curve.hull[at + 1]] - curve.cost[curve.hull[at]])
-            if step <= left:
-                options[number] = int(curve.hull[at + 1])
-                left -= step
-                continue
+        if taken < len(self._owner):
             # the first step that does not fit is taken in part: the options between hull points
-            price = -negative
-            options[number] = _between(curve, options[number], left)
-            break
+            number = int(self._owner[taken])
+            price = float(self._slopes[taken])
+            spent = float(self._spent[taken - 1]) if taken else 0.0
+            options[number] = _between(self.candidates[number].curve, options[number], left - spent)
         choices = tuple(Choice(c, o) for c, o in zip(self.candidates, options, strict=True))
         return choices, price
 

@@ -112,8 +112,7 @@ def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Par
         return None
     both = []
     for a, b in zip(left, right, strict=True):
-        x, y = problem.nodes[min(a)], problem.nodes[min(b)]
-        if x.input != y.input or x.layer != y.layer or not problem.may_meet(x, y):
+        if len({problem.nodes[name].input for name in a | b}) > 1 or not problem.may_join(a | b):
             return None
         both.append(a | b)
     return both
@@ -123,12 +122,12 @@ def agglomerative(problem: Problem, price: float) -> list[Part]:
     """Join the neighbours that gain most until none gains, then move single slices between
     neighbouring groups while that helps (Kernighan & Lin 1970; Fiduccia & Mattheyses 1982)."""
     parts = problem.singletons()
-    finest = set(parts)
+    finest = list(parts)
     while True:
         best_gain, best = 0.0, None
         for a, b in problem.neighbours(parts):
             both = a | b
-            if not problem.allowed(both):
+            if not problem.may_join(both):
                 continue
             gain = problem.value(a, price) + problem.value(b, price) - problem.value(both, price)
             if gain > best_gain:
@@ -140,25 +139,23 @@ def agglomerative(problem: Problem, price: float) -> list[Part]:
 
 
 def _local_moves(
-    problem: Problem, price: float, parts: list[Part], finest: set[Part]
+    problem: Problem, price: float, parts: list[Part], finest: list[Part]
 ) -> list[Part]:
     moved = True
     while moved:
         moved = False
-        for piece in sorted(finest, key=sorted):
+        for piece in finest:
             home = next(p for p in parts if piece <= p)
             rest = home - piece
+            if rest and not problem.may_join(rest):
+                continue  # it is what links the others
             before = problem.value(home, price)
             without = problem.value(rest, price) if rest else 0.0
             options: list[tuple[float, Part | None]] = []
             if rest:
                 options.append((before - without - problem.value(piece, price), None))
             for other in parts:
-                if other == home or not problem.allowed(other | piece):
-                    continue
-                if not all(
-                    problem.may_meet(problem.nodes[min(piece)], problem.nodes[n]) for n in other
-                ):
+                if other == home or not problem.may_join(other | piece):
                     continue
                 both = problem.value(other | piece, price)
                 options.append((before + problem.value(other, price) - without - both, other))
@@ -173,38 +170,47 @@ def _local_moves(
 
 
 def exhaustive(problem: Problem, price: float) -> list[Part]:
-    """The best of all set partitions whose parts may meet; for a handful of slices."""
-    best: list[Part] = []
-    best_value = float("inf")
-    for partition in set_partitions(problem.singletons()):
-        parts = [frozenset[str]().union(*block) for block in partition]
-        if all(problem.allowed(p) and _may_all_meet(problem, p) for p in parts):
-            value = sum(problem.value(p, price) for p in parts)
-            if value < best_value:
-                best, best_value = parts, value
-    return best
+    """The best of all set partitions into parts that may be groups; for a handful of slices.
+
+    Exact in ``O(3ⁿ)``: the best partition of a set is the best part that has its first element, and
+    the best partition of the rest.
+    """
+    items = problem.singletons()
+    whole = (1 << len(items)) - 1
+    worth: dict[int, tuple[float, Part]] = {}
+    for mask in range(1, whole + 1):
+        part = frozenset[str]().union(*(x for at, x in enumerate(items) if mask >> at & 1))
+        if problem.may_join(part):
+            worth[mask] = (problem.value(part, price), part)
+    best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
+    for mask in range(1, whole + 1):
+        first = mask & -mask
+        best[mask] = min(
+            (worth[taken][0] + best[mask ^ taken][0], taken)
+            for taken in _submasks(mask)
+            if taken & first and taken in worth
+        )
+    parts = []
+    mask = whole
+    while mask:
+        taken = best[mask][1]
+        parts.append(worth[taken][1])
+        mask ^= taken
+    return parts
 
 
-def _may_all_meet(problem: Problem, part: Part) -> bool:
-    nodes = [problem.nodes[name] for name in part]
-    return all(problem.may_meet(a, b) for a, b in itertools.combinations(nodes, 2))
-
-
-def set_partitions(items: Sequence[Part]) -> Iterator[list[list[Part]]]:
-    """All set partitions of ``items``; Bell(n) of them."""
-    if not items:
-        yield []
-        return
-    first, rest = items[0], items[1:]
-    for partition in set_partitions(rest):
-        yield [[first], *partition]
-        for at in range(len(partition)):
-            yield [*partition[:at], [first, *partition[at]], *partition[at + 1 :]]
+def _submasks(mask: int) -> Iterator[int]:
+    """All non-empty subsets of a set of bits."""
+    taken = mask
+    while taken:
+        yield taken
+        taken = (taken - 1) & mask
 
 
 def auto(problem: Problem, price: float) -> list[Part]:
     """The best of the others at this price."""
-    tried: list[Strategy] = [layers, same_input]
+    # a family with several slices a layer (experts) is one part a layer to `layers`
+    tried: list[Strategy] = [separate, layers, same_input]
     count = len(problem.singletons())
     if count <= MOST_EXHAUSTIVE:
         tried = [exhaustive]

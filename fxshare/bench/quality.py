@@ -1,0 +1,214 @@
+"""``fxshare bench quality``: held-out loss of planned plans beside Basis Sharing, without training.
+
+Every method sees the same calibration tokens and is measured on the same held-out tokens; stored
+numbers are counted in the saved folder, not taken from the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fxshare.bench.machine import environment
+from fxshare.capture import quiet
+from fxshare.compiling import compile as compile_model
+from fxshare.errors import DataError, FxShareWarning
+from fxshare.evaluating import evaluate
+from fxshare.record import record_of
+from fxshare.store import save
+
+SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its configuration's weight types, and its tokens ``(N, T)``."""
+
+    name: str
+    model: nn.Module
+    weight_types: Mapping[str, Any]
+    calibration: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one size. ``kept`` is counted in the saved file; losses are nats per token."""
+
+    case: str
+    size: float
+    method: str
+    kept: float
+    increase: float
+    predicted: float | None
+    trial: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All rows, and what they were measured on."""
+
+    environment: dict[str, object]
+    seed: int
+    tokens: dict[str, dict[str, int]]
+    dense_loss: dict[str, float]
+    rows: tuple[Row, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return asdict(self)
+
+    def ratio(self, case: str, size: float) -> float:
+        """Loss increase of the planned plan over Basis Sharing's."""
+        found = {r.method: r.increase for r in self.rows if (r.case, r.size) == (case, size)}
+        return found["planned"] / found["basis sharing"]
+
+
+def methods(size: float, *, search: str) -> dict[str, dict[str, Any]]:
+    """The configurations compared, beside the weight types."""
+    return {
+        "basis sharing": {"group_size": 2, "compression_rate": size},
+        "whitened SVD": {"group_size": 1, "compression_rate": size},
+        "planned": {"budget": {"params_kept": size}, "planner": {"search": search}},
+    }
+
+
+def bench_quality(
+    cases: Sequence[Case],
+    *,
+    sizes: Sequence[float] = SIZES,
+    batch: int = 8,
+    search: str = "quick",
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Quality:
+    """Measure every method on every case at every size."""
+    start = time.perf_counter()
+    rows: list[Row] = []
+    dense: dict[str, float] = {}
+    for case in cases:
+        batches = list(torch.split(case.calibration, batch))
+        dense[case.name] = _loss(case.model, case.held_out)
+        say(f"{case.name}: dense {dense[case.name]:.4f} nats per token")
+        for size in sizes:
+            for method, extra in methods(size, search=search).items():
+                began = time.perf_counter()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FxShareWarning)
+                    gm = compile_model(
+                        case.model,
+                        [dict(case.weight_types), extra],
+                        calibration=batches,
+                        seed=seed,
+                    )
+                increase = _loss(gm, case.held_out) - dense[case.name]
+                outlook = record_of(gm).plan.outlook
+                rows.append(
+                    Row(
+                        case=case.name,
+                        size=size,
+                        method=method,
+                        kept=kept_in_file(case.model, gm),
+                        increase=increase,
+                        predicted=None if outlook is None else outlook.predicted,
+                        trial=None if outlook is None else outlook.trial,
+                        seconds=time.perf_counter() - began,
+                    )
+                )
+                say(f"{case.name} {size:.2f} {method}: +{increase:.4f}")
+    counts = {
+        c.name: {"calibration": c.calibration.numel(), "held_out": c.held_out.numel()}
+        for c in cases
+    }
+    seconds = time.perf_counter() - start
+    return Quality(environment(), seed, counts, dense, tuple(rows), seconds)
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> float:
+    with quiet():
+        return evaluate(model, tokens).nll
+
+
+def kept_in_file(model: nn.Module, gm: nn.Module) -> float:
+    """Stored numbers of the matched linears in the saved folder over their dense weights."""
+    plan = record_of(gm).plan
+    with tempfile.TemporaryDirectory() as folder:
+        save(gm, Path(folder) / "saved")
+        stored = 0
+        for file in sorted((Path(folder) / "saved").glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    stored += math.prod(opened.get_slice(name).get_shape())
+    everything = {id(t): t.numel() for t in (*model.parameters(), *model.buffers())}
+    rest = sum(everything.values()) - plan.dense_numbers
+    return (stored - rest) / plan.dense_numbers
+
+
+def embedded_case(*, calibration_bytes: int = 400_000, every: int = 4) -> Case:
+    """The embedded model: calibrated on training modules, measured on modules held out from it."""
+    from fxshare.demo import load_embedded, load_tokenizer
+    from fxshare.demo.corpus import calibration, held_out, load_documents, pack, token_stream
+    from fxshare.demo.run import CONFIG
+
+    tokenizer, documents = load_tokenizer(), load_documents()
+    text = calibration(documents, n_bytes=calibration_bytes)
+    return Case(
+        "embedded",
+        load_embedded(),
+        CONFIG,
+        pack(token_stream(text, tokenizer)),
+        pack(token_stream(held_out(documents), tokenizer))[::every],
+    )
+
+
+def folder_case(name: str, tokens: Path, weight_types: Mapping[str, Any]) -> Case:
+    """A model by name with a token file that has ``calibration`` and ``heldout`` ``(N, T)``."""
+    from fxshare.models import load_model
+
+    with safe_open(tokens, framework="pt") as opened:
+        missing = sorted({"calibration", "heldout"} - set(opened.keys()))
+        if missing:
+            raise DataError(
+                f"{tokens}: expected tensors 'calibration' and 'heldout', found "
+                f"{sorted(opened.keys())}"
+            )
+        parts = [opened.get_tensor(key).long() for key in ("calibration", "heldout")]
+    return Case(Path(name).name, load_model(name).model.eval(), weight_types, parts[0], parts[1])
+
+
+def table(result: Quality) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row per case and size."""
+    header = ["model", "kept", "Basis Sharing g2", "whitened SVD", "planned", "planned / BS"]
+    header += ["predicted", "kept in file", "plan"]
+    found: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in result.rows:
+        found.setdefault((row.case, row.size), {})[row.method] = row
+    rows = []
+    for (case, size), by in found.items():
+        planned = by["planned"]
+        rows.append(
+            [
+                case,
+                f"{size:.2f}",
+                f"{by['basis sharing'].increase:.4f}",
+                f"{by['whitened SVD'].increase:.4f}",
+                f"{planned.increase:.4f}",
+                f"{result.ratio(case, size):.3f}",
+                "–" if planned.predicted is None else f"{planned.predicted:.4f}",
+                f"{planned.kept:.4f}",
+                planned.trial or "",
+            ]
+        )
+    return header, rows
