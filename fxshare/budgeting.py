@@ -99,7 +99,7 @@ def plan_within_budget(
     statistics = gather(model, captured)
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
     floor = cfg.calibration.relative_floor
-    options = _options(cfg.budget, planner, dtype_of(model).itemsize)
+    options = options_of(cfg.budget, planner, dtype_of(model).itemsize)
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
@@ -177,7 +177,8 @@ def _size(call: Call) -> int:
     return next((t.numel() for t in tensors(call)), 1)
 
 
-def _options(budget: Budget, planner: Planner, element_size: int) -> Options:
+def options_of(budget: Budget, planner: Planner, element_size: int) -> Options:
+    """What the configuration allows the planner, costs in the unit of its limit."""
     alone = budget.params_kept is None and budget.max_bytes is None
     alone = alone and budget.max_loss_increase is None
     storages: dict[str, tuple[Storage, ...]] = {

@@ -181,6 +181,7 @@ def calibrate(
             "list, or an iterator at its start"
         )
     inputs = _by_site(sites, running)
+    _check_sums(inputs)
     accumulators = {id(g): g for parts in inputs.values() for g in parts}
     notes = _notes(sites, inputs, running)
     held = sum(g.nbytes for g in accumulators.values())
@@ -387,6 +388,16 @@ def _check_finite(call: Call, number: int) -> None:
                 f"calibration batch {number}: input {name!r} has {bad} values that are NaN or "
                 "infinite; leave such samples out"
             )
+
+
+def _check_sums(inputs: Mapping[str, tuple[GramAccumulator, ...]]) -> None:
+    for name, parts in inputs.items():
+        for part in parts:
+            if part.tokens:
+                try:
+                    part.check_finite()
+                except CalibrationError as error:
+                    raise CalibrationError(f"the input of {name!r}: {error}") from error
 
 
 def _by_site(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.budgeting import Budgeted, plan_within_budget, site_biases
+from fxshare.budgeting import Budgeted, options_of, plan_within_budget, site_biases
 from fxshare.calibrate import Statistics, calibrate
 from fxshare.capture import Captured, Mode, bind, capture, device_of, dtype_of
 from fxshare.capture.call import without_labels
@@ -22,11 +22,21 @@ from fxshare.errors import CalibrationError, ConfigError, MatchError, PlanError
 from fxshare.factors import Factorised, planned_factors, remade_factors, sharing_factors
 from fxshare.losses import Loss
 from fxshare.matching import Matching, dense_weights, match
+from fxshare.planned import (
+    Alternative,
+    Sweep,
+    alternatives,
+    make_problem,
+    nodes_of,
+    slice_statistics,
+    sweep_budgets,
+)
 from fxshare.planning import make_plan, uniform_plan
 from fxshare.plans import Plan, Site, Skipped
 from fxshare.record import Record, ShareModule, graph_sha256
 from fxshare.report import Report, group_reports
 from fxshare.source import Source
+from fxshare.spectra import Spectra
 from fxshare.verifying import verify
 from passes import (
     Applied,
@@ -221,13 +231,76 @@ def make_plan_for(
     """
     config = load_config(cfg)
     _check_module(model)
-    if config.mode == "planned" and calibration is not None:
+    if calibration is not None or example is not None:
+        # captured, so that the plan leaves out what the graph never calls
         stages = _prepare(model, config, calibration, example, None)
+        if config.mode != "planned":
+            return make_plan(config, stages.sites, stages.skipped)
+        if calibration is None:
+            return uniform_plan(config, stages.sites, stages.skipped)
         return _budgeted(stages, dense_weights(model, stages.sites), loss, seed).plan
     matching = match(model, config)
     if config.mode == "planned":
         return uniform_plan(config, matching.sites, matching.skipped)
     return make_plan(config, matching.sites, matching.skipped)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A plan, and what else there was to be had: what each dense slice could be instead (nothing
+    without data), and the losses of other budgets where they were asked for."""
+
+    plan: Plan
+    alternatives: Mapping[str, Alternative | None]
+    sweep: Sweep | None = None
+
+
+def survey(
+    model: nn.Module,
+    cfg: ConfigSource | Sequence[ConfigSource],
+    *,
+    calibration: Iterable[object] | None = None,
+    example: object = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    shares: Sequence[float] = (),
+) -> Survey:
+    """:func:`make_plan_for`, and what the plan can be compared with.
+
+    ``shares`` are further budgets to plan for, as shares of the dense cost, on the statistics of
+    the first calibration and without a search; :class:`PlanError` unless the configuration has a
+    budget and there is data.
+    """
+    config = load_config(cfg)
+    if config.budget is None or calibration is None:
+        if shares:
+            what = "a budget" if config.budget is None else "calibration data"
+            raise PlanError(
+                f"a sweep predicts losses under budgets and needs {what}: give "
+                f"{'budget: {params_kept: 0.8}' if config.budget is None else 'calibration=...'}"
+            )
+        made = make_plan_for(
+            model, config, calibration=calibration, example=example, loss=loss, seed=seed
+        )
+        return Survey(made, {})
+    stages = _prepare(model, config, calibration, example, None)
+    weights = dense_weights(model, stages.sites)
+    budgeted = _budgeted(stages, weights, loss, seed)
+    plan, statistics = budgeted.plan, budgeted.statistics
+    planner = config.planner
+    options = options_of(config.budget, planner, dtype_of(model).itemsize)
+    slices = slice_statistics(stages.sites, weights, statistics, centred=planner.bias)
+    spectra = Spectra(slices, config.calibration.relative_floor)
+    problem = make_problem(nodes_of(stages.sites, slices), spectra, options)
+    swept = None
+    if shares:
+        swept = sweep_budgets(
+            problem, shares, options, strategy=planner.strategy, loss_name=statistics.loss
+        )
+    grouped = {name for group in plan.groups for name in group.slices}
+    dense = [s.name for x in plan.sites for s in x.slices if s.name not in grouped]
+    price = 0.0 if plan.outlook is None else plan.outlook.price
+    return Survey(plan, alternatives(problem, dense, price), swept)
 
 
 @dataclass(frozen=True)
@@ -333,11 +406,19 @@ def _visible(
             skipped.append(
                 Skipped(name=site.name, type=site.type, reason="is not called by this graph")
             )
-        elif calls == site.calls:
-            sites.append(site)
         else:
-            sites.append(site.model_copy(update={"calls": calls}))
+            sites.append(site if calls == site.calls else _called_as(site, calls))
     return tuple(sites), tuple(skipped)
+
+
+def _called_as(site: Site, calls: tuple[str, ...]) -> Site:
+    """The site under the names that the graph knows: torch.export keeps one of several for a tied
+    weight."""
+    name = site.name if site.name in calls else calls[0]
+    slices = tuple(
+        s.model_copy(update={"name": name + s.name.removeprefix(site.name)}) for s in site.slices
+    )
+    return site.model_copy(update={"name": name, "calls": calls, "slices": slices})
 
 
 def _named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
@@ -370,8 +451,8 @@ def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
         if real is None or real.slices != site.slices or real.in_features != site.in_features:
             raise PlanError(
                 f"the plan's site {site.name!r} with {len(site.slices)} slices is not what the "
-                f"configuration matches in this model; make the plan again with the same "
-                "configuration"
+                "configuration matches in this model and its graph calls; make the plan again with "
+                "the same configuration and the same example or calibration data"
             )
 
 

@@ -441,9 +441,9 @@ class Planner(_Section):
         default=1.0,
         description="Most of its dense cost that a group may keep; below 1 nothing stays dense.",
     )
-    keep_dense: Annotated[tuple[int, ...], BeforeValidator(_as_list)] = Field(
-        default=(), description="Numbers of layers whose weights stay as they are."
-    )
+    keep_dense: Annotated[
+        tuple[Annotated[int, Field(strict=True)], ...], BeforeValidator(_as_list)
+    ] = Field(default=(), description="Numbers of layers whose weights stay as they are.")
     may_share: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_list)] = Field(
         default=(),
         description="Sets of weight types that may meet in one basis, such as [[q, k], [gate, up]]"
@@ -452,7 +452,12 @@ class Planner(_Section):
     tie: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_list)] = Field(
         default=(), description="Sets of slice names that must share one basis."
     )
-    search: Literal["off", "quick", "thorough"] = Field(
+    search: Annotated[
+        Literal["off", "quick", "thorough"],
+        # YAML 1.1 reads a bare off as false
+        BeforeValidator(lambda value: "off" if value is False else value),
+        WithJsonSchema({"enum": ["off", False, "quick", "thorough"]}),
+    ] = Field(
         default="quick",
         description="How many plans are tried on held-back calibration data: off (one, not "
         "measured), quick or thorough.",

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fxshare.calibrate import Statistics
-from fxshare.errors import FactoriseError
+from fxshare.errors import FactoriseError, PlanError
 from fxshare.factorise import factorise
 from fxshare.pivoting import Pivoted, pivot
 from fxshare.planner.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
 from fxshare.planner.curve import DENSE, Curve, restrict
 from fxshare.planner.problem import Node, Part, Problem
-from fxshare.planner.solve import Choice, Solution
-from fxshare.planning import with_unique_names
+from fxshare.planner.solve import Choice, Solution, sweep
+from fxshare.planning import named_apart
 from fxshare.plans import Group, Site
 from fxshare.spectra import OutputRoot, SliceStatistics, Spectra, output_root
 
@@ -129,11 +129,12 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
                 costs.append(cost[keep])
                 losses.append(tails[rank[keep]])
                 chosen.append(rank[keep] * 2 + (storage == "pivoted"))
-        whole = Curve(
-            np.concatenate([*costs, dense]),
-            np.concatenate([*losses, np.zeros(1)]),
-            np.concatenate([*chosen, np.array([DENSE])]),
-        )
+        # dense does not keep to a bound on FLOPs either; without any other option it has to do
+        if options.flops_kept is None or options.flops_kept >= 1 or not sum(map(len, costs)):
+            costs.append(dense)
+            losses.append(np.zeros(1))
+            chosen.append(np.array([DENSE]))
+        whole = Curve(np.concatenate(costs), np.concatenate(losses), np.concatenate(chosen))
         ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
         return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
 
@@ -194,7 +195,117 @@ def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...
                 loss=choice.loss,
             )
         )
-    return with_unique_names(groups)
+    return named_apart(groups)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The best that a dense slice could be instead, at the plan's price."""
+
+    rank: int
+    storage: Storage
+    saved: int
+    """Units of the budget."""
+    loss: float
+
+
+def alternatives(
+    problem: Problem, names: Sequence[str], price: float
+) -> dict[str, Alternative | None]:
+    """For slices by name what each would be if it could not stay dense: the option of least
+    ``loss + price · cost``. None where no option is left."""
+    found: dict[str, Alternative | None] = {}
+    for name in names:
+        curve = problem.candidate(frozenset({name})).curve
+        low = np.flatnonzero(curve.rank != DENSE)
+        dense = curve.cost[curve.rank == DENSE]
+        if not len(low) or not len(dense):
+            found[name] = None
+            continue
+        at = int(low[np.argmin(curve.loss[low] + price * curve.cost[low])])
+        rank = int(curve.rank[at])
+        found[name] = Alternative(
+            rank // 2,
+            "pivoted" if rank % 2 else "plain",
+            int(dense[0] - curve.cost[at]),
+            float(curve.loss[at]),
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A plan of a sweep. ``budget`` and ``kept`` are shares of the dense cost: what was allowed,
+    and what the plan takes of it. ``bound`` is the dual bound, 0 where there is none."""
+
+    budget: float
+    kept: float
+    loss: float
+    bound: float
+    bases: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Predicted loss against budget, all on one set of statistics and before any search.
+
+    ``uniform`` gives every slice a basis of its own and the same share of its dense cost.
+    """
+
+    unit: Unit
+    dense: int
+    """Cost of everything dense, in the unit."""
+    loss_name: str
+    planned: tuple[SweepPoint, ...]
+    uniform: tuple[SweepPoint, ...]
+
+
+def sweep_budgets(
+    problem: Problem, shares: Sequence[float], options: Options, *, strategy: str, loss_name: str
+) -> Sweep:
+    """Plans for several budgets, each a share of the dense cost, over one collection of
+    partitions; nothing is factorised. Budgets below the cheapest plan have no point."""
+    parts = problem.singletons()
+    each = {
+        part: int(
+            _cost(shape_of(problem.nodes, part), np.array([0]), "plain", options, dense=True)[0]
+        )
+        for part in parts
+    }
+    dense = sum(each.values())
+    todo = sorted(shares)
+    solutions: list[Solution] = []
+    while todo and not solutions:
+        try:
+            solutions = sweep(problem, [share * dense for share in todo], strategy=strategy)
+        except PlanError:
+            if len(todo) == 1:
+                raise
+            todo = todo[1:]
+    planned = tuple(
+        SweepPoint(
+            share,
+            one.cost / dense,
+            one.loss,
+            one.bound,
+            sum(choice.rank != DENSE for choice in one.choices),
+        )
+        for share, one in zip(todo, solutions, strict=True)
+    )
+    uniform = []
+    for share in todo:
+        cost, loss, bases = 0, 0.0, 0
+        for part in parts:
+            curve = problem.candidate(part).curve
+            fits = np.flatnonzero(curve.cost <= share * each[part])
+            if not len(fits):
+                break
+            at = int(fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]])
+            cost, loss = cost + int(curve.cost[at]), loss + float(curve.loss[at])
+            bases += int(curve.rank[at] != DENSE)
+        else:
+            uniform.append(SweepPoint(share, cost / dense, loss, 0.0, bases))
+    return Sweep(options.unit, dense, loss_name, planned, tuple(uniform))
 
 
 @dataclass(eq=False)

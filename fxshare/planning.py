@@ -27,20 +27,18 @@ def sharing_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
     groups: list[Group] = []
     for type_name, label, members in _families(cfg, sites):
         size = cfg.group_size_of(type_name)
-        layers = sorted({site.layer if site.layer is not None else -1 for site, _ in members})
+        if size == 1:  # one basis per matrix, whatever layer it is in
+            for site in dict.fromkeys(site for site, _ in members):
+                alone = [(x, s) for x, s in members if x is site]
+                groups.append(_group(cfg.compression_rate, type_name, label, alone))
+            continue
+        layers = sorted({site.layer for site, _ in members if site.layer is not None})
         for at in range(0, len(layers), size):
             chosen = layers[at : at + size]
-            if size == 1 and chosen == [-1]:
-                # no layer number is needed for a group of one: each site stands alone
-                alone = [(site, s) for site, s in members if site.layer is None]
-                for site in dict.fromkeys(site for site, _ in alone):
-                    part = [(x, s) for x, s in alone if x is site]
-                    groups.append(_group(cfg.compression_rate, type_name, label, part))
-                continue
-            part = [(x, s) for x, s in members if (-1 if x.layer is None else x.layer) in chosen]
+            part = [(x, s) for x, s in members if x.layer in chosen]
             groups.append(_group(cfg.compression_rate, type_name, label, part))
     plan = Plan(
-        mode="sharing", sites=tuple(sites), groups=_named_apart(groups), skipped=tuple(skipped)
+        mode="sharing", sites=tuple(sites), groups=named_apart(groups), skipped=tuple(skipped)
     )
     _warn_above_dense(plan)
     return plan
@@ -80,7 +78,7 @@ def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
     return Plan(
         mode="planned",
         sites=tuple(sites),
-        groups=with_unique_names(groups),
+        groups=named_apart(groups),
         skipped=tuple(skipped),
     )
 
@@ -105,17 +103,6 @@ def _rank_within(numbers: int, width: int, height: int, pivoted: bool) -> int | 
             break
         most = rank
     return most
-
-
-def with_unique_names(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Number the groups whose names are taken: two sites of one type in one layer."""
-    taken: dict[str, int] = {}
-    result = []
-    for group in groups:
-        times = taken[group.name] = taken.get(group.name, 0) + 1
-        name = group.name if times == 1 else f"{group.name}_n{times}"
-        result.append(group.model_copy(update={"name": name}))
-    return tuple(result)
 
 
 Member = tuple[Site, SliceSpec]
@@ -150,7 +137,7 @@ def _group(rate: float, type_name: str, label: str, members: Sequence[Member]) -
     )
 
 
-def _named_apart(groups: Sequence[Group]) -> tuple[Group, ...]:
+def named_apart(groups: Sequence[Group]) -> tuple[Group, ...]:
     """Groups of one type over inputs of different width, or of types ``a-b`` and ``a_b``, would
     have one name: a number is added from the second on."""
     named: dict[str, Group] = {}

@@ -5,7 +5,9 @@ Names cross stages, fx nodes do not: everything here is named by qualified modul
 
 from __future__ import annotations
 
+import difflib
 import json
+import reprlib
 from collections import Counter
 from typing import Literal
 
@@ -158,13 +160,21 @@ class Plan(_Frozen):
     @model_validator(mode="after")
     def _is_partition(self) -> Plan:
         known = {s.name: site for site in self.sites for s in site.slices}
-        used = Counter(name for group in self.groups for name in group.slices)
-        unknown = sorted(set(used) - set(known))
-        if unknown:
-            raise ValueError(f"group slice {unknown[0]!r} is not a slice of any site")
-        twice = [name for name, times in used.items() if times > 1]
-        if twice:
-            raise ValueError(f"slice {twice[0]!r} is in more than one group")
+        home: dict[str, str] = {}
+        for group in self.groups:
+            for name in group.slices:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"group {group.name!r}: {name!r} is not a slice of any site{hint}"
+                    )
+                if name in home:
+                    raise ValueError(
+                        f"slice {name!r} is in group {home[name]!r} and in {group.name!r}; a slice "
+                        "has one basis, once"
+                    )
+                home[name] = group.name
         names = Counter(group.name for group in self.groups)
         if names and max(names.values()) > 1:
             raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
@@ -232,8 +242,24 @@ class Plan(_Frozen):
                 )
             return Plan.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "plan"
-            raise PlanError(f"{where}: {first['msg']}") from error
+            raise PlanError(_fault(error, text)) from error
         except (ValueError, AttributeError, TypeError) as error:
             raise PlanError(f"not a plan: {error}") from error
+
+
+def _fault(error: ValidationError, text: str) -> str:
+    """The first fault, with the name of the group or site that has it."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    loc = list(first["loc"])
+    where = []
+    if len(loc) > 1 and isinstance(loc[1], int):
+        entry = json.loads(text)[loc[0]][loc[1]]
+        named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        where.append(f"{str(loc[0])[:-1]} {entry['name']!r}" if named else f"{loc[0]}.{loc[1]}")
+        loc = loc[2:]
+    where.append(".".join(str(step) for step in loc))
+    found = "" if first["type"] == "missing" else f"; found {reprlib.repr(first['input'])}"
+    said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+    return ": ".join(filter(None, (*where, said))) + found

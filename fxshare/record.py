@@ -22,7 +22,7 @@ from fxshare.plans import Plan, Site
 from fxshare.report import Report
 from fxshare.source import Source
 from passes.graph import weight_and_bias
-from passes.slices import Slice, basis_matrix
+from passes.slices import Slice, basis_matrix, rows_of
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     """The weight ``(out, in)`` that a slice of a compiled model stands for, in float64."""
     place = slices_of(module)[name]
     weight_OI, _ = weight_and_bias(module.get_submodule(place.module))
-    rows = weight_OI.detach()[place.start : place.stop].double()
+    rows = rows_of(module, place, weight_OI.detach()).double()
     if place.basis is None:
         return rows
     basis_RI = basis_matrix(module, place.basis, pivoted=place.pivoted)
@@ -182,7 +182,7 @@ def site_bias(module: nn.Module, site: Site) -> Tensor | None:
         _, bias = weight_and_bias(module.get_submodule(place.module))
         if bias is None:
             return None
-        rows.append(bias.detach()[place.start : place.stop])
+        rows.append(rows_of(module, place, bias.detach()))
     return torch.cat(rows)
 
 

@@ -33,7 +33,6 @@ from fxshare.planned import (
     refitted,
     shape_of,
 )
-from fxshare.planner.curve import DENSE
 from fxshare.planner.problem import Node, Problem
 from fxshare.planner.solve import Choice, Solution, solve
 from fxshare.plans import Group, Site
@@ -268,13 +267,15 @@ class Search:
         problem = make_problem(nodes, spectra, options)
         solution = solve(problem, self.budget, strategy=trial.strategy)
         if trial.blend:
-            solution = blend(solution, problem, trial.blend, share)
+            solution = blend(solution, problem, trial.blend, share, options)
         groups = groups_of(solution, nodes)
         return Planned(solution, groups, {}, trial, False, spectra=spectra)
 
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""
-        return sum(int(choice.candidate.curve.cost[-1]) for choice in planned.solution.choices)
+        assert planned.spectra is not None
+        nodes = nodes_of(self.sites, planned.spectra.slices)
+        return sum(_dense_cost(nodes, name, self.options) for name in nodes)
 
     def _realise(self, one: Planned) -> None:
         """Factorise, with and without the refits that are left to measurement, and measure."""
@@ -350,18 +351,19 @@ def _same_input_types(nodes: Mapping[str, Node]) -> tuple[frozenset[str], ...]:
     return tuple({frozenset(types) for types in by_input.values() if len(types) > 1})
 
 
-def blend(solution: Solution, problem: Problem, share: float, kept: float) -> Solution:
+def blend(
+    solution: Solution, problem: Problem, share: float, kept: float, options: Options
+) -> Solution:
     """Draw every group's cost towards ``kept`` of its dense cost: ``(1 − share) · planned + share ·
     uniform``, never above the budget."""
     choices = []
     for choice in solution.choices:
         curve = choice.candidate.curve
-        dense = int(curve.cost[-1])
+        # not the curve's last cost: under a ceiling that is not dense
+        dense = sum(_dense_cost(problem.nodes, n, options) for n in choice.candidate.slices)
         wanted = (1 - share) * choice.cost + share * kept * dense
-        fits = np.flatnonzero((curve.cost <= wanted) & (curve.rank != DENSE))
-        if wanted >= dense:
-            choices.append(Choice(choice.candidate, len(curve.cost) - 1))
-        elif len(fits):
+        fits = np.flatnonzero(curve.cost <= wanted)
+        if len(fits):
             best = fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]]
             choices.append(Choice(choice.candidate, int(best)))
         else:

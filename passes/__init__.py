@@ -6,6 +6,7 @@ Imports torch and the standard library only; knows no configuration, no files, n
 from passes.base import Pass
 from passes.clean_up import CleanUp
 from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
+from passes.fold_gathers import FoldGathers
 from passes.fuse_coefficients import FuseCoefficients
 from passes.graph import (
     LinearCall,
@@ -30,6 +31,7 @@ __all__ = [
     "Applied",
     "CleanUp",
     "EnsuresError",
+    "FoldGathers",
     "FuseCoefficients",
     "FxShareError",
     "LinearCall",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from passes.base import Pass
 from passes.clean_up import CleanUp
+from passes.fold_gathers import FoldGathers
 from passes.fuse_coefficients import FuseCoefficients
 from passes.pivot_basis import PivotBasis, PivotedGroup
 from passes.reuse_basis import ReuseBasis
@@ -39,6 +40,8 @@ def default_passes(
                 *((PivotBasis(groups=tuple(pivots)),) if pivots else ()),
                 # after reuse; `fuse=False` leaves the slices apart for people who read the graph
                 *((FuseCoefficients(),) if fuse else ()),
+                # after fusing, so that a producer which was fused with others is left alone
+                *((FoldGathers(),) if pivots and fuse else ()),
             )
             if groups
             else ()

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from passes.base import Pass
 from passes.errors import RequiresError, ShapeError
 from passes.graph import calls_by_target, linear_at, new_linear, put_module, read_instead
-from passes.slices import set_slices, slices
+from passes.slices import gather_order, set_slices, slices
 from passes.writes import is_written
 
 _DERIVED = "derived"
@@ -146,19 +146,12 @@ def derive_gathers(gm: nn.Module) -> None:
     """Make every gather's index from the ``kept`` buffers of its bases: kept inputs ascending, then
     the others. Call it after the buffers were loaded."""
     for name, bases in gathers(gm).items():
-        pieces = []
-        for basis_name in bases:
-            basis = linear_at(gm, basis_name)
-            kept = basis.kept
-            assert isinstance(kept, Tensor)
-            if kept.device.type == "meta":
-                return
-            features = basis.in_features + basis.out_features
-            others = torch.ones(features, dtype=torch.bool, device=kept.device)
-            others[kept.long()] = False
-            pieces += [kept.long(), others.nonzero().flatten()]
+        orders = [gather_order(gm, basis) for basis in bases]
+        known = [order for order in orders if order is not None]
+        if len(known) < len(orders):
+            return
         path, _, leaf = name.rpartition(".")
-        index = torch.cat(pieces).to(torch.int32)
+        index = torch.cat(known).to(torch.int32)
         gm.get_submodule(path).register_buffer(leaf, index, persistent=False)
 
 

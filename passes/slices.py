@@ -30,6 +30,8 @@ class Slice:
     stop: int
     basis: str | None = None
     pivoted: bool = False
+    folded: str | None = None
+    """The basis in whose order of inputs (kept, then the others) this slice's rows are."""
 
 
 def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
@@ -53,10 +55,31 @@ def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
         known = ", ".join(list(slices(gm))[:4])
         raise PassError(f"no slice named {name!r}; the graph has {known or 'none'}, ...")
     weight_OI, _ = weight_and_bias(gm.get_submodule(place.module))
-    rows = weight_OI[place.start : place.stop]
+    rows = rows_of(gm, place, weight_OI)
     if place.basis is None:
         return rows
     return torch.matmul(rows, basis_matrix(gm, place.basis, pivoted=place.pivoted))
+
+
+def rows_of(gm: nn.Module, place: Slice, tensor: Tensor) -> Tensor:
+    """A slice's rows of its module's weight or bias, in their original order."""
+    rows = tensor[place.start : place.stop]
+    order = None if place.folded is None else gather_order(gm, place.folded)
+    return rows if order is None else rows.index_select(0, order.argsort().to(rows.device))
+
+
+def gather_order(gm: nn.Module, basis: str) -> Tensor | None:
+    """The inputs of a pivoted basis in the order in which it reads them: the kept ones ascending,
+    then the others; None while its ``kept`` buffer has no values yet (meta device)."""
+    module = gm.get_submodule(basis)
+    kept = module.kept
+    assert isinstance(kept, Tensor)
+    if kept.device.type == "meta":
+        return None
+    weight_RT, _ = weight_and_bias(module)
+    others = torch.ones(sum(weight_RT.shape), dtype=torch.bool, device=kept.device)
+    others[kept.long()] = False
+    return torch.cat([kept.long(), others.nonzero().flatten()])
 
 
 def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:
@@ -65,12 +88,7 @@ def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:
     weight_RT, _ = weight_and_bias(module)
     if not pivoted:
         return weight_RT
-    kept = module.kept
-    assert isinstance(kept, Tensor)
-    rank, features = weight_RT.shape[0], sum(weight_RT.shape)
-    others = torch.ones(features, dtype=torch.bool, device=kept.device)
-    others[kept.long()] = False
-    basis_RI = weight_RT.new_zeros(rank, features)
-    basis_RI[:, kept.long()] = torch.eye(rank, dtype=weight_RT.dtype, device=weight_RT.device)
-    basis_RI[:, others] = weight_RT
-    return basis_RI
+    order = gather_order(gm, name)
+    assert order is not None
+    whole = torch.eye(len(weight_RT), dtype=weight_RT.dtype, device=weight_RT.device)
+    return torch.cat([whole, weight_RT], 1).index_select(1, order.argsort())

@@ -188,7 +188,7 @@ def token_batches(count: int = 4, rows: int = 3, length: int = 12, seed: int = 1
     return [torch.randint(0, VOCAB, (rows, length), generator=generator) for _ in range(count)]
 
 
-def gpt_config(sizes: Sizes = Sizes(), /, **changes: Any) -> dict[str, Any]:  # noqa: B008 - frozen
+def gpt_config(sizes: Sizes = Sizes(), /, **changes: Any) -> dict[str, Any]:
     """A configuration that matches every linear of a toy model; ``changes`` go on top."""
     types: dict[str, Any] = {
         "proj": {"pattern": r".*\.attn\.c_proj$"},

@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 import fxshare
 from fxshare import FxShareWarning
 from fxshare.calibrate import Statistics, bytes_needed, calibrate
-from fxshare.capture import capture
+from fxshare.capture import Captured, bind, capture
+from fxshare.capture.call import without_labels
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
 from fxshare.matching import match
@@ -33,13 +35,20 @@ def batches(count: int = 3, rows: int = 4, length: int = 7) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (rows, length), generator=generator) for _ in range(count)]
 
 
+_CAPTURED: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary()
+
+
 def statistics(
     model: nn.Module, data: Any, mode: Any = "fx", *, example: Any = None, **keys: Any
 ) -> Statistics:
+    """Calibrate; a model is captured once, whatever is asked of it afterwards."""
     sites = match(model, load_config(EVERYTHING)).sites
-    captured = capture(model, data[0] if example is None else example, mode=mode)
+    made = _CAPTURED.setdefault(model, {})
+    if mode not in made:
+        first = without_labels(model, bind(model, data[0] if example is None else example))
+        made[mode] = capture(model, first, mode=mode)
     with no_warnings_of_ours():
-        return calibrate(model, captured, data, sites, **keys)
+        return calibrate(model, made[mode], data, sites, **keys)
 
 
 def assert_same(left: Statistics, right: Statistics, limit: float) -> None:

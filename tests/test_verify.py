@@ -1,7 +1,7 @@
 """``fxshare.verify`` passes right rewrites and catches wrong ones.
 
-Every wrong rewrite here is one that a plausible bug would make. Each is made on a compiled model, in
-the graph or in its tensors, and the check that has to fail is named.
+Every wrong rewrite here is one that a plausible bug would make. Each is made on a compiled model,
+in the graph or in its tensors, and the check that has to fail is named.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def shared(attn: dict[str, Any], fuse: bool = False) -> Any:
 
 
 def failing(gm: nn.Module) -> set[str]:
-    """The first word of every check that fails: ``random`` for outputs, ``relative`` for weights."""
+    """First words of the checks that fail: ``random`` for outputs, ``relative`` for weights."""
     result = fxshare.verify(model_of(), gm)
     failed = {check.what.split()[0] for check in result.checks if not check.ok}
     assert result.ok == (not failed)
@@ -233,7 +233,7 @@ HF = {
 @pytest.mark.parametrize(
     ("toy", "capture"),
     [(GPT2, "fx"), (LLAMA, "fx"), (NANOGPT, "modules")],
-    ids=lambda x: str(x)[:9],
+    ids=["gpt2", "llama", "nanogpt"],
 )
 def test_half_precision_is_compared_in_float32(toy: Any, dtype: torch.dtype, capture: Any) -> None:
     model = toy.model(dtype=dtype)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -212,12 +213,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No gradients, and the random number generators as before afterwards."""
-    python_state = random.getstate()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
         random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 class _Original:

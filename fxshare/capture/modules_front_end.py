@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxshare.errors import CaptureError
-from passes.graph import is_linear, structure_copy
+from passes.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
 from passes.pivot_basis import gathers, set_gathers
-from passes.slices import Slice, set_slices, slices
+from passes.slices import Slice, rows_of, set_slices, slice_weight, slices
 
 
 class BorrowedBasis(nn.Module):
@@ -34,6 +35,47 @@ class BorrowedBasis(nn.Module):
         """The basis product ``(..., R)`` of ``x`` ``(..., I)``."""
         product: Tensor = self.__dict__["_owner"](x)
         return product
+
+    @property
+    def weight(self) -> Tensor:
+        """The owner's weight."""
+        weight: Tensor = self.__dict__["_owner"].weight
+        return weight
+
+    @property
+    def bias(self) -> None:
+        """A basis has none."""
+
+    @property
+    def kept(self) -> Tensor:
+        """The owner's kept inputs, where it is stored pivoted."""
+        kept: Tensor = self.__dict__["_owner"].kept
+        return kept
+
+
+class RewrittenLinear(fx.GraphModule):
+    """A rewritten site of a model's own class.
+
+    ``weight`` and ``bias`` are multiplied out anew at each read, for code that looks at them beside
+    calling the module (the fast path of ``nn.TransformerEncoderLayer``, dtype checks).
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out, in)``, or ``(in, out)`` where a ``Conv1D`` was."""
+        whole_OI = torch.cat([slice_weight(self, name) for name in slices(self)])
+        return whole_OI.t() if self.meta["transposed"] else whole_OI
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(out,)``; None where the site has none."""
+        rows = []
+        for place in slices(self).values():
+            _, bias = weight_and_bias(self.get_submodule(place.module))
+            if bias is None:
+                return None
+            rows.append(rows_of(self, place, bias))
+        return torch.cat(rows)
 
 
 def linears_side_by_side(model: nn.Module) -> fx.GraphModule:
@@ -74,9 +116,11 @@ def put_back(
         result.add_module(name, rewritten.get_submodule(name))
     for name in sites:
         piece, moved = _piece(rewritten, name, results[name], bases)
+        piece.meta["transposed"] = is_conv1d(model.get_submodule(name))
         result.set_submodule(name, piece)
         for slice_name, place in slices(rewritten).items():
             if place.module in moved:
+                set_slices(piece, {slice_name: replace(place, module=moved[place.module])})
                 new = f"{name}.{moved[place.module]}"
                 places.setdefault(slice_name, replace(place, module=new))
         for gather, order in gathers(rewritten).items():
@@ -134,7 +178,7 @@ def _piece(
         copies[node] = new
     graph.output(copies[result])
     root.train(rewritten.training)
-    return fx.GraphModule(root, graph, type(rewritten).__name__), moved
+    return RewrittenLinear(root, graph, type(rewritten).__name__), moved
 
 
 def _local_name(target: str, site: str) -> str:

@@ -14,11 +14,15 @@ from fxshare.cli.options import (
     Capture,
     Configs,
     Debug,
+    Keep,
     Length,
+    MaxBytes,
+    MaxLoss,
     Model,
     Seed,
     Sets,
     Tokens,
+    budget_overrides,
     calibration_batches,
     config_of,
 )
@@ -34,6 +38,9 @@ def compile_model(
     model: Model,
     config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
     set_: Sets = None,
+    keep: Keep = None,
+    max_bytes: MaxBytes = None,
+    max_loss: MaxLoss = None,
     plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Realise this plan (of 'fxshare plan') as it is."),
@@ -73,7 +80,7 @@ def compile_model(
     import fxshare
     from fxshare.models import example_ids, load_model
 
-    cfg = config_of(config, set_)
+    cfg = config_of(config, set_, budget_overrides(keep, max_bytes, max_loss))
     made = None if plan is None else read_plan(plan)
     _check_free(output, force)
     loaded = load_model(model)
@@ -88,6 +95,7 @@ def compile_model(
         example=None if batches else example_ids(loaded.model, seed=seed),
         plan=made,
         capture=None if capture is None else capture.value,
+        seed=seed,
     )
     report = gm.fxshare.report
     data: dict[str, Any] = {**report.to_dict(), "saved_to": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,32 @@ Sets = Annotated[
         metavar="KEY=VALUE",
         help="Change one key of the configuration: group_size=2, weight_types.attn.n_head=16.",
     ),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Plan to keep this share of the matched weights' numbers: --set "
+        "budget.params_kept=SHARE.",
+    ),
+]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Plan for a whole model of at most N bytes: --set budget.max_bytes=N."
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Plan the smallest model whose loss per token rises by at most NATS: --set "
+        "budget.max_loss_increase=NATS.",
+    ),
+]
+Draw = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw the plan: .svg, .png or .pdf. Needs 'fxshare[viz]'."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[
@@ -98,13 +125,21 @@ class Protocol(str, Enum):
     B = "B"
 
 
-def config_of(configs: list[Path], sets: list[str] | None) -> ShareConfig:
-    """The configuration that ``-c`` and ``--set`` describe."""
+def budget_overrides(
+    keep: float | None, max_bytes: int | None, max_loss: float | None
+) -> list[str]:
+    """``--keep`` and its like as ``--set`` writes them."""
+    given = {"params_kept": keep, "max_bytes": max_bytes, "max_loss_increase": max_loss}
+    return [f"budget.{key}={value}" for key, value in given.items() if value is not None]
+
+
+def config_of(configs: list[Path], sets: list[str] | None, more: Sequence[str] = ()) -> ShareConfig:
+    """The configuration that ``-c``, ``--set`` and then ``more`` overrides describe."""
     from fxshare.config import load_config
 
     if not configs:
         raise ConfigError("expected a configuration; give it with -c FILE.yaml")
-    return load_config(configs, overrides=sets or [])
+    return load_config(configs, overrides=[*(sets or ()), *more])
 
 
 def window_length(loaded: LoadedModel, length: int | None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,28 +15,53 @@ from fxshare.cli.options import (
     Calibration,
     Configs,
     Debug,
+    Draw,
+    Keep,
     Length,
+    MaxBytes,
+    MaxLoss,
     Model,
     Seed,
     Sets,
     Tokens,
+    budget_overrides,
     calibration_batches,
     config_of,
 )
-from fxshare.cli.output import Result, table
-from fxshare.errors import PlanError
+from fxshare.cli.output import Result, note, table
+from fxshare.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fxshare.compiling import Survey
+    from fxshare.config import ShareConfig
+    from fxshare.planned import Alternative
     from fxshare.plans import Plan
+
+_SHARES = tuple(round(0.3 + 0.7 * at / 16, 6) for at in range(17))
+"""The budgets of a sweep, as shares of the dense cost."""
 
 
 def plan_model(
     model: Model,
     config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
     set_: Sets = None,
+    keep: Keep = None,
+    max_bytes: MaxBytes = None,
+    max_loss: MaxLoss = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as JSON."),
+    ] = None,
+    draw: Draw = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="Plan for budgets from 0.3 to 1 as well and draw the predicted losses (.svg, "
+            ".png, .pdf), or print them (-). Needs a budget and --calibration.",
+        ),
     ] = None,
     calibration: Calibration = None,
     tokens: Tokens = None,
@@ -45,32 +71,103 @@ def plan_model(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Show what would share a basis and at which rank; nothing is rewritten.
+    """Show what would share a basis, at which rank, what stays dense and why; nothing is rewritten.
 
     The JSON of --json or -o can be edited by hand and given to 'fxshare compile --plan'.
 
     \b
-    Example:
+    Examples:
       fxshare plan path/to/gpt2 -c configs/gpt2-basis-sharing.yaml -o plan.json
+      fxshare plan embedded -c model.yaml --keep 0.8 --calibration stdlib --draw plan.svg
     """
     del as_json, debug
-    import fxshare
+    from fxshare.capture import dtype_of
+    from fxshare.compiling import survey
     from fxshare.models import example_ids, load_model
     from fxshare.writing import write_text
 
-    cfg = config_of(config, set_)
+    cfg = config_of(config, set_, budget_overrides(keep, max_bytes, max_loss))
+    picture = None if sweep in (None, "-") else Path(str(sweep))
+    _check_first(cfg, draw, sweep, picture, calibration)
     loaded = load_model(model)
     batches = calibration_batches(
         loaded, calibration, tokens=tokens, length=length, batch_size=batch_size, seed=seed
     )
-    example = None if batches else example_ids(loaded.model, seed=seed)
-    plan = fxshare.plan(loaded.model, cfg, calibration=batches, example=example)
+    note(f"planning {model} ({type(loaded.model).__name__})")
+    found = survey(
+        loaded.model,
+        cfg,
+        calibration=batches,
+        example=None if batches else example_ids(loaded.model, seed=seed),
+        seed=seed,
+        shares=_SHARES if sweep is not None else (),
+    )
+    plan = found.plan
+    written = []
     if output is not None:
         write_text(output, plan.to_json())
-    text = plan_text(plan)
-    if output is not None:
-        text += f"\nwritten to {output}"
-    return Result(json.loads(plan.to_json()), text)
+        written.append(output)
+    if draw is not None:
+        _draw(plan, draw, model)
+        written.append(draw)
+    if picture is not None and found.sweep is not None:
+        from fxshare.drawing import draw_sweep
+
+        draw_sweep(found.sweep, picture, outlook=plan.outlook)
+        written.append(picture)
+    size = dtype_of(loaded.model).itemsize
+    blocks = [plan_text(plan, cfg, element_size=size, alternatives=found.alternatives)]
+    if sweep == "-":
+        blocks.append(_sweep_text(found))
+    blocks += [f"written to {path}" for path in written]
+    return Result(_data(found), "\n".join(blocks))
+
+
+def _check_first(
+    cfg: ShareConfig,
+    draw: Path | None,
+    sweep: str | None,
+    picture: Path | None,
+    calibration: str | None,
+) -> None:
+    """Refuse before hours of planning what drawing would refuse after them."""
+    from fxshare.drawing import check_drawable
+
+    for path in (draw, picture):
+        if path is not None:
+            check_drawable(path)
+    if sweep is not None and cfg.budget is None:
+        raise ConfigError(
+            f"--sweep {sweep}: predicts losses under budgets, and the {cfg.mode} mode has none; "
+            "give one, such as --keep 0.8"
+        )
+    if sweep is not None and calibration is None:
+        raise ConfigError(
+            f"--sweep {sweep}: losses are predicted from data; add --calibration SPEC"
+        )
+
+
+def _draw(plan: Plan, path: Path, name: str) -> None:
+    from fxshare.drawing import draw_plan
+
+    draw_plan(plan, path, title=f"{name}, {plan.mode} mode")
+
+
+def _data(found: Survey) -> Any:
+    """The plan itself, or with a sweep an object of both."""
+    plan = json.loads(found.plan.to_json())
+    return plan if found.sweep is None else {"plan": plan, "sweep": asdict(found.sweep)}
+
+
+def _sweep_text(found: Survey) -> str:
+    from fxshare.plan_table import sweep_table
+
+    assert found.sweep is not None
+    header, rows = sweep_table(found.sweep)
+    return (
+        "\nother budgets, as shares of the dense cost; predicted on one set of statistics, before "
+        f"any search\n{table(header, rows, left=0)}"
+    )
 
 
 def read_plan(path: Path) -> Plan:
@@ -87,36 +184,31 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: {error}") from error
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan as a table, a row per group."""
-    from fxshare.planning import break_even_rank
+def plan_text(
+    plan: Plan,
+    cfg: ShareConfig | None = None,
+    *,
+    element_size: int | None = None,
+    alternatives: Mapping[str, Alternative | None] | None = None,
+) -> str:
+    """The plan as tables: groups, what stays dense and why, totals, the search."""
+    from fxshare.plan_table import (
+        dense_lines,
+        groups_table,
+        head_lines,
+        outlook_lines,
+        trials_table,
+    )
 
-    lines = [
-        f"{plan.mode} mode: {len(plan.sites)} sites, {sum(len(s.slices) for s in plan.sites)} "
-        f"slices, {len(plan.groups)} groups",
-        f"params_kept {plan.params_kept:.4f}: {plan.dense_numbers:,} weights → "
-        f"{plan.stored_numbers:,} stored numbers",
-    ]
+    lines = head_lines(plan, element_size=element_size)
     if plan.groups:
-        header = ["group", "type", "layers", "slices", "in→out", "rank", "break-even"]
-        header += ["numbers before", "after", "kept"]
-        rows = [
-            [
-                g.name,
-                g.type,
-                ",".join(map(str, g.layers)) or "–",
-                str(len(g.slices)),
-                f"{g.in_features}→{g.out_features}",
-                str(g.rank),
-                str(break_even_rank(g.in_features, g.out_features)),
-                f"{g.dense_numbers:,}",
-                f"{g.stored_numbers:,}",
-                f"{g.stored_numbers / g.dense_numbers:.3f}",
-            ]
-            for g in plan.groups
-        ]
+        header, rows = groups_table(plan)
         lines.append(table(header, rows, left=2))
     else:
         lines.append("no groups: every slice keeps its original weight rows")
-    lines += [f"not rewritten: {s.name} ({s.type}): {s.reason}" for s in plan.skipped]
+    lines += dense_lines(plan, cfg, alternatives)
+    lines += outlook_lines(plan, cfg)
+    header, rows = trials_table(plan)
+    if rows:
+        lines.append(table(header, rows, left=2))
     return "\n".join(lines)

@@ -33,7 +33,8 @@ CONFIG: dict[str, Any] = {
 PROMPT = "class Reader:\n    def __init__(self, path, mode='r'):\n"
 GROUP_SIZE = 2
 # the shares of stored numbers kept that the demo shows
-SIZES = (0.9, 0.8, 0.6)
+SIZES = (0.8, 0.65, 0.5)
+PLANNER: dict[str, Any] = {"search": "quick"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def demo(
     say: Callable[[str], None] = lambda line: None,
     seed: int = 0,
 ) -> Demo:
-    """Compress the embedded model by Basis Sharing at three sizes and measure each beside it.
+    """Compress the embedded model at three sizes, by Basis Sharing and by the planner at the same
+    stored numbers, and measure each beside the dense model.
 
     ``quick`` takes a tenth of the data. With ``out`` the reports are written there. ``say`` is
     handed a line as each stage begins.
@@ -97,9 +99,12 @@ def demo(
     say("rewriting every linear exactly: q, k and v apart, equal outputs")
     models["exact"] = compile_model(model, CONFIG, example=batches[0])
     for size in SIZES:
-        say(f"Basis Sharing, groups of {GROUP_SIZE} layers, {size:.0%} of the numbers kept")
+        say(f"{size:.0%} of the numbers kept: Basis Sharing, groups of {GROUP_SIZE} layers")
         cfg = {**CONFIG, "group_size": GROUP_SIZE, "compression_rate": size}
         models[f"basis sharing {size:.2f}"] = compile_model(model, cfg, calibration=batches)
+        say(f"{size:.0%} of the numbers kept: planned in the model's own loss")
+        cfg = {**CONFIG, "budget": {"params_kept": size}, "planner": PLANNER}
+        models[f"planned {size:.2f}"] = compile_model(model, cfg, calibration=batches, seed=seed)
     say(f"measuring on {len(test)} modules held out from training, {n_bytes:,} bytes")
     speeds = _tokens_per_second(models, windows[:8], repeats=3)
     rows = []

@@ -71,11 +71,11 @@ class Problem:
     may_share: Sequence[frozenset[str]] = ()
     max_group: int | None = None
     tie: Sequence[Part] = ()
-    _known: dict[Part, SharedBasis] = field(default_factory=dict)
-    _joins: dict[Part, bool] = field(default_factory=dict)
-    _values: dict[Part, list[float]] = field(default_factory=dict)
-    _at: dict[float, int] = field(default_factory=dict)
-    _prices: Floats = field(default_factory=lambda: np.zeros(0))
+    _known: dict[Part, SharedBasis] = field(init=False, default_factory=dict)
+    _joins: dict[Part, bool] = field(init=False, default_factory=dict)
+    _values: dict[Part, list[float]] = field(init=False, default_factory=dict)
+    _at: dict[float, int] = field(init=False, default_factory=dict)
+    _prices: Floats = field(init=False, default_factory=lambda: np.zeros(0))
 
     def candidate(self, part: Part) -> Candidate:
         """The candidate of a part, made on first use."""
