@@ -917,6 +917,7 @@ def _text(
         "greater_than_equal": f"a whole number of at least {ctx.get('ge')}",
         "literal_error": f"one of {ctx.get('expected')}",
         "dict_type": "a mapping of names to weight types, such as attn: {pattern: '...'}",
+        "tuple_type": "a list of names, such as [a, b]",
         "model_type": "a mapping of keys to values",
         "too_short": "at least one weight type",
     }.get(kind)

@@ -614,7 +614,7 @@ def sweep_figure(sweep: Sweep, *, outlook: Outlook | None = None) -> Figure:
                 )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel(f"{_UNITS[sweep.unit]} kept, of those of the dense weights")
-    axes.set_ylabel(f"increase of the loss per token ({sweep.loss_name})")
+    axes.set_ylabel(f"loss increase per token ({sweep.loss_name})")
     axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
     return figure

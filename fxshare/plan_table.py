@@ -210,7 +210,7 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
 
 def trials_table(plan: Plan) -> Table:
     """The plans that the search tried; a star marks the one that was kept."""
-    header = ["trial", "kept", "predicted", "measured", "cost", "groups", "s"]
+    header = ["trial", "chosen", "predicted", "measured", "cost", "groups", "s"]
     o = plan.outlook
     if o is None:
         return header, []

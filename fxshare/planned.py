@@ -249,7 +249,8 @@ class SweepPoint:
 class Sweep:
     """Predicted loss against budget, all on one set of statistics and before any search.
 
-    ``uniform`` gives every slice a basis of its own and the same share of its dense cost.
+    ``uniform`` gives every slice a basis of its own and the same share of its dense cost, as far as
+    floors and layers kept dense allow.
     """
 
     unit: Unit
@@ -298,13 +299,12 @@ def sweep_budgets(
         for part in parts:
             curve = problem.candidate(part).curve
             fits = np.flatnonzero(curve.cost <= share * each[part])
-            if not len(fits):
-                break
-            at = int(fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]])
+            at = int(np.argmin(curve.cost))  # what must stay dense does, whatever its share
+            if len(fits):
+                at = int(fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]])
             cost, loss = cost + int(curve.cost[at]), loss + float(curve.loss[at])
             bases += int(curve.rank[at] != DENSE)
-        else:
-            uniform.append(SweepPoint(share, cost / dense, loss, 0.0, bases))
+        uniform.append(SweepPoint(share, cost / dense, loss, 0.0, bases))
     return Sweep(options.unit, dense, loss_name, planned, tuple(uniform))
 
 

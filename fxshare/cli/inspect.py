@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxshare.cli.options import AsJson, Configs, Debug, Original, Sets, config_of
+from fxshare.cli.options import AsJson, Configs, Debug, Draw, Original, Sets, config_of
 from fxshare.cli.output import Result, table
+from fxshare.cli.plan import draw_named, plan_text, read_plan
 from fxshare.errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ def inspect_model(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="OUT_OR_MODEL", help="A folder that fxshare saved, or any MODEL to look into."
+            metavar="OUT_OR_MODEL",
+            help="A folder that fxshare saved, the JSON file of a plan, or any MODEL.",
         ),
     ],
     config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
@@ -33,14 +37,16 @@ def inspect_model(
     why: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Explain a module or slice: what became of it, or why nothing did."
+            metavar="NAME",
+            help="Explain a module, slice or basis: what became of it, or why nothing did.",
         ),
     ] = None,
+    draw: Draw = None,
     original: Original = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Show the report and the sites of a saved folder, or the linear modules of a model.
+    """Show the report and the sites of a saved folder, a plan, or the linear modules of a model.
 
     With -c, the modules of a model that is not compiled yet are explained under a configuration.
 
@@ -49,11 +55,19 @@ def inspect_model(
       fxshare inspect out/
       fxshare inspect out/ --why transformer.h.0.attn.c_attn.q.3
       fxshare inspect path/to/gpt2 -c configs/gpt2.yaml --why lm_head
+      fxshare inspect plan.json --draw plan.svg
     """
     del as_json, debug
     from fxshare.cli.why import explain
     from fxshare.models import load_model
 
+    if model.endswith(".json"):
+        if config or set_ or original or slices or graph:
+            raise ConfigError(
+                f"{model}: a plan is shown as it is; leave -c, --set, --original, --slices and "
+                "--graph out"
+            )
+        return _plan_file(Path(model), why, draw)
     structure = None if original is None else load_model(original).model
     loaded = load_model(model, original=structure)
     meta = getattr(loaded.model, "meta", None)
@@ -62,12 +76,31 @@ def inspect_model(
     if why is not None:
         lines = explain(loaded.model, why, cfg, record)
         return Result({"name": why, "why": lines}, "\n".join([why, *(f"  {x}" for x in lines)]))
+    if draw is not None:
+        if record is None:
+            raise ConfigError(
+                f"--draw {draw}: {model} is not compiled and has no plan; draw one with 'fxshare "
+                "plan ... --draw'"
+            )
+        draw_named(record.plan, draw, model)
     if graph:
         code = _graph(model, loaded.model, record)
         return Result({"model": model, "graph": code}, code)
     if record is None:
         return _linears(model, loaded.model, cfg)
     return _saved(model, loaded.model, record, slices)
+
+
+def _plan_file(path: Path, why: str | None, draw: Path | None) -> Result:
+    from fxshare.cli.why import explain_in_plan
+
+    plan = read_plan(path)
+    if draw is not None:
+        draw_named(plan, draw, str(path))
+    if why is None:
+        return Result(json.loads(plan.to_json()), plan_text(plan))
+    lines = explain_in_plan(plan, why)
+    return Result({"name": why, "why": lines}, "\n".join([why, *(f"  {x}" for x in lines)]))
 
 
 def _config(config: Any, set_: Any, record: Record | None) -> ShareConfig | None:

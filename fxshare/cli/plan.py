@@ -108,7 +108,7 @@ def plan_model(
         write_text(output, plan.to_json())
         written.append(output)
     if draw is not None:
-        _draw(plan, draw, model)
+        draw_named(plan, draw, model)
         written.append(draw)
     if picture is not None and found.sweep is not None:
         from fxshare.drawing import draw_sweep
@@ -147,7 +147,8 @@ def _check_first(
         )
 
 
-def _draw(plan: Plan, path: Path, name: str) -> None:
+def draw_named(plan: Plan, path: Path, name: str) -> None:
+    """Draw a plan under the name of its model or file."""
     from fxshare.drawing import draw_plan
 
     draw_plan(plan, path, title=f"{name}, {plan.mode} mode")

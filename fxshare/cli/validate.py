@@ -55,11 +55,13 @@ def validate(
 def _against(name: str, cfg: ShareConfig, head: str, data: dict[str, Any]) -> Result:
     from fxshare.matching import match
     from fxshare.models import load_model
-    from fxshare.planning import make_plan
+    from fxshare.planning import exact_plan, make_plan
 
     model = load_model(name).model
     matching = match(model, cfg)
-    plan = make_plan(cfg, matching.sites, matching.skipped)
+    planned = cfg.mode == "planned"  # its ranks are decided by data, not here
+    sites, skipped = matching.sites, matching.skipped
+    plan = exact_plan(sites, skipped) if planned else make_plan(cfg, sites, skipped)
     types = [_type(name, cfg, matching) for name in cfg.weight_types]
     unmatched = _unmatched(model, matching)
     data["model"] = name
@@ -67,8 +69,8 @@ def _against(name: str, cfg: ShareConfig, head: str, data: dict[str, Any]) -> Re
     data["skipped"] = [s.model_dump() for s in matching.skipped]
     data["unmatched"] = unmatched
     data["weights"] = plan.dense_numbers
-    data["stored_numbers"] = plan.stored_numbers
-    data["params_kept"] = plan.params_kept
+    data["stored_numbers"] = None if planned else plan.stored_numbers
+    data["params_kept"] = None if planned else plan.params_kept
     header = ["weight type", "pattern", "sites", "modules", "slices", "layers", "weights"]
     rows = [
         [
@@ -80,7 +82,9 @@ def _against(name: str, cfg: ShareConfig, head: str, data: dict[str, Any]) -> Re
     ]
     lines = [
         f"{head}, against {name} ({type(model).__name__})",
-        f"params_kept {plan.params_kept:.4f}: {plan.dense_numbers:,} weights → "
+        f"{plan.dense_numbers:,} weights; 'fxshare plan' spends the budget on them"
+        if planned
+        else f"params_kept {plan.params_kept:.4f}: {plan.dense_numbers:,} weights → "
         f"{plan.stored_numbers:,} stored numbers",
         table(header, rows, left=2),
         *(f"not rewritten: {s.name} ({s.type}): {s.reason}" for s in matching.skipped),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fxshare.errors import ConfigError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from fxshare.plans import Group, Plan, Site, Skipped, SliceSpec
     from fxshare.record import Record
 
+_LISTED = 6
+
 
 def explain(
     model: nn.Module, name: str, cfg: ShareConfig | None, record: Record | None
@@ -22,15 +25,9 @@ def explain(
     """Lines about the module or slice ``name``; :class:`ConfigError` if there is none."""
     plan = _plan(model, cfg, record)
     sites = () if plan is None else plan.sites
-    for site in sites:
-        for s in site.slices:
-            if name == s.name and name not in site.calls:
-                return [_slice_place(site, s), *_basis(plan, s, record)]
-        if name in site.calls:
-            return _site(name, site, plan, cfg, record)
-    for skipped in () if plan is None else plan.skipped:
-        if skipped.name == name:
-            return _skipped(skipped, cfg)
+    found = [] if plan is None else _planned(plan, name, cfg, record)
+    if found:
+        return found
     modules = dict(model.named_modules(remove_duplicate=False))
     if name in modules and name:
         inside = [call for site in sites for call in site.calls if call.startswith(f"{name}.")]
@@ -38,27 +35,64 @@ def explain(
             return [f"not a linear module; rewritten inside it: {', '.join(inside)}"]
         return _untouched(name, modules[name], cfg)
     known = [n for n in modules if n] + [s.name for site in sites for s in site.slices]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ConfigError(
-        f"--why {name}: the model has no module{' or slice' if sites else ''} of this name.{hint}"
+        f"--why {name}: the model has no module{' or slice' if sites else ''} of this name."
+        f"{_nearest(name, known)}"
     )
+
+
+def explain_in_plan(plan: Plan, name: str) -> list[str]:
+    """Lines about a site, slice, group or skipped module of a plan that was read from a file;
+    :class:`ConfigError` if it has none of this name."""
+    found = _planned(plan, name, None, None)
+    if found:
+        return found
+    known = [call for site in plan.sites for call in site.calls]
+    known += [s.name for site in plan.sites for s in site.slices]
+    known += [group.name for group in plan.groups] + [s.name for s in plan.skipped]
+    raise ConfigError(
+        f"--why {name}: the plan has no module, slice or group of this name.{_nearest(name, known)}"
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.4)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | None) -> list[str]:
+    """What a plan says about a name; nothing where it has no such name."""
+    for site in plan.sites:
+        if name in site.calls:
+            return _site(name, site, plan, cfg, record)
+        for s in site.slices:
+            if name == s.name:
+                return [_slice_place(site, s), *_basis(plan, site, s, cfg, record)]
+    for group in plan.groups:
+        if name == group.name:
+            return [f"a basis of {_few(group.slices)}", *_numbers(group, record)]
+    for skipped in plan.skipped:
+        if skipped.name == name:
+            return _skipped(skipped, cfg)
+    return []
 
 
 def _plan(model: nn.Module, cfg: ShareConfig | None, record: Record | None) -> Plan | None:
     from fxshare.matching import match
-    from fxshare.planning import make_plan
+    from fxshare.planning import exact_plan, make_plan
 
     if record is not None:
         return record.plan
     if cfg is None:
         return None
     matching = match(model, cfg)
+    if cfg.mode == "planned":  # what shares is decided by data; what matches is not
+        return exact_plan(matching.sites, matching.skipped).model_copy(update={"mode": "planned"})
     return make_plan(cfg, matching.sites, matching.skipped)
 
 
 def _site(
-    name: str, site: Site, plan: Plan | None, cfg: ShareConfig | None, record: Record | None
+    name: str, site: Site, plan: Plan, cfg: ShareConfig | None, record: Record | None
 ) -> list[str]:
     layer = "" if site.layer is None else f", layer {site.layer}"
     lines = [
@@ -70,30 +104,63 @@ def _site(
     others = [call for call in site.calls if call != name]
     if others:
         lines.append(f"one weight with {', '.join(others)}: rewritten together")
-    for s in site.slices:
-        label = f"slice {s.name}: " if len(site.slices) > 1 else ""
-        lines += [f"{label}{line}" for line in _basis(plan, s, record)]
-    return lines
+    if len(site.slices) == 1:
+        return [*lines, *_basis(plan, site, site.slices[0], cfg, record)]
+    # a line a slice: the slice's own name tells the rest
+    return lines + [f"slice {s.name}: {_basis(plan, site, s, cfg, record)[0]}" for s in site.slices]
 
 
 def _slice_place(site: Site, s: SliceSpec) -> str:
-    return f"rows {s.start}:{s.stop} of {site.name} (weight type {site.type})"
+    layer = "" if site.layer is None else f", layer {site.layer}"
+    return (
+        f"rows {s.start}:{s.stop} of {site.name} (weight type {site.type}{layer}), "
+        f"{site.in_features}→{s.out_features}"
+    )
 
 
-def _basis(plan: Plan | None, s: SliceSpec, record: Record | None) -> list[str]:
-    group = _group_of(plan, s.name)
+def _basis(
+    plan: Plan, site: Site, s: SliceSpec, cfg: ShareConfig | None, record: Record | None
+) -> list[str]:
+    from fxshare.plan_table import why_dense
+
+    group = next((group for group in plan.groups if s.name in group.slices), None)
     if group is None:
-        return ["in no group: keeps its original weight rows"]
+        kept = "in no group: keeps its original weight rows"
+        if record is None and cfg is not None and cfg.mode == "planned":
+            return [
+                "what it shares and keeps is decided with data: 'fxshare plan ... --calibration "
+                "SPEC -o plan.json', then 'fxshare inspect plan.json --why NAME'"
+            ]
+        return [f"{kept}: {why_dense(plan, site, s, cfg)}"]
     others = [name for name in group.slices if name != s.name]
-    shared = f"shared with {', '.join(others)}" if others else "shared with nothing"
+    shared = f"shared with {_few(others)}" if others else "shared with nothing"
     error = None if record is None else record.slice_errors.get(s.name)
     tail = "" if error is None else f"; relative error {error:.3e}"
-    return [f"basis {group.name} of rank {group.rank}, {shared}{tail}"]
+    return [f"basis {group.name} of rank {group.rank}, {shared}{tail}", *_numbers(group, record)]
 
 
-def _group_of(plan: Plan | None, name: str) -> Group | None:
-    groups = () if plan is None else plan.groups
-    return next((group for group in groups if name in group.slices), None)
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _numbers(group: Group, record: Record | None) -> list[str]:
+    """Sizes and losses of a group."""
+    from fxshare.planning import break_even_rank
+
+    kept = group.stored_numbers / group.dense_numbers
+    lines = [
+        f"the group: {group.in_features}→{group.out_features}, {group.storage} storage, "
+        f"{group.stored_numbers:,} of {group.dense_numbers:,} numbers ({kept:.3f}); plain storage "
+        f"breaks even at rank {break_even_rank(group.in_features, group.out_features)}"
+    ]
+    if group.loss is not None:
+        lines.append(f"the group's predicted loss increase: {group.loss:.3e} per token")
+    reports = () if record is None else record.report.groups
+    errors = [g.weighted_error for g in reports if g.name == group.name]
+    if errors and errors[0] is not None:
+        lines.append(f"the group's weighted error: {errors[0]:.3e}")
+    return lines
 
 
 def _skipped(skipped: Skipped, cfg: ShareConfig | None) -> list[str]:
