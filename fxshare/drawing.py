@@ -237,7 +237,7 @@ def _layout(grid: Grid, lines: int) -> _Layout:
     cell_height = 0.5 if not grid.whole else min(max(6.5 / rows - _GAP, 0.15), 0.36)
     types = max(_text_width(row.type, 8, bold=True) for row in grid.rows)
     labels = max(_text_width(row.label, 7) for row in grid.rows)
-    left = 0.05 + types + (labels + 0.1 if labels else 0.0) + 0.12
+    left = max(0.05 + types + (labels + 0.1 if labels else 0.0) + 0.12, 0.55)
     x = tuple(left + column * (cell_width + _GAP) for column in range(columns))
     head = 0.2 * lines + 0.28
     y, top = [], head + 0.08

@@ -18,7 +18,7 @@ from fxshare.pivoting import Pivoted, complement, pivot
 from fxshare.planned import GroupFactors, factorise_group, slice_statistics
 from fxshare.plans import Group, Plan
 from fxshare.progress import track
-from fxshare.spectra import OutputRoot, Spectra
+from fxshare.spectra import Spectra
 from fxshare.verifying import relative_error
 from passes import PivotedGroup, SharedGroup
 
@@ -137,12 +137,11 @@ def remade_factors(
         raise PlanError("a planned plan needs gradient statistics to be carried out")
     slices = slice_statistics(plan.sites, weights, statistics, centred=cfg.planner.bias)
     spectra = Spectra(slices, relative_floor=cfg.calibration.relative_floor)
-    roots: dict[str, OutputRoot] = {}
     refit = cfg.planner.refit
     if refit is None:
         refit = plan.outlook.refit if plan.outlook is not None else True
     return {
-        group.name: factorise_group(group, spectra, roots, refit=refit, bias=cfg.planner.bias)
+        group.name: factorise_group(group, spectra, refit=refit, bias=cfg.planner.bias)
         for group in track(plan.groups, "factorising", total=len(plan.groups))
     }
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fxshare.calibrate import Statistics
 from fxshare.errors import FactoriseError, PlanError
-from fxshare.factorise import factorise
 from fxshare.pivoting import Pivoted, pivot
 from fxshare.planner.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
 from fxshare.planner.curve import DENSE, Curve, restrict
@@ -26,7 +25,7 @@ from fxshare.planner.problem import Node, Part, Problem
 from fxshare.planner.solve import Choice, Solution, sweep
 from fxshare.planning import named_apart
 from fxshare.plans import Group, Site
-from fxshare.spectra import OutputRoot, SliceStatistics, Spectra, output_root
+from fxshare.spectra import SliceStatistics, Spectra
 
 Unit = Literal["numbers", "bytes", "flops"]
 
@@ -342,7 +341,6 @@ class GroupFactors:
 def factorise_group(
     group: Group,
     spectra: Spectra,
-    roots: dict[str, OutputRoot],
     *,
     refit: bool = True,
     bias: bool = True,
@@ -355,27 +353,14 @@ def factorise_group(
     """
     names = group.slices
     whitening = spectra.whitening(tuple(sorted(names)))
-    members: list[Tensor] = []
-    inverses: list[Tensor | None] = []
-    for name in names:
-        one = spectra.slices[name]
-        weight = one.weight_OI.double()
-        if one.moment_OO is None:
-            members.append(weight)
-            inverses.append(None)
-            continue
-        if name not in roots:
-            roots[name] = output_root(one.moment_OO, relative_floor=spectra.relative_floor)
-        members.append(roots[name].root_OO @ weight)
-        inverses.append(roots[name].inverse_OO)
     try:
-        factors = factorise(members, whitening, group.rank)
+        factors = spectra.factors(names, group.rank)
     except FactoriseError as error:
         raise FactoriseError(f"group {group.name!r}: {error}") from error
-    coefficients = {
-        name: c if inverse is None else inverse @ c
-        for name, c, inverse in zip(names, factors.coefficients, inverses, strict=True)
-    }
+    coefficients = {}
+    for name, coefficient in zip(names, factors.coefficients, strict=True):
+        root = spectra.root(name)
+        coefficients[name] = coefficient if root is None else root.inverse_OO @ coefficient
     made = GroupFactors(
         group,
         factors.basis_RI,

@@ -37,7 +37,7 @@ from fxshare.planner.problem import Node, Problem
 from fxshare.planner.solve import Choice, Solution, solve
 from fxshare.plans import Group, Site
 from fxshare.progress import track
-from fxshare.spectra import OutputRoot, SliceStatistics, Spectra
+from fxshare.spectra import SliceStatistics, Spectra
 from passes.graph import ModuleT, is_conv1d, structure_copy
 
 Effort = Literal["off", "quick", "thorough"]
@@ -280,10 +280,8 @@ class Search:
     def _realise(self, one: Planned) -> None:
         """Factorise, with and without the refits that are left to measurement, and measure."""
         assert one.spectra is not None
-        roots: dict[str, OutputRoot] = {}
         plain = {
-            g.name: factorise_group(g, one.spectra, roots, refit=False, bias=self.bias)
-            for g in one.groups
+            g.name: factorise_group(g, one.spectra, refit=False, bias=self.bias) for g in one.groups
         }
         best = math.inf
         undecided = self.refit is None and self.judge is not None

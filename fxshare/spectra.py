@@ -21,7 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.errors import FactoriseError
-from fxshare.factorise import Whitening, whiten
+from fxshare.factorise import Factors, Whitening, factorise, whiten
+
+# numbers in one kept decomposition, and how many are kept: at most 2 GB
+_MOST_KEPT = 1 << 22
+_MOST_DECOMPOSITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,9 @@ class Spectra:
     sketch: int | None = None
     seed: int = 0
     computed: int = 0
+    roots: dict[str, OutputRoot] = field(default_factory=dict)
+    """Square roots of the output statistics by slice, made when first asked for."""
+    _decompositions: dict[tuple[str, ...], Factors] = field(default_factory=dict)
     _whitenings: dict[tuple[object, ...], Whitening] = field(default_factory=dict)
     _products: dict[str, Tensor] = field(default_factory=dict)
 
@@ -93,6 +100,43 @@ class Spectra:
                 self._whitenings.clear()
             self._whitenings[key] = whiten(pooled, relative_floor=self.relative_floor)
         return self._whitenings[key]
+
+    def root(self, name: str) -> OutputRoot | None:
+        """The root of a slice's output statistics; None where there are none."""
+        moment = self.slices[name].moment_OO
+        if moment is not None and name not in self.roots:
+            self.roots[name] = output_root(moment, relative_floor=self.relative_floor)
+        return self.roots.get(name)
+
+    def factors(self, names: tuple[str, ...], rank: int) -> Factors:
+        """The best factors of the stacked ``A_i^½ W_i`` at a rank.
+
+        The decomposition of a group serves every rank, so that the plans of a search, which differ
+        in ranks more than in groups, do not repeat it; those of wide groups are not kept.
+        """
+        whitening = self.whitening(tuple(sorted(names)))
+        roots = [self.root(name) for name in names]
+        members = [
+            self.slices[name].weight_OI.double() if root is None else root.root_OO @ weight
+            for name, root in zip(names, roots, strict=True)
+            for weight in (self.slices[name].weight_OI.double(),)
+        ]
+        features, out = members[0].shape[1], sum(len(member) for member in members)
+        most = min(features - 1, out)  # full rank over the inputs has a form of its own
+        if rank > most or features * (features + out) > _MOST_KEPT:
+            return factorise(members, whitening, rank)
+        if names not in self._decompositions:
+            if len(self._decompositions) >= _MOST_DECOMPOSITIONS:
+                self._decompositions.clear()
+            self._decompositions[names] = factorise(members, whitening, most)
+        whole = self._decompositions[names]
+        return Factors(
+            basis_RI=whole.basis_RI[:rank],
+            coefficients=tuple(c[:, :rank] for c in whole.coefficients),
+            spectrum=whole.spectrum,
+            lost=float(whole.spectrum[rank:].sum()),
+            total=whole.total,
+        )
 
     def _product(self, name: str) -> Tensor:
         """``Wᵀ A W`` ``(I, I)``."""

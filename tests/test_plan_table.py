@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from fxshare.config import ShareConfig, WeightType
+from fxshare.config import ShareConfig, WeightType, load_config
 from fxshare.errors import PlanError
 from fxshare.plan_table import (
     dense_lines,
@@ -210,8 +214,26 @@ def test_the_table_of_a_sweep() -> None:
 def test_a_fault_of_a_group_names_it(edit: dict[str, Any], message: str) -> None:
     plain = planned().model_dump(mode="json")
     plain["groups"][0].update(edit)
-    import json
-
     with pytest.raises(PlanError) as caught:
         Plan.from_json(json.dumps(plain))
     assert message in str(caught.value)
+
+
+# the pages ------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_reference_page_names_every_key_and_its_example_holds() -> None:
+    page = (DOCS / "reference" / "plan.md").read_text(encoding="utf-8")
+    for section in (Plan, Site, SliceSpec, Group, Skipped, Outlook, TrialResult):
+        for name in section.model_fields:
+            assert f"`{name}`" in page, name
+    (example,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    assert Plan.from_json(example).stored_numbers == 5 * (8 + 32)
+
+
+def test_the_configuration_of_the_how_to_loads() -> None:
+    page = (DOCS / "how-to" / "plan-a-budget.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert load_config(yaml.safe_load(block)).mode == "planned"

@@ -139,19 +139,21 @@ def shift_rows_by_one(gm: nn.Module) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().roll(1, 0))
 
 
-EXACT: list[tuple[Callable[[Any], None], dict[str, Any]]] = [
-    (swap_k_and_v, PARTS),
-    (drop_a_bias, PARTS),
-    (shift_rows_by_one, PARTS),
-    (reverse_the_heads, HEADS),
+EXACT: list[tuple[Callable[[Any], None], dict[str, Any], set[str]]] = [
+    (swap_k_and_v, PARTS, {"random", "relative"}),
+    (drop_a_bias, PARTS, {"random", "shift"}),
+    (shift_rows_by_one, PARTS, {"random", "relative"}),
+    (reverse_the_heads, HEADS, {"random"}),
 ]
 
 
-@pytest.mark.parametrize(("harm", "attn"), EXACT, ids=[harm.__name__ for harm, _ in EXACT])
-def test_exact_mode_catches(harm: Callable[[Any], None], attn: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("harm", "attn", "checks"), EXACT, ids=[h.__name__ for h, _, _ in EXACT])
+def test_exact_mode_catches(
+    harm: Callable[[Any], None], attn: dict[str, Any], checks: set[str]
+) -> None:
     gm = exact(attn)
     harm(gm)
-    assert failing(gm) == {"random"}
+    assert failing(gm) == checks
 
 
 SHARED: list[tuple[Callable[[Any], None], dict[str, Any], set[str]]] = [
@@ -202,7 +204,7 @@ def test_one_wrong_number_is_caught() -> None:
     gm.get_submodule(f"{ATTN}.v").weight = nn.Parameter(weight.detach().clone())
     with torch.no_grad():
         gm.get_submodule(f"{ATTN}.v").weight[3, 4] += 1e-3
-    assert failing(gm) == {"random"}
+    assert failing(gm) == {"random", "relative"}
 
 
 # Strictness, dtypes, and what is left alone

@@ -77,7 +77,8 @@ Calibration = Annotated[
     typer.Option(
         metavar="SPEC",
         help="Data to gather statistics on: FILE.txt, FILE.jsonl[:KEY], FILE.npy, "
-        "FILE.safetensors[:NAME], stdlib, stdlib:held-out. Without it: plain SVD of the weights.",
+        "FILE.safetensors[:NAME], stdlib, stdlib:held-out. Without it: plain SVD; a "
+        "budget needs it.",
     ),
 ]
 Tokens = Annotated[

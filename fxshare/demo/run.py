@@ -30,7 +30,8 @@ CONFIG: dict[str, Any] = {
     },
     "block_pattern": r"h\.(\d+)",
 }
-PROMPT = "class Reader:\n    def __init__(self, path, mode='r'):\n"
+PROMPT = '    def read(self, size=-1):\n        """'
+TEMPERATURE = 0.4
 GROUP_SIZE = 2
 # the shares of stored numbers kept that the demo shows
 SIZES = (0.8, 0.65, 0.5)
@@ -91,7 +92,7 @@ def demo(
     windows = pack(token_stream(test, tokenizer))
     windows = windows[:: 40 if quick else 4]
     n_bytes = predicted_bytes(windows, tokenizer.token_bytes)
-    text = calibration(documents, n_bytes=40_000 if quick else 400_000)
+    text = calibration(documents, n_bytes=40_000 if quick else 120_000)
     batches = list(torch.split(pack(token_stream(text, tokenizer)), 8))
     prompt = tokenizer.encode(PROMPT)
 
@@ -111,7 +112,9 @@ def demo(
     for name, one in models.items():
         with quiet():
             bpb = bits_per_byte(_logits(one), windows, n_bytes)
-            sample = generate(_logits(one), prompt, n=24 if quick else 48, temperature=0, seed=seed)
+            sample = generate(
+                _logits(one), prompt, n=24 if quick else 64, temperature=TEMPERATURE, seed=seed
+            )
         rows.append(_row(name, one, bpb, speeds[name], tokenizer.decode(sample)))
     result = Demo(
         environment=environment(),
