@@ -46,6 +46,7 @@ from passes import (
     SharedGroup,
     SplitSite,
     default_passes,
+    derive_gathers,
     linear_calls,
     run,
     structure_copy,
@@ -482,6 +483,7 @@ def assemble(
     root = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
     result = ShareModule(root, root.graph, f"{type(model).__name__}Shared")
     result.meta.update(rewritten.meta)
+    derive_gathers(result)  # fx registers every buffer that a graph reads as part of the state
     return result
 
 

@@ -375,6 +375,13 @@ def factorise_group(
     return replace(made, bias_shift=_shifts(made, spectra)) if bias else made
 
 
+def quadratic_loss(one: SliceStatistics, product_OI: Tensor) -> float:
+    """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of one slice under its own statistics."""
+    gap = one.weight_OI.double() - product_OI
+    left = gap if one.moment_OO is None else one.moment_OO.double() @ gap
+    return 0.5 * float((left @ one.gram_II.double() * gap).sum())
+
+
 def refitted(factors: GroupFactors, spectra: Spectra, *, bias: bool = True) -> GroupFactors:
     """The factors with every coefficient fitted to its own slice's Gram."""
     coefficients = {

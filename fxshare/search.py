@@ -30,6 +30,7 @@ from fxshare.planned import (
     groups_of,
     make_problem,
     nodes_of,
+    quadratic_loss,
     refitted,
     shape_of,
 )
@@ -194,6 +195,9 @@ class Planned:
     trial: Trial
     refitted: bool
     measured: float = math.nan
+    predicted: float = math.nan
+    """In the model's loss, whatever the ranks were chosen by."""
+    bound: float = 0.0
     spectra: Spectra | None = None
 
 
@@ -225,6 +229,7 @@ class Search:
         best: Planned | None = None
         failures: list[str] = []
         known: dict[object, Planned] = {}
+        bound = 0.0
         for trial in track(list(todo), f"searching{label}", total=len(todo)):
             start = time.perf_counter()
             try:
@@ -232,9 +237,11 @@ class Search:
                 twin = known.setdefault(_signature(one), one)
                 if twin is one:
                     self._realise(one)
+                    _price(one, slices)
                 else:  # the trial led to a plan that was tried already
                     one.factors, one.refitted = twin.factors, twin.refitted
-                    one.measured = twin.measured
+                    one.measured, one.predicted = twin.measured, twin.predicted
+                    one.groups = twin.groups
             except (PlanError, FactoriseError) as error:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
@@ -242,13 +249,16 @@ class Search:
             self.tried.append(
                 Tried(
                     trial.name + label,
-                    one.solution.loss,
+                    one.predicted,
                     one.measured,
                     one.solution.cost,
                     len(one.groups),
                     time.perf_counter() - start,
                 )
             )
+            # ranks chosen by activation error have no bound in the model's loss: the last one holds
+            one.bound = one.solution.bound if trial.loss_aware else bound
+            bound = one.bound
             if best is None or one.measured < best.measured:
                 best = one
         if best is None:
@@ -284,7 +294,9 @@ class Search:
             g.name: factorise_group(g, one.spectra, refit=False, bias=self.bias) for g in one.groups
         }
         best = math.inf
-        undecided = self.refit is None and self.judge is not None
+        # with one input a coefficient is fitted to it already
+        several = any(_inputs(g, one.spectra) > 1 for g in one.groups)
+        undecided = self.refit is None and self.judge is not None and several
         for refit in (True, False) if undecided else (self.refit is not False,):
             factors = plain
             if refit:
@@ -322,6 +334,25 @@ class Search:
             if any(products.get(s.name, (None, None))[1] is not None for s in site.slices):
                 shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
         return weights, shifts
+
+
+def _inputs(group: Group, spectra: Spectra) -> int:
+    return len({spectra.slices[name].input for name in group.slices})
+
+
+def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
+    """Give a plan its predicted loss; where the ranks were chosen by activation error, the groups'
+    losses are measured in the loss-aware metric, on the factors themselves."""
+    if one.trial.loss_aware:
+        one.predicted = one.solution.loss
+        return
+    groups = []
+    for group in one.groups:
+        factors = one.factors[group.name]
+        lost = sum(quadratic_loss(slices[name], factors.product(name)) for name in group.slices)
+        groups.append(group.model_copy(update={"loss": lost}))
+    one.groups = tuple(groups)
+    one.predicted = sum(group.loss or 0.0 for group in groups)
 
 
 def _signature(one: Planned) -> object:

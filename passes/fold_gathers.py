@@ -100,6 +100,8 @@ class FoldGathers(Pass):
             gm.graph.erase_node(node)
             if not index.users:
                 gm.graph.erase_node(index)
+            # layers that read one pivoted basis share its index
+            if not any(n.op == "get_attr" and n.target == name for n in gm.graph.nodes):
                 delattr(gm, name)
                 set_gathers(gm, {k: v for k, v in gathers(gm).items() if k != name})
             count += 1

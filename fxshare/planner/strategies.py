@@ -16,8 +16,10 @@ from fxshare.planner.problem import Part, Problem
 
 Strategy = Callable[[Problem, float], list[Part]]
 MOST_EXHAUSTIVE = 8
-# agglomeration looks at every pair of neighbours again after each join
-_MOST_AGGLOMERATIVE = 64
+# agglomeration asks for the spectrum of every set it looks at, most of them not runs of layers: for
+# the 48 slices of the embedded model ten times as many as `layers` and `same_input` together
+_MOST_AGGLOMERATIVE = 24
+_TIE = 1e-12
 
 
 def separate(problem: Problem, price: float) -> list[Part]:
@@ -61,7 +63,9 @@ def _runs(problem: Problem, price: float, rows: list[list[Part]]) -> list[Part]:
                 if not problem.allowed(part):
                     break
                 value = best[start] + problem.value(part, price)
-                if value < best[end]:
+                # dense slices cost the same together as apart: of equal values, up to rounding, the
+                # shorter run is taken, whatever the losses are scaled by
+                if value < best[end] * (1 - _TIE):
                     best[end], back[end] = value, (start, part)
         at = len(row)
         while at:

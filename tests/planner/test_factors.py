@@ -32,7 +32,7 @@ def own_inputs(outs: list[int], seed: int, tokens: int = 60) -> dict[str, SliceS
 
 def factors(slices: dict[str, SliceStatistics], rank: int, **options: Any) -> GroupFactors:
     storage = options.pop("storage", "plain")
-    return factorise_group(group(slices, rank, storage), Spectra(slices), {}, **options)
+    return factorise_group(group(slices, rank, storage), Spectra(slices), **options)
 
 
 # Refit and bias

@@ -38,7 +38,7 @@ def group(slices: dict[str, SliceStatistics], rank: int, storage: Any = "plain")
 
 def measured(slices: dict[str, SliceStatistics], rank: int) -> float:
     """The quadratic loss of the factorised group, each slice with its own statistics."""
-    made = factorise_group(group(slices, rank), Spectra(slices), {}, refit=False)
+    made = factorise_group(group(slices, rank), Spectra(slices), refit=False)
     return sum(quadratic(one, made.product(name)) for name, one in slices.items())
 
 
@@ -63,7 +63,7 @@ def test_tails_fall_and_are_sharp() -> None:
     assert (np.diff(tails) < 0).all()
     # the wrong Gram shows: the check of the tails is not vacuous
     other = {n: replace(one, gram_II=gram(7, 8)) for n, one in slices.items()}
-    made = factorise_group(group(slices, 3), Spectra(slices), {}, refit=False)
+    made = factorise_group(group(slices, 3), Spectra(slices), refit=False)
     lost = sum(quadratic(other[n], made.product(n)) for n in other)
     assert abs(lost / tails[3] - 1) > 1e-3
 
