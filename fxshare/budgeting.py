@@ -254,17 +254,7 @@ def _remeasured(
     middle = best
     if number == 0:
         dense = search.dense_cost(best)
-        half = Search(
-            search.sites,
-            search.weights,
-            search.biases,
-            search.options,
-            (search.budget + dense) / 2,
-            None,
-            search.refit,
-            search.bias,
-            search.relative_floor,
-        )
+        half = replace(search, budget=(search.budget + dense) / 2, judge=None, tried=[])
         assert best.spectra is not None
         middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
     weights, biases = search.dense(middle.factors)

@@ -215,17 +215,14 @@ class Search:
     bias: bool = True
     relative_floor: float = 1e-8
     tried: list[Tried] = field(default_factory=list)
+    # by the identity of the statistics, which the loss-aware spectra keep alive
+    _known: dict[int, dict[bool, Spectra]] = field(default_factory=dict)
 
     def run(
         self, slices: Mapping[str, SliceStatistics], todo: Sequence[Trial], *, label: str = ""
     ) -> Planned:
         """Try every trial on these statistics and return the best."""
-        spectra = {
-            aware: Spectra(
-                slices if aware else _without_moments(slices), relative_floor=self.relative_floor
-            )
-            for aware in (True, False)
-        }
+        spectra = self._spectra(slices)
         best: Planned | None = None
         failures: list[str] = []
         known: dict[object, Planned] = {}
@@ -264,6 +261,17 @@ class Search:
         if best is None:
             raise PlanError("; ".join(failures))
         return best
+
+    def _spectra(self, slices: Mapping[str, SliceStatistics]) -> dict[bool, Spectra]:
+        """Loss-aware spectra and those of activation error; runs on the same statistics share
+        them, because the spectra are most of what planning costs."""
+        if id(slices) not in self._known:
+            plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
+            self._known[id(slices)] = {
+                True: Spectra(slices, relative_floor=self.relative_floor),
+                False: Spectra(plain, relative_floor=self.relative_floor),
+            }
+        return self._known[id(slices)]
 
     def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
         nodes = nodes_of(self.sites, spectra.slices)
@@ -358,10 +366,6 @@ def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
 def _signature(one: Planned) -> object:
     groups = frozenset((g.slices, g.rank, g.storage) for g in one.groups)
     return one.trial.loss_aware, groups
-
-
-def _without_moments(slices: Mapping[str, SliceStatistics]) -> dict[str, SliceStatistics]:
-    return {name: replace(one, moment_OO=None) for name, one in slices.items()}
 
 
 def _dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:

@@ -26,6 +26,8 @@ from fxshare.factorise import Factors, Whitening, factorise, whiten
 # numbers in one kept decomposition, and how many are kept: at most 2 GB
 _MOST_KEPT = 1 << 22
 _MOST_DECOMPOSITIONS = 64
+# numbers in all whitenings kept, two matrices each: 1 GB
+_MOST_WHITENED = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,7 @@ class Spectra:
     roots: dict[str, OutputRoot] = field(default_factory=dict)
     """Square roots of the output statistics by slice, made when first asked for."""
     _decompositions: dict[tuple[str, ...], Factors] = field(default_factory=dict)
+    _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     _whitenings: dict[tuple[object, ...], Whitening] = field(default_factory=dict)
     _products: dict[str, Tensor] = field(default_factory=dict)
 
@@ -96,7 +99,7 @@ class Spectra:
         key = tuple(sorted(map(id, grams.values())))
         if key not in self._whitenings:
             pooled = torch.stack([g.double() for g in grams.values()]).mean(0)
-            if len(self._whitenings) > 64:
+            if len(self._whitenings) * pooled.numel() > _MOST_WHITENED:
                 self._whitenings.clear()
             self._whitenings[key] = whiten(pooled, relative_floor=self.relative_floor)
         return self._whitenings[key]
@@ -149,7 +152,12 @@ class Spectra:
         return self._products[name]
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
-        """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0."""
+        """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
+        if part not in self._tails:
+            self._tails[part] = self._compute_tails(part)
+        return self._tails[part]
+
+    def _compute_tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         names = tuple(sorted(part))
         key = self._key(names)
         stored = self._read(key)

@@ -156,7 +156,7 @@ def kept_in_file(model: nn.Module, gm: nn.Module) -> float:
     return (stored - rest) / plan.dense_numbers
 
 
-def embedded_case(*, calibration_bytes: int = 400_000, every: int = 4) -> Case:
+def embedded_case(*, calibration_bytes: int = 160_000, every: int = 4) -> Case:
     """The embedded model: calibrated on training modules, measured on modules held out from it."""
     from fxshare.demo import load_embedded, load_tokenizer
     from fxshare.demo.corpus import calibration, held_out, load_documents, pack, token_stream
