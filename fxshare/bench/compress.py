@@ -69,19 +69,20 @@ def bench_compress(
     batch: int = 8,
     group_size: int = 2,
     repeats: int = 3,
+    vocabulary: int = 50304,
     seed: int = 0,
 ) -> Measured:
     """Measure on a GPT-2-shaped model with random weights."""
     torch.manual_seed(seed)
-    # GPT-2's vocabulary rounded to a multiple of 64, so that the head is part of the forward pass
+    # the vocabulary is GPT-2's, rounded to a multiple of 64: the head is part of the forward pass
     config = GPTConfig(
-        n_layer=layers, n_head=heads, n_embd=width, block_size=length, vocab_size=50304
+        n_layer=layers, n_head=heads, n_embd=width, block_size=length, vocab_size=vocabulary
     )
     model = GPT(config).eval()
     cfg = load_config([CONFIG, {"group_size": group_size}])
     matching = match(model, cfg)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 50304, (tokens // length, length), generator=generator)
+    ids = torch.randint(0, vocabulary, (tokens // length, length), generator=generator)
     batches = list(torch.split(ids, batch))
     captured = capture(model, batches[0], mode="fx")
 
