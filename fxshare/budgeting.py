@@ -27,7 +27,7 @@ from fxshare.planner.solve import least_cost
 from fxshare.planning import check_layers
 from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
 from fxshare.search import Effort, Judge, Planned, Search, Trial, substituted, trials
-from fxshare.spectra import Spectra
+from fxshare.spectra import SliceStatistics, Spectra
 from passes.graph import weight_and_bias
 
 _HELD_BACK = 10
@@ -265,7 +265,7 @@ def _remeasured(
 
 
 def _within_loss(
-    search: Search, best: Planned, slices: Mapping[str, object], limit: float
+    search: Search, best: Planned, slices: Mapping[str, SliceStatistics], limit: float
 ) -> Planned:
     """Raise the budget until the measured loss keeps the limit; the prediction was a start."""
     dense = float(search.dense_cost(best))
@@ -276,7 +276,7 @@ def _within_loss(
     for _ in range(6):
         search.budget = (low + high) / 2
         try:
-            one = search.run(slices, [best.trial], label=" within max_loss_increase")  # type: ignore[arg-type]
+            one = search.run(slices, [best.trial], label=" within max_loss_increase")
         except PlanError:
             low = search.budget
             continue

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from passes.errors import RequiresError
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _LINEAR_FUNCTIONS = (torch.ops.aten.linear.default, F.linear, torch._C._nn.linear)
@@ -231,3 +233,13 @@ def common_parent(names: Sequence[str]) -> str:
 def read_instead(node: fx.Node, new: fx.Node) -> None:
     """Let every reader of ``node`` read ``new``, except ``new`` itself."""
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def named_node(gm: fx.GraphModule, name: str | None, asking: str) -> fx.Node | None:
+    """The node of that name; None for None. Raises :class:`RequiresError` where there is none."""
+    if name is None:
+        return None
+    found: fx.Node | None = next((n for n in gm.graph.nodes if n.name == name), None)
+    if found is not None:
+        return found
+    raise RequiresError(f"{asking}: the graph has no node {name!r} to mask with")

@@ -9,8 +9,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from passes.base import Pass
-from passes.errors import RequiresError
-from passes.graph import linear_calls
+from passes.graph import linear_calls, named_node
 from passes.writes import is_written
 
 _KEY = "observed"
@@ -41,12 +40,10 @@ class ObserveInputs(Pass):
     mask: str | None = None
 
     def requires(self, gm: fx.GraphModule) -> None:
-        names = {node.name for node in gm.graph.nodes}
-        if self.mask is not None and self.mask not in names:
-            raise RequiresError(f"{self.name}: the graph has no node {self.mask!r} to mask with")
+        named_node(gm, self.mask, self.name)
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        mask = next((n for n in gm.graph.nodes if n.name == self.mask), None)
+        mask = named_node(gm, self.mask, self.name)
         seen: dict[object, str] = {}
         found: dict[str, tuple[str, ...]] = {}
         for call in linear_calls(gm):

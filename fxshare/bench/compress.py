@@ -18,6 +18,7 @@ from fxshare.calibrate import calibrate
 from fxshare.capture import capture, quiet
 from fxshare.config import load_config
 from fxshare.demo.model import GPT, GPTConfig
+from fxshare.demo.run import CONFIG
 from fxshare.factorise import Factors, Whitening, factorise, whiten
 from fxshare.gram import pooled_gram
 from fxshare.matching import match
@@ -25,16 +26,7 @@ from fxshare.planning import make_plan
 from fxshare.plans import Plan
 from passes import weight_and_bias
 
-CONFIG: dict[str, Any] = {
-    "weight_types": {
-        "attn_c_attn": {"pattern": r".*\.attn\.c_attn$", "split": "qkv"},
-        "attn_c_proj": {"pattern": r".*\.attn\.c_proj$"},
-        "mlp_c_fc": {"pattern": r".*\.mlp\.c_fc$"},
-        "mlp_c_proj": {"pattern": r".*\.mlp\.c_proj$"},
-    },
-    "block_pattern": r"h\.(\d+)",
-    "compression_rate": 0.8,
-}
+RATE = 0.8
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def bench_compress(
         n_layer=layers, n_head=heads, n_embd=width, block_size=length, vocab_size=vocabulary
     )
     model = GPT(config).eval()
-    cfg = load_config([CONFIG, {"group_size": group_size}])
+    cfg = load_config([CONFIG, {"group_size": group_size, "compression_rate": RATE}])
     matching = match(model, cfg)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (tokens // length, length), generator=generator)
