@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -120,6 +121,8 @@ def plan_within_budget(
         refit=planner.refit,
         bias=planner.bias,
         relative_floor=floor,
+        cache=None if planner.cache is None else Path(planner.cache),
+        sketch=planner.sketch,
     )
     todo = _trials(planner, options)
     best = search.run(slices, todo)

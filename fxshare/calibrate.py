@@ -6,6 +6,7 @@ away when the statistics are gathered.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -27,6 +28,8 @@ from fxshare.plans import Site, SliceSpec
 from fxshare.progress import track
 from fxshare.taps import GradientTap
 from passes import ObserveGradients, ObserveInputs, is_linear, observed, run, structure_copy, tapped
+
+_LOG = logging.getLogger("fxshare")
 
 
 class InputObserver(nn.Module):
@@ -148,6 +151,8 @@ def calibrate(
         else _GraphStage(captured, names, slices)
     )
     backward = _Backward(running, loss, labels, seed)
+    needed = bytes_needed(captured, sites, gradients=gradients)
+    _LOG.info("statistics of %d sites will hold at most %s bytes", len(sites), f"{needed:,}")
     count = tokens = 0
     device = device_of(model)
     keep = captured.shapes.base if captured.shapes else ()

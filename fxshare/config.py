@@ -476,6 +476,16 @@ class Planner(_Section):
         default=True,
         description="Move the mean of what is lost into the bias, where there is one.",
     )
+    cache: str | None = Field(
+        default=None,
+        description="Folder in which spectra are kept by content, so that planning the same model "
+        "on the same data again is quick.",
+    )
+    sketch: _Count | None = Field(
+        default=None,
+        description="Compute only this many leading eigenvalues of a candidate; what a group loses "
+        "is then an upper bound. Not given: all of them.",
+    )
     labels: Literal["data", "sampled"] = Field(
         default="data",
         description="Next tokens for the gradient statistics: those of the data, or drawn from "

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -214,6 +215,8 @@ class Search:
     refit: bool | None = None
     bias: bool = True
     relative_floor: float = 1e-8
+    cache: Path | None = None
+    sketch: int | None = None
     tried: list[Tried] = field(default_factory=list)
     # by the identity of the statistics, which the loss-aware spectra keep alive
     _known: dict[int, dict[bool, Spectra]] = field(default_factory=dict)
@@ -268,8 +271,13 @@ class Search:
         if id(slices) not in self._known:
             plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
             self._known[id(slices)] = {
-                True: Spectra(slices, relative_floor=self.relative_floor),
-                False: Spectra(plain, relative_floor=self.relative_floor),
+                aware: Spectra(
+                    slices if aware else plain,
+                    relative_floor=self.relative_floor,
+                    cache=self.cache,
+                    sketch=self.sketch,
+                )
+                for aware in (True, False)
             }
         return self._known[id(slices)]
 
