@@ -91,7 +91,7 @@ def demo(
     documents = load_documents()
     test = held_out(documents)
     windows = pack(token_stream(test, tokenizer))
-    windows = windows[:: 40 if quick else 6]
+    windows = windows[:: 40 if quick else 8]
     n_bytes = predicted_bytes(windows, tokenizer.token_bytes)
     text = calibration(documents, n_bytes=20_000 if quick else 60_000)
     batches = list(torch.split(pack(token_stream(text, tokenizer)), 8))
@@ -114,7 +114,7 @@ def demo(
         with quiet():
             bpb = bits_per_byte(_logits(one), windows, n_bytes)
             sample = generate(
-                _logits(one), prompt, n=24 if quick else 64, temperature=TEMPERATURE, seed=seed
+                _logits(one), prompt, n=24 if quick else 40, temperature=TEMPERATURE, seed=seed
             )
         rows.append(_row(name, one, bpb, speeds[name], tokenizer.decode(sample)))
     result = Demo(
