@@ -6,10 +6,10 @@ and the coefficients ``C_i`` minimise, over all ``B`` of ``rank`` rows,
     Σ_i E‖(W_i − C_i B) x‖² = Σ_i ‖(W_i − C_i B) S‖_F²
 
 Basis Sharing (arXiv 2410.03765) for several weights, SVD-LLM (arXiv 2403.07378) for one. Those take
-the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here S comes from a floored
-symmetric eigendecomposition, since G is singular as a rule, and the SVD is replaced by an
-eigenproblem on the smaller side: squaring costs singular values below 1e-8 of the largest, far
-below anything worth storing.
+the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here G's eigenvalues are
+raised to a floor first, since it is singular as a rule, and the SVD is replaced by an eigenproblem
+on the smaller side: squaring costs singular values below 1e-8 of the largest, far below anything
+worth storing.
 
 Shape suffixes: I in, O out stacked over the members, R rank. All results are float64.
 """
@@ -29,13 +29,12 @@ from fxshare.errors import FactoriseError
 class Whitening:
     """A root of the damped Gram: ``root_II @ root_IIᵀ = G`` with eigenvalues at least ``floor``.
 
-    The root is ``V sqrt(e)``, not the symmetric one: it costs no product to build. Both roots are
+    The root is lower triangular: half the arithmetic of any other, and needs no inverse. It is
     None for the identity, which then costs nothing to apply.
     """
 
     features: int
     root_II: Tensor | None
-    inverse_root_II: Tensor | None
     floor: float  # in the unit of the Gram's eigenvalues, 0.0 for the identity
     floored: int  # how many eigenvalues were raised to the floor
     largest: float  # the largest eigenvalue
@@ -46,8 +45,9 @@ class Whitening:
 class Factors:
     """``W_i ≈ coefficients[i] @ basis_RI``, best in the whitened norm at this rank.
 
-    Row k of the basis and column k of the stacked coefficients have the same norm; the largest
-    entry by magnitude of every basis row is positive.
+    Row k of the basis and column k of the stacked coefficients have the same norm, as far as the
+    k-th singular value is above 1e-7 of the largest; the largest entry by magnitude of every basis
+    row is positive.
     """
 
     basis_RI: Tensor  # (rank, in)
@@ -64,7 +64,7 @@ class Factors:
 
 def identity_whitening(features: int) -> Whitening:
     """Whitening for lack of calibration data: the factorisation is then a plain SVD."""
-    return Whitening(features, None, None, floor=0.0, floored=0, largest=1.0)
+    return Whitening(features, None, floor=0.0, floored=0, largest=1.0)
 
 
 @torch.no_grad()
@@ -86,17 +86,27 @@ def whiten(gram_II: Tensor, *, relative_floor: float = 1e-8) -> Whitening:
     if not bool(gram_II.isfinite().all()):
         raise FactoriseError("Gram matrix: expected finite entries, found NaN or infinity")
     features = len(gram_II)
-    # eigh reads one triangle only: average, so that rounding in the other one counts as well.
-    eigenvalues_I, vectors_II = torch.linalg.eigh((gram_II + gram_II.T) / 2)
+    # LAPACK reads one triangle only: average, so that rounding in the other one counts as well.
+    gram_II = (gram_II + gram_II.T) / 2
+    eigenvalues_I = torch.linalg.eigvalsh(gram_II)
     largest = float(eigenvalues_I[-1])
     if largest <= 0:
-        return Whitening(features, None, None, 0.0, features, 0.0, zero_gram=True)
+        return Whitening(features, None, 0.0, features, 0.0, zero_gram=True)
     floor = relative_floor * largest
     floored = int((eigenvalues_I < floor).sum())
-    scale_I = eigenvalues_I.clamp(min=floor).sqrt()
-    return Whitening(
-        features, vectors_II * scale_I, (vectors_II / scale_I).T, floor, floored, largest
-    )
+    return Whitening(features, _damped_root(gram_II, floor, floored), floor, floored, largest)
+
+
+def _damped_root(gram_II: Tensor, floor: float, floored: int) -> Tensor:
+    """The lower-triangular root of the Gram after raising its ``floored`` smallest eigenvalues."""
+    if not floored:
+        root_II, failed = torch.linalg.cholesky_ex(gram_II)
+        if not failed:
+            return root_II
+    # G = V e Vᵀ = (V sqrt(e)) (V sqrt(e))ᵀ, and with (V sqrt(e))ᵀ = Q R, G = Rᵀ R.
+    eigenvalues_I, vectors_II = torch.linalg.eigh(gram_II)
+    scaled_II = (vectors_II * eigenvalues_I.clamp(min=floor).sqrt()).T
+    return torch.linalg.qr(scaled_II, mode="r").R.T
 
 
 def spectrum(weights: Sequence[Tensor], whitening: Whitening) -> Tensor:
@@ -130,34 +140,42 @@ def factorise(weights: Sequence[Tensor], whitening: Whitening, rank: int) -> Fac
     eigenvalues, vectors = torch.linalg.eigh(_smaller_gram(members, whitening))
     squared = eigenvalues.flip(0).clamp(min=0)
     leading = vectors[:, -rank:].flip(1)
+    # The norm of a singular vector times its singular value. Its square is rounded to 1e-16 of the
+    # largest, and the floor keeps a singular value that drowned in this from a division by zero.
+    norm_R = squared[:rank].clamp(min=1e-14 * float(squared[0])).sqrt()
     if out <= features:
         # Left singular vectors: B = U_rᵀ W needs no inverse root, and is exact at full rank.
         basis_RI = leading.T @ torch.cat(members)
-        coefficients = list(leading.split([len(weight_OI) for weight_OI in members]))
+        scale_R = _balance(basis_RI, torch.ones_like(norm_R))
+        parts = (leading / scale_R).split([len(weight_OI) for weight_OI in members])
+        coefficients = [part_OR.contiguous() for part_OR in parts]
     elif rank == features:
-        # V Vᵀ = 1 up to rounding only, which the inverse root would amplify by 1/sqrt(floor).
+        # L L⁻¹ = 1 up to rounding only.
         basis_RI = torch.eye(features, dtype=torch.float64, device=members[0].device)
-        coefficients = members
+        scale_R = _balance(basis_RI, torch.stack([w.square().sum(0) for w in members]).sum(0).sqrt())
+        coefficients = [weight_OI / scale_R for weight_OI in members]
     else:
-        root_II, inverse_root_II = _roots_on(whitening, leading.device)
-        to_rank_IR = leading if root_II is None else root_II @ leading
-        basis_RI = leading.T if inverse_root_II is None else leading.T @ inverse_root_II
+        root_II = _root_on(whitening, leading.device)
+        to_rank_IR, basis_RI = leading, leading.T
+        if root_II is not None:
+            to_rank_IR = root_II @ leading
+            basis_RI = torch.linalg.solve_triangular(root_II, basis_RI, upper=False, left=False)
+        scale_R = _balance(basis_RI, norm_R)
+        to_rank_IR = to_rank_IR / scale_R
         coefficients = [weight_OI @ to_rank_IR for weight_OI in members]
 
-    scale_R = _balance(basis_RI, coefficients)
     return Factors(
         basis_RI=basis_RI * scale_R[:, None],
-        coefficients=tuple(part_OR / scale_R for part_OR in coefficients),
+        coefficients=tuple(coefficients),
         spectrum=squared,
         lost=float(squared[rank:].sum()),
         total=float(squared.sum()),
     )
 
 
-def _balance(basis_RI: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+def _balance(basis_RI: Tensor, coefficient_norm_R: Tensor) -> Tensor:
     """Factors (R,) for the basis rows that make norms equal and signs definite; never zero."""
     basis_norm_R = basis_RI.norm(dim=1)
-    coefficient_norm_R = torch.stack([part_OR.norm(dim=0) for part_OR in coefficients]).norm(dim=0)
     usable_R = (basis_norm_R > 0) & (coefficient_norm_R > 0)
     scale_R = torch.where(usable_R, (coefficient_norm_R / basis_norm_R).sqrt(), 1.0)
     largest_R = basis_RI.gather(1, basis_RI.abs().argmax(dim=1, keepdim=True)).squeeze(1)
@@ -169,11 +187,11 @@ def _smaller_gram(members: Sequence[Tensor], whitening: Whitening) -> Tensor:
 
     Only its lower triangle is meaningful: torch's eigensolvers read no more.
     """
-    root_II, _ = _roots_on(whitening, members[0].device)
+    root_II = _root_on(whitening, members[0].device)
     out, features = sum(len(weight_OI) for weight_OI in members), whitening.features
     if out <= features:
         stack_OI = torch.cat(list(members))
-        whitened_IO = (stack_OI if root_II is None else stack_OI @ root_II).T
+        whitened_IO = (stack_OI if root_II is None else _times_lower(stack_OI, root_II)).T
         return _add_lower_product(stack_OI.new_zeros(out, out), whitened_IO, whitened_IO)
     sum_II = members[0].new_zeros(features, features)
     for weight_OI in members:
@@ -181,25 +199,34 @@ def _smaller_gram(members: Sequence[Tensor], whitening: Whitening) -> Tensor:
     if root_II is None:
         return sum_II
     # Whitening after the sum over members costs in³ per side instead of out · in².
-    half_whitened_II = (sum_II.tril() + sum_II.tril(-1).T) @ root_II
+    half_whitened_II = _times_lower(sum_II.tril() + sum_II.tril(-1).T, root_II)
     return _add_lower_product(torch.zeros_like(sum_II), root_II, half_whitened_II)
 
 
-def _add_lower_product(result_NN: Tensor, left_TN: Tensor, right_TN: Tensor) -> Tensor:
-    """Adds the lower triangle (at least) of ``leftᵀ @ right``, known to be symmetric, in place.
+# Columns a strip of the products below: 192 took two thirds of the whole product's time at 768
+# columns; 128 and 384 took longer.
+_STRIP = 192
 
-    192 wide: two thirds of the time of the whole product at N = 768; 128 and 384 took longer.
-    """
-    for first in range(0, len(result_NN), 192):
-        strip = slice(first, first + 192)
+
+def _times_lower(left_NI: Tensor, root_II: Tensor) -> Tensor:
+    """``left @ root`` for a lower triangular root, without the products with its zeros."""
+    result_NI = torch.empty_like(left_NI)
+    for first in range(0, len(root_II), _STRIP):
+        strip = slice(first, first + _STRIP)
+        torch.mm(left_NI[:, first:], root_II[first:, strip], out=result_NI[:, strip])
+    return result_NI
+
+
+def _add_lower_product(result_NN: Tensor, left_TN: Tensor, right_TN: Tensor) -> Tensor:
+    """Adds the lower triangle (at least) of ``leftᵀ @ right``, known to be symmetric, in place."""
+    for first in range(0, len(result_NN), _STRIP):
+        strip = slice(first, first + _STRIP)
         result_NN[first:, strip].addmm_(left_TN[:, first:].T, right_TN[:, strip])
     return result_NN
 
 
-def _roots_on(whitening: Whitening, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    if whitening.root_II is None or whitening.inverse_root_II is None:
-        return None, None
-    return whitening.root_II.to(device), whitening.inverse_root_II.to(device)
+def _root_on(whitening: Whitening, device: torch.device) -> Tensor | None:
+    return None if whitening.root_II is None else whitening.root_II.to(device)
 
 
 def _checked(weights: Sequence[Tensor], whitening: Whitening) -> list[Tensor]:

@@ -137,9 +137,9 @@ def _race(weights: list[Tensor], gram_II: Tensor, rank: int) -> tuple[float, flo
 def _svd(weights: list[Tensor], whitening: Whitening, rank: int) -> float:
     stacked_OI = torch.cat([w.double() for w in weights])
     assert whitening.root_II is not None
-    assert whitening.inverse_root_II is not None
     u, s, vh = torch.linalg.svd(stacked_OI @ whitening.root_II, full_matrices=False)
-    _ = (u[:, :rank] * s[:rank], vh[:rank] @ whitening.inverse_root_II)
+    basis = torch.linalg.solve_triangular(whitening.root_II, vh[:rank], upper=False, left=False)
+    _ = (u[:, :rank] * s[:rank], basis)
     return float((s[rank:] ** 2).sum() / (s**2).sum())
 
 
