@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,11 +28,12 @@ from fxshare.planner.cost import Storage
 from fxshare.planner.solve import least_cost
 from fxshare.planning import check_layers
 from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
-from fxshare.search import Effort, Judge, Planned, Search, Trial, substituted, trials
+from fxshare.search import Effort, Judge, Planned, Search, Trial, slope, substituted, trials
 from fxshare.spectra import SliceStatistics, Spectra
 from passes.graph import weight_and_bias
 
 _HELD_BACK = 10
+_SLOPE_TOKENS = 32768
 
 
 @dataclass(eq=False)
@@ -56,6 +58,17 @@ class _Data:
         seen = sum(self.sizes[: statistics.batches])
         held = sum(_size(call) for call, _ in self.held_back)
         return max(round(statistics.tokens * held / max(seen, 1)), 1)
+
+    def some_to_fit(
+        self, model: nn.Module, captured: Captured, statistics: Statistics
+    ) -> tuple[list[tuple[Call, object]], int]:
+        """Calls of at most :data:`_SLOPE_TOKENS` that the statistics have seen, and their tokens,
+        counted as above."""
+        seen = self.sizes[: statistics.batches]
+        sums = list(itertools.accumulate(seen))
+        count = max(sum(total <= _SLOPE_TOKENS for total in sums), 1)
+        calls = [_judged(model, captured, batch) for batch in self.fit[:count]]
+        return calls, max(round(statistics.tokens * sums[count - 1] / max(sums[-1], 1)), 1)
 
 
 def plan_within_budget(
@@ -136,12 +149,19 @@ def plan_within_budget(
     limit = cfg.budget.max_loss_increase
     if limit is not None and judge is not None:
         best = _within_loss(search, best, slices, limit)
+    along = 0.0
+    if judge is not None and best.factors:
+        some, tokens = data.some_to_fit(model, captured, statistics)
+        fit = Judge(model, captured, sites, some, tokens=tokens, loss=loss)
+        along = slope(search, best, fit)
     plan = Plan(
         mode="planned",
         sites=tuple(sites),
         groups=best.groups,
         skipped=tuple(skipped),
-        outlook=_outlook(best, search, options, statistics, judge, time.perf_counter() - start),
+        outlook=_outlook(
+            best, search, options, statistics, judge, along, time.perf_counter() - start
+        ),
     )
     return Budgeted(plan, best.factors, statistics)
 
@@ -163,13 +183,16 @@ def _split(
             f"plans; found {len(everything)}. Give smaller batches, or planner: {{search: off}}"
         )
     step = min(_HELD_BACK, len(everything))
-    keep = captured.shapes.base if captured.shapes else ()
-    held = []
-    for batch in everything[step - 1 :: step]:
-        call = completed(model, without_labels(model, bind(model, batch), keep))
-        held.append((to_device(call, device_of(model)), batch))
+    held = [_judged(model, captured, batch) for batch in everything[step - 1 :: step]]
     fit = [b for i, b in enumerate(everything) if i % step != step - 1]
     return _Data(fit, held, [_size(completed(model, bind(model, batch))) for batch in fit])
+
+
+def _judged(model: nn.Module, captured: Captured, batch: object) -> tuple[Call, object]:
+    """A batch as the captured graph is called with it, and as it was given."""
+    keep = captured.shapes.base if captured.shapes else ()
+    call = completed(model, without_labels(model, bind(model, batch), keep))
+    return to_device(call, device_of(model)), batch
 
 
 def _size(call: Call) -> int:
@@ -301,6 +324,7 @@ def _outlook(
     options: Options,
     statistics: Statistics,
     judge: Judge | None,
+    along: float,
     seconds: float,
 ) -> Outlook:
     solution = best.solution
@@ -310,7 +334,8 @@ def _outlook(
         budget=solution.budget,
         cost=solution.cost,
         price=solution.price,
-        predicted=best.predicted,
+        predicted=best.predicted + along,
+        slope=along,
         bound=best.bound,
         gap=max(best.predicted - best.bound, 0.0),
         measured=best.measured if math.isfinite(best.measured) else None,

@@ -100,13 +100,15 @@ def whiten(gram_II: Tensor, *, relative_floor: float = 1e-8) -> Whitening:
 def _damped_root(gram_II: Tensor, floor: float, floored: int) -> Tensor:
     """The lower-triangular root of the Gram after raising its ``floored`` smallest eigenvalues."""
     if not floored:
+        root_II: Tensor
         root_II, failed = torch.linalg.cholesky_ex(gram_II)
         if not failed:
             return root_II
     # G = V e Vᵀ = (V sqrt(e)) (V sqrt(e))ᵀ, and with (V sqrt(e))ᵀ = Q R, G = Rᵀ R.
     eigenvalues_I, vectors_II = torch.linalg.eigh(gram_II)
     scaled_II = (vectors_II * eigenvalues_I.clamp(min=floor).sqrt()).T
-    return torch.linalg.qr(scaled_II, mode="r").R.T
+    upper_II: Tensor = torch.linalg.qr(scaled_II, mode="r").R
+    return upper_II.T
 
 
 def spectrum(weights: Sequence[Tensor], whitening: Whitening) -> Tensor:
@@ -152,7 +154,7 @@ def factorise(weights: Sequence[Tensor], whitening: Whitening, rank: int) -> Fac
     elif rank == features:
         # L L⁻¹ = 1 up to rounding only.
         basis_RI = torch.eye(features, dtype=torch.float64, device=members[0].device)
-        scale_R = _balance(basis_RI, torch.stack([w.square().sum(0) for w in members]).sum(0).sqrt())
+        scale_R = _balance(basis_RI, torch.cat(members).norm(dim=0))
         coefficients = [weight_OI / scale_R for weight_OI in members]
     else:
         root_II = _root_on(whitening, leading.device)

@@ -163,6 +163,24 @@ class Judge:
         return 0.5 * float(torch.stack(gaps).sum())
 
 
+def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) -> float:
+    """The first-order part of a plan's loss increase: the mean gradient along its change of the
+    weights, as a central difference at ``± step`` of that change.
+
+    The planner's quadratic model has no such part, since it vanishes where training has converged
+    on the calibration data. Where the plan changes little, the slope is most of what it loses.
+    """
+    weights, biases = search.dense(plan.factors)
+
+    def at(share: float) -> float:
+        moved = []
+        for new, old in ((weights, search.weights), (biases, search.biases)):
+            moved.append({k: v.lerp(old[k].to(v), 1 - share) for k, v in new.items()})
+        return judge(moved[0], moved[1])
+
+    return (at(step) - at(-step)) / (2 * step)
+
+
 def substituted(
     source: ModuleT,
     sites: Sequence[Site],
@@ -413,5 +431,10 @@ def blend(
     if blended.cost > solution.budget:
         raise PlanError(
             f"blended ranks cost {blended.cost:,}, more than the budget {solution.budget:,.0f}"
+        )
+    if problem.side_limit is not None and blended.side > problem.side_limit:
+        raise PlanError(
+            f"blended ranks take {blended.side:,} FLOPs per token, more than "
+            f"{problem.side_limit:,.0f}"
         )
     return blended

@@ -19,12 +19,14 @@ class Curve:
     """The options of one candidate, by ascending cost; the last one is dense.
 
     ``cost`` is in the budget's unit, ``loss`` the predicted increase of the model's loss per token,
-    ``rank`` what is kept (:data:`DENSE` for dense).
+    ``rank`` what is kept (:data:`DENSE` for dense). ``side`` is a cost in a second unit, such as
+    FLOPs, for a plan that is bounded in that as well.
     """
 
     cost: NDArray[np.int64]
     loss: Floats
     rank: NDArray[np.int64]
+    side: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.loss).all() or (self.loss < 0).any():
@@ -85,4 +87,5 @@ def restrict(curve: Curve, *, least: float = 0.0, most: float | None = None) -> 
     # dense always remains: nothing else can be done where the floor is above every rank
     if most is None or not keep.any():
         keep |= curve.rank == DENSE
-    return Curve(curve.cost[keep], curve.loss[keep], curve.rank[keep])
+    side = None if curve.side is None else curve.side[keep]
+    return Curve(curve.cost[keep], curve.loss[keep], curve.rank[keep], side)

@@ -63,7 +63,7 @@ class Problem:
 
     ``curve_of`` is called once per distinct part, when a strategy first asks for it: spectra are
     computed lazily. ``may_share`` lists sets of weight types that may meet in one basis; by default
-    a type only meets itself.
+    a type only meets itself. ``side_limit`` bounds the sum of the curves' ``side``.
     """
 
     nodes: Mapping[str, Node]
@@ -71,6 +71,7 @@ class Problem:
     may_share: Sequence[frozenset[str]] = ()
     max_group: int | None = None
     tie: Sequence[Part] = ()
+    side_limit: float | None = None
     _known: dict[Part, SharedBasis] = field(init=False, default_factory=dict)
     _joins: dict[Part, bool] = field(init=False, default_factory=dict)
     _values: dict[Part, list[float]] = field(init=False, default_factory=dict)

@@ -5,12 +5,16 @@ unconstrained problem (MATH §2 of the design notes: Lagrangian relaxation). Par
 on a fixed grid of prices; each is then ranked for the budget along its own path of falling slopes,
 and the best is kept. Because the grid does not depend on the budget, more budget never gives more
 loss.
+
+A second limit, on a cost in another unit, gets a price of its own: at a price μ the loss of every
+option is ``loss + μ · side``, and μ is bisected for the cheapest that keeps the limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -40,6 +44,12 @@ class Choice:
         return float(self.candidate.curve.loss[self.option])
 
     @property
+    def side(self) -> int:
+        """Cost in the second unit, 0 where there is none."""
+        side = self.candidate.curve.side
+        return 0 if side is None else int(side[self.option])
+
+    @property
     def rank(self) -> int:
         """Rank, or ``DENSE``."""
         return int(self.candidate.curve.rank[self.option])
@@ -67,6 +77,11 @@ class Solution:
         return sum(choice.loss for choice in self.choices)
 
     @property
+    def side(self) -> int:
+        """Total cost in the second unit."""
+        return sum(choice.side for choice in self.choices)
+
+    @property
     def gap(self) -> float:
         """``loss − bound``."""
         return max(self.loss - self.bound, 0.0)
@@ -83,6 +98,85 @@ def solve(problem: Problem, budget: float, *, strategy: str = "auto") -> Solutio
 
 def sweep(problem: Problem, budgets: Sequence[float], *, strategy: str = "auto") -> list[Solution]:
     """:func:`solve` for several budgets over one collection of partitions."""
+    solutions = _sweep(problem, budgets, strategy)
+    limit = problem.side_limit
+    if limit is None:
+        return solutions
+    return [s if s.side <= limit else _within_side(problem, s, limit) for s in solutions]
+
+
+def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
+    """The plan of least loss found within the budget *and* the side limit.
+
+    The dual bound holds for both prices: ``min (loss + λ cost + μ side) − λ budget − μ limit``.
+    """
+    least = sum(float(problem.candidate(p).curve.loss.max()) for p in problem.singletons())
+    unit = max(least, 1e-30) / max(
+        free.side, 1
+    )  # as if all that can be lost bought all of the side
+    bound, best = free.bound, None
+    low, high = -8.0, 8.0  # decimal exponents of the price, in that unit
+    for step in range(14):
+        exponent = high if step == 0 else (low + high) / 2
+        price = unit * 10.0**exponent
+        priced = replace(problem, curve_of=partial(_priced, problem, price))
+        found = _sweep(priced, [free.budget], free.strategy)[0]
+        bound = max(bound, found.bound - price * limit)
+        choices = tuple(
+            Choice(problem.candidate(c.candidate.slices), c.option) for c in found.choices
+        )
+        one = replace(found, choices=_filled(choices, free.budget, limit))
+        if one.side <= limit:
+            high = exponent
+            if best is None or one.loss < best.loss:
+                best = one
+        elif step == 0:
+            raise PlanError(
+                f"the second limit, {limit:,.0f}, is below what the plans within the budget need, "
+                f"{one.side:,} at least; raise one of the two limits, or lower the floor"
+            )
+        else:
+            low = exponent
+    assert best is not None
+    return replace(best, bound=bound)
+
+
+def _filled(choices: tuple[Choice, ...], budget: float, limit: float) -> tuple[Choice, ...]:
+    """Spend what a jump between two prices left over: the greatest saving that still fits, again
+    and again."""
+    left, side_left = budget - sum(c.cost for c in choices), limit - sum(c.side for c in choices)
+    if side_left < 0:
+        return choices
+    taken = list(choices)
+    while True:
+        best, saved = None, 0.0
+        for at, choice in enumerate(taken):
+            curve = choice.candidate.curve
+            assert curve.side is not None
+            fits = (curve.cost <= choice.cost + left) & (curve.side <= choice.side + side_left)
+            options = np.flatnonzero(fits & (curve.loss < choice.loss - saved))
+            if len(options):
+                option = int(options[np.argmin(curve.loss[options])])
+                best = at, Choice(choice.candidate, option)
+                saved = choice.loss - best[1].loss
+        if best is None:
+            return tuple(taken)
+        at, better = best
+        left -= better.cost - taken[at].cost
+        side_left -= better.side - taken[at].side
+        taken[at] = better
+
+
+def _priced(problem: Problem, price: float, part: Part) -> Curve:
+    curve = problem.candidate(part).curve
+    if curve.side is None:
+        raise PlanError(
+            f"a plan is bounded in a second unit that {sorted(part)[0]!r} has no cost in"
+        )
+    return replace(curve, loss=curve.loss + price * curve.side)
+
+
+def _sweep(problem: Problem, budgets: Sequence[float], strategy: str) -> list[Solution]:
     if strategy not in STRATEGIES:
         raise PlanError(f"no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if not problem.nodes:

@@ -145,17 +145,19 @@ def test_flops_kept_bounds_the_operations() -> None:
     assert 0.55 * dense <= flops_of(plan) <= 0.6 * dense
 
 
-def test_flops_kept_beside_another_limit_bounds_every_group() -> None:
+def test_flops_kept_beside_another_limit_bounds_their_sum() -> None:
     model, planner = llama(), {**OFF, "storage": "plain"}
     free = plan_of(model, FEW, {"params_kept": 0.8}, planner)
     plan = plan_of(model, FEW, {"params_kept": 0.8, "flops_kept": 0.6}, planner)
     assert plan.outlook.unit == "numbers"
     assert flops_of(free) > 0.7 * 2 * free.dense_numbers
-    assert flops_of(plan) <= 0.6 * 2 * plan.dense_numbers
-    for group in plan.groups:
-        alone = plan.model_copy(update={"groups": (group,)})
-        saved = 2 * plan.dense_numbers - flops_of(alone)
-        assert saved >= 0.4 * 2 * group.dense_numbers
+    assert 0.58 * 2 * plan.dense_numbers <= flops_of(plan) <= 0.6 * 2 * plan.dense_numbers
+    # only the sum counts: some slices stay dense and take all of their FLOPs
+    assert sum(len(group.slices) for group in plan.groups) < sum(
+        len(site.slices) for site in plan.sites
+    )
+    assert free.outlook.predicted < plan.outlook.predicted
+    assert plan.outlook.bound <= plan.outlook.predicted
 
 
 @pytest.mark.parametrize("limit", [0.003, 0.1])

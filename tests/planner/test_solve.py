@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fxshare.errors import PlanError
@@ -73,6 +74,49 @@ def test_a_budget_is_kept_and_used_up(seed: int, kept: float, strategy: str) -> 
     assert found.gap == max(found.loss - found.bound, 0.0)
     assert found.bound <= found.loss * (1 + 1e-9)
     assert sorted(n for c in found.choices for n in c.candidate.slices) == sorted(problem.nodes)
+
+
+def with_side(problem: Problem, seed: int, limit: float | None) -> Problem:
+    """A second cost: another multiple of the first for every part."""
+    rng = np.random.default_rng(seed)
+    factor = dict(zip(problem.nodes, rng.uniform(0.3, 3.0, len(problem.nodes)), strict=True))
+
+    def curve(part: Part) -> Curve:
+        plain = problem.candidate(part).curve
+        side = (plain.cost * max(factor[name] for name in part)).astype(np.int64)
+        return dataclasses.replace(plain, side=side)
+
+    return Problem(problem.nodes, curve, side_limit=limit)
+
+
+@given(seeds, st.floats(0.3, 0.9), st.floats(0.5, 1.2), st.sampled_from(["layers", "pairs"]))
+@settings(deadline=None, max_examples=10, phases=[Phase.explicit, Phase.generate])
+def test_two_limits_are_both_kept(seed: int, kept: float, share: float, strategy: str) -> None:
+    problem = smooth_problem(5, seed)
+    budget = kept * dense_of(problem)
+    free = solve(with_side(problem, seed, None), budget, strategy=strategy)
+    limit = share * free.side
+    found = solve(with_side(problem, seed, limit), budget, strategy=strategy)
+    assert found.cost <= budget
+    assert found.side <= limit
+    assert found.bound <= found.loss * (1 + 1e-9)
+    if share >= 1:
+        assert plan_of(found) == plan_of(free)
+    else:
+        assert found.loss > free.loss
+        # one of the two is used up, to the widest step of a rank
+        step = 512 * (1 + max(len(c.candidate.slices) for c in found.choices))
+        assert found.side > limit - 3 * step or found.cost > budget - step
+    for choice in found.choices:
+        assert choice.loss == float(
+            problem.candidate(choice.candidate.slices).curve.loss[choice.option]
+        )
+
+
+def test_a_second_limit_that_nothing_keeps() -> None:
+    problem = with_side(smooth_problem(3, 0), 0, 10.0)
+    with pytest.raises(PlanError, match="the second limit, 10, is below"):
+        solve(problem, 0.5 * dense_of(problem))
 
 
 @given(seeds, st.sampled_from(sorted(STRATEGIES)), st.sampled_from([(5, ("q",)), (2, ("q", "k"))]))
