@@ -12,7 +12,10 @@
 from fxshare.compiling import compile
 from fxshare.compiling import make_plan_for as plan
 from fxshare.config import ShareConfig, load_config
+from fxshare.dynamo_backend import backend
 from fxshare.errors import FxShareError, FxShareWarning
+from fxshare.export import export
+from fxshare.lowering import lower, readable
 from fxshare.plans import Plan
 from fxshare.record import Record, ShareModule
 from fxshare.store import load, save
@@ -27,10 +30,14 @@ __all__ = [
     "Record",
     "ShareConfig",
     "ShareModule",
+    "backend",
     "compile",
+    "export",
     "load",
     "load_config",
+    "lower",
     "plan",
+    "readable",
     "save",
     "verify",
 ]

@@ -15,6 +15,8 @@ from fxshare.calibrate import Statistics, calibrate
 from fxshare.capture import Call, Captured, bind, device_of, dtype_of, to_device
 from fxshare.capture.call import MASK, completed, tensors, without_labels
 from fxshare.config import Budget, Planner, ShareConfig
+from fxshare.cost_model import Rates
+from fxshare.cost_model.device import how_to_measure_for, rates_of_model
 from fxshare.errors import CalibrationError, PlanError
 from fxshare.losses import Loss
 from fxshare.planned import (
@@ -113,7 +115,7 @@ def plan_within_budget(
     statistics = gather(model, captured)
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
     floor = cfg.calibration.relative_floor
-    options = options_of(cfg.budget, planner, dtype_of(model).itemsize)
+    options = options_of(cfg.budget, planner, model)
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
@@ -203,7 +205,7 @@ def _size(call: Call) -> int:
     return next((t.numel() for t in tensors(call)), 1)
 
 
-def options_of(budget: Budget, planner: Planner, element_size: int) -> Options:
+def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
     """What the configuration allows the planner, costs in the unit of its limit."""
     alone = budget.params_kept is None and budget.max_bytes is None
     alone = alone and budget.max_loss_increase is None
@@ -215,16 +217,29 @@ def options_of(budget: Budget, planner: Planner, element_size: int) -> Options:
     return Options(
         unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
         storages=storages[planner.storage],
-        element_size=element_size,
+        element_size=dtype_of(model).itemsize,
         max_group=planner.max_group,
         rank_multiple=planner.rank_multiple,
         floor=planner.floor,
         ceiling=planner.ceiling,
         flops_kept=None if alone else budget.flops_kept,
+        time_kept=budget.time_kept,
+        rates=None if budget.time_kept is None else _rates(model),
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
     )
+
+
+def _rates(model: nn.Module) -> Rates:
+    rates = rates_of_model(model)
+    if rates is None:
+        raise PlanError(
+            "budget.time_kept: times are predicted from constants of this device, which were not "
+            f"measured for the model's dtype and this number of threads; run "
+            f"{how_to_measure_for(model)}"
+        )
+    return rates
 
 
 def _limit(model: nn.Module, budget: Budget, sites: Sequence[Site], options: Options) -> float:

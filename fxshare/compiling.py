@@ -6,7 +6,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from fxshare.capture.modules_front_end import put_back
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import CalibrationError, ConfigError, MatchError, PlanError
 from fxshare.factors import Factorised, planned_factors, remade_factors, sharing_factors
+from fxshare.generation import keep_structure
 from fxshare.losses import Loss
+from fxshare.lowering import lower_module, with_lowered
 from fxshare.matching import Matching, dense_weights, match
+from fxshare.original import keep_original
 from fxshare.planned import (
     Alternative,
     Sweep,
@@ -33,7 +36,7 @@ from fxshare.planned import (
 )
 from fxshare.planning import make_plan, uniform_plan
 from fxshare.plans import Plan, Site, Skipped
-from fxshare.record import Record, ShareModule, graph_sha256
+from fxshare.record import Record, ShareModule, attach
 from fxshare.report import Report, group_reports
 from fxshare.source import Source
 from fxshare.spectra import Spectra
@@ -119,6 +122,7 @@ def compile(
         stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
     )
     result = assemble(model, stages.captured, rewritten, plan, copy=copy)
+    keep_structure(result, model, own)
     report = Report(
         model=type(model).__name__,
         mode=plan.mode,
@@ -158,6 +162,9 @@ def compile(
         inputs=Record.specs(stages.captured.shapes),
         extra_passes=tuple(p.name or type(p).__name__ for p in own),
     )
+    if cfg.lower is not None:
+        result, lowered = lower_module(result, cfg.lower.prefer)
+        record = with_lowered(record, lowered, result)
     attach(result, record)
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
     exact = all(p.exact for p in own)
@@ -289,7 +296,7 @@ def survey(
     budgeted = _budgeted(stages, weights, loss, seed)
     plan, statistics = budgeted.plan, budgeted.statistics
     planner = config.planner
-    options = options_of(config.budget, planner, dtype_of(model).itemsize)
+    options = options_of(config.budget, planner, model)
     slices = slice_statistics(stages.sites, weights, statistics, centred=planner.bias)
     spectra = Spectra(slices, config.calibration.relative_floor)
     problem = make_problem(nodes_of(stages.sites, slices), spectra, options)
@@ -479,20 +486,16 @@ def assemble(
 ) -> nn.Module:
     """The finished module from a rewritten graph."""
     if captured.front_end == "modules":
-        return put_back(model, rewritten, [c for s in plan.sites for c in s.calls], copy=copy)
+        sites = [c for s in plan.sites for c in s.calls]
+        whole = put_back(model, rewritten, sites, copy=copy)
+        keep_original(whole, model)
+        return whole
     root = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
     result = ShareModule(root, root.graph, f"{type(model).__name__}Shared")
     result.meta.update(rewritten.meta)
+    keep_original(result, model)
     derive_gathers(result)  # fx registers every buffer that a graph reads as part of the state
     return result
-
-
-def attach(result: nn.Module, record: Record) -> None:
-    """Put the record where :func:`fxshare.record.record_of` finds it."""
-    record = replace(record, graph_sha256=graph_sha256(result))
-    result.__dict__["meta"]["fxshare"] = record
-    if not isinstance(result, ShareModule):
-        result.__dict__["fxshare"] = record
 
 
 def _count(module: nn.Module) -> int:

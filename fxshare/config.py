@@ -136,11 +136,11 @@ def _as_split(value: object) -> object:
         return "qkv"
     if value is None or value is False or (isinstance(value, str) and value == "none"):
         return False
-    if isinstance(value, str) and value in ("qkv", "heads"):
+    if isinstance(value, str) and value in ("qkv", "heads", "gate_up"):
         return value
     raise ValueError(
-        f"expected false, qkv or heads (true means qkv); found {_shown(value)}."
-        + (_nearest(value, ("qkv", "heads", "none")) if isinstance(value, str) else "")
+        f"expected false, qkv, heads or gate_up (true means qkv); found {_shown(value)}."
+        + (_nearest(value, ("qkv", "heads", "gate_up", "none")) if isinstance(value, str) else "")
     )
 
 
@@ -269,9 +269,9 @@ class _Section(BaseModel):
 
 
 _SplitValue = Annotated[
-    Literal[False, "qkv", "heads"],
+    Literal[False, "qkv", "heads", "gate_up"],
     BeforeValidator(_as_split),
-    WithJsonSchema({"enum": [False, True, None, "none", "qkv", "heads"]}),
+    WithJsonSchema({"enum": [False, True, None, "none", "qkv", "heads", "gate_up"]}),
 ]
 _Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -286,8 +286,8 @@ class WeightType(_Section):
     split: _SplitValue = Field(
         default=False,
         description="How the rows of each module are cut into slices: false (one slice), qkv "
-        "(one slice each for q, k and v) or heads (one slice per head). true means qkv; null and "
-        "none mean false.",
+        "(one slice each for q, k and v), heads (one slice per head) or gate_up (two halves, the "
+        "gate first). true means qkv; null and none mean false.",
     )
     qkv_order: Annotated[str, AfterValidator(_as_permutation)] | None = Field(
         default=None,
@@ -306,8 +306,9 @@ class WeightType(_Section):
     )
     interleaved: Annotated[bool, Field(strict=True)] = Field(
         default=False,
-        description="Rows are per head [q k v], as in GPT-NeoX, not in three blocks. Needs "
-        "`split: heads` and `qkv_order`.",
+        description="Rows are per head [q k v], as in GPT-NeoX, not in three blocks; with "
+        "`n_kv_head` per key head [its q heads, k, v], as in Falcon-40B. Needs `split: heads` and "
+        "`qkv_order`.",
     )
     basis: Literal["slice", "part", "site"] = Field(
         default="slice",
@@ -324,6 +325,10 @@ class WeightType(_Section):
                 f"found {_shown(value)} without a split, where it has no effect: add `split: qkv` "
                 "(or `split: heads`), or remove qkv_order"
             )
+        if value is not None and info.data.get("split") == "gate_up":
+            raise ValueError(
+                f"found {_shown(value)} with `split: gate_up`, which has no q, k and v: remove it"
+            )
         return value
 
     @field_validator("interleaved")
@@ -337,9 +342,9 @@ class WeightType(_Section):
                 "found true with `split: qkv`: in interleaved rows [q k v] per head the rows of q "
                 "are not one run; use `split: heads`"
             )
-        if split is False:
+        if split in (False, "gate_up"):
             raise ValueError(
-                "found true without a split, where it has no effect: add `split: heads` and "
+                "found true without a split into heads, where it has no effect: add `split: heads` and "
                 "`qkv_order: qkv`, or remove interleaved"
             )
         if info.data.get("qkv_order", "") is None:
@@ -393,8 +398,14 @@ class Budget(_Section):
     )
     flops_kept: _Share = Field(
         default=None,
-        description="FLOPs per token after over before, of the matched linears. Beside another "
-        "limit it bounds every group's FLOPs.",
+        description="FLOPs per token after over before, of the matched linears. It may stand "
+        "alone or beside another limit, and then both are kept.",
+    )
+    time_kept: _Share = Field(
+        default=None,
+        description="Predicted seconds per token after over before, of the matched linears, for a "
+        "prompt and for one token alike. Stands beside another limit, and both are kept; needs the "
+        "constants that `fxshare bench device` measures.",
     )
 
     @model_validator(mode="after")
@@ -407,7 +418,13 @@ class Budget(_Section):
         if len(given) > 1 or (not given and self.flops_kept is None):
             raise ValueError(
                 "expected one limit of params_kept, max_bytes, max_loss_increase and flops_kept "
-                f"(flops_kept may stand beside another); found {', '.join(given) or 'none'}"
+                "(flops_kept or time_kept may stand beside another); found "
+                f"{', '.join(given) or 'none'}"
+            )
+        if given and None not in (self.flops_kept, self.time_kept):
+            raise ValueError(
+                f"found flops_kept and time_kept beside {given[0]}: one limit may stand beside "
+                "another; remove one of the two"
             )
         return self
 
@@ -493,6 +510,16 @@ class Planner(_Section):
     )
 
 
+class Lower(_Section):
+    """What the result is packed for after rewriting."""
+
+    prefer: Literal["memory", "speed"] = Field(
+        default="memory",
+        description="memory (never more numbers than the readable graph) or speed (may store a "
+        "basis twice, and multiplies out what needs fewer operations as a dense weight).",
+    )
+
+
 class ShareConfig(_Section):
     """A complete configuration, as :func:`fxshare.compile` takes it."""
 
@@ -534,6 +561,10 @@ class ShareConfig(_Section):
     fuse: Annotated[bool, Field(strict=True)] = Field(
         default=True,
         description="Fuse the matrix products of the result again where it stays equivalent.",
+    )
+    lower: Lower | None = Field(
+        default=None,
+        description="Pack the result for speed (`fxshare.lower`). Not given: it stays readable.",
     )
     passes: Annotated[
         tuple[Annotated[str, AfterValidator(_as_pass_name)], ...], BeforeValidator(_as_list)
@@ -942,6 +973,7 @@ def _section_at(loc: Loc, model: type[_Section]) -> type[_Section]:
         "weight_types": WeightType,
         "budget": Budget,
         "planner": Planner,
+        "lower": Lower,
     }
     return sections.get(str(loc[0]), Calibration)
 
@@ -1007,6 +1039,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "ConfigSource",
+    "Lower",
     "Planner",
     "ShareConfig",
     "WeightType",

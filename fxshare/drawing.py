@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -182,6 +182,13 @@ def draw_sweep(sweep: Sweep, path: Path, *, outlook: Outlook | None = None) -> N
     check_drawable(path)
     with _own_settings():
         _write(sweep_figure(sweep, outlook=outlook), path)
+
+
+def write_figure(make: Callable[[], Figure], path: Path) -> None:
+    """Make a figure under matplotlib's own settings and write it, whole or not at all."""
+    check_drawable(path)
+    with _own_settings():
+        _write(make(), path)
 
 
 @contextmanager

@@ -42,6 +42,10 @@ class StoreError(FxShareError):
     """A folder that is not ours, is damaged, comes from a newer version, or cannot be written."""
 
 
+class ExportError(FxShareError):
+    """A model or an option that an export cannot carry, or a runtime that is not installed."""
+
+
 class DataError(FxShareError):
     """Text or token data that is missing or cannot be read."""
 
@@ -61,6 +65,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EnsuresError",
+    "ExportError",
     "FactoriseError",
     "FxShareError",
     "FxShareWarning",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -161,3 +161,26 @@ def _in_order(result: Factorised, plan: Plan) -> Factorised:
     result.groups.sort(key=lambda group: position[group.name])
     result.pivots.sort(key=lambda group: position[group.name])
     return result
+
+
+def empty_factors(
+    plan: Plan, dtype_of: Callable[[str], torch.dtype], device: torch.device
+) -> tuple[list[SharedGroup], list[PivotedGroup]]:
+    """Factors of the plan's shapes without values worth reading, for a graph that is filled, or
+    only looked at, afterwards. ``dtype_of`` gives the dtype of a site by its name."""
+    site_of = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    groups, pivots = [], []
+    for group in plan.groups:
+        members = [site_of[name] for name in group.slices]
+        dtype = dtype_of(members[0][0].name)
+        basis_RI = torch.empty(group.rank, group.in_features, dtype=dtype, device=device)
+        coefficients = {
+            s.name: torch.empty(s.out_features, group.rank, dtype=dtype, device=device)
+            for _, s in members
+        }
+        groups.append(SharedGroup(group.name, basis_RI, coefficients))
+        if group.storage == "pivoted":
+            kept_J = torch.arange(group.rank, dtype=torch.int32, device=device)
+            table_RT = basis_RI[:, group.rank :]
+            pivots.append(PivotedGroup(group.name, kept_J, table_RT, coefficients))
+    return groups, pivots

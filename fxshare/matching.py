@@ -60,6 +60,12 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
             continue
         done.add(id(weight))
         sites.append(_site(model, cfg, name, type_name, module, readers))
+    for name, type_name in _parameter_types(model, modules, cfg).items():
+        found = parameter_sites(model, cfg, name, type_name, owners)
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            sites.extend(found)
     _every_type_has_sites(cfg, sites, skipped, modules)
     return Matching(tuple(sites), tuple(skipped))
 
@@ -78,6 +84,28 @@ def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]
                 f"({cfg.weight_types[matching[1]].pattern}); make the patterns disjoint"
             )
         found[name] = matching[0]
+    return found
+
+
+def _parameter_types(
+    model: nn.Module, modules: Mapping[str, nn.Module], cfg: ShareConfig
+) -> dict[str, str]:
+    """The weight type of every matched parameter that is not the weight of a matched module."""
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, field = name.rpartition(".")
+        module = modules.get(owner, model)
+        if parameter.ndim not in (2, 3) or (field == "weight" and is_linear(module)):
+            continue
+        for type_name, spec in cfg.weight_types.items():
+            # a pattern that matches the module as well means the module
+            if re.match(spec.pattern, name) and not (owner and re.match(spec.pattern, owner)):
+                if name in found:
+                    raise MatchError(
+                        f"parameter {name!r} is matched by two weight types, {found[name]!r} and "
+                        f"{type_name!r}; make the patterns disjoint"
+                    )
+                found[name] = type_name
     return found
 
 
@@ -148,6 +176,95 @@ def _site(
     )
 
 
+def parameter_sites(
+    model: nn.Module,
+    cfg: ShareConfig,
+    name: str,
+    type_name: str,
+    owners: Mapping[int, list[str]],
+) -> list[Site] | Skipped:
+    """The sites of a parameter that a model multiplies by itself: one for a matrix, one for each
+    matrix of a stack ``(experts, out, in)``. That it is used as a linear, the graph has to show."""
+    owner, _, field = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = getattr(module, field)
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+        reason = f"belongs to a {type(module).__name__}, which looks up or convolves"
+        return Skipped(name=name, type=type_name, reason=reason)
+    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+        reason = f"is a {type(parameter.data).__name__} of {parameter.dtype}, not floating-point"
+        return Skipped(name=name, type=type_name, reason=reason)
+    if len(owners[id(parameter)]) > 1:
+        reason = f"is tied to {[n for n in owners[id(parameter)] if n != name][0]!r}"
+        return Skipped(name=name, type=type_name, reason=reason)
+    layer = _layer(cfg, name, type_name)
+    spec = cfg.weight_types[type_name]
+    transposed = parameter.ndim == 3 and getattr(module, "is_transposed", False) is True
+    bias = stored_bias(module, field) is not None
+    rows, columns = parameter.shape[-2:]
+    if transposed:
+        rows, columns = columns, rows
+    linear = owner if field == "weight" and owner else name
+    names = [linear] if parameter.ndim == 2 else [f"{name}.{e}" for e in range(len(parameter))]
+    found = []
+    for number, one in enumerate(names):
+        slices = _slices(one, rows, spec, type_name, model)
+        if parameter.ndim == 3:
+            # an expert's number is what tells slices of one layer apart, as a head's is elsewhere
+            slices = tuple(s.model_copy(update={"head": number}) for s in slices)
+        found.append(
+            Site(
+                name=one,
+                calls=(one,),
+                type=type_name,
+                layer=layer,
+                in_features=columns,
+                out_features=rows,
+                bias=bias,
+                slices=slices,
+                transposed=transposed,
+            )
+        )
+    return found
+
+
+def stored_bias(module: nn.Module, field: str) -> Tensor | None:
+    """The bias that goes with a parameter by its name: ``in_proj_weight`` and ``in_proj_bias``,
+    ``down_proj`` and ``down_proj_bias``, ``weight`` and ``bias``."""
+    name = f"{field.removesuffix('weight')}bias" if field.endswith("weight") else f"{field}_bias"
+    found = getattr(module, name, None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def site_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """``(weight_OI, bias_O)`` of a site in the original, whether a module or a parameter holds it;
+    views of the model's own tensors.
+
+    Raises :class:`MatchError` where the model has no such weight.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(site.name)
+    if module is not None and is_linear(module):
+        return weight_and_bias(module)
+    name = f"{site.name}.weight" if module is not None else site.name
+    at: slice | int = slice(None)
+    part = re.fullmatch(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))", name)
+    owner, _, field = name.rpartition(".")
+    if part is not None and owner not in modules:
+        at = slice(int(part[3]), int(part[4])) if part[2] is None else int(part[2])
+        owner, _, field = part[1].rpartition(".")
+    holder = modules.get(owner)
+    parameter = getattr(holder, field, None)
+    if not isinstance(holder, nn.Module) or not isinstance(parameter, nn.Parameter):
+        raise MatchError(
+            f"{type(model).__name__} has no weight {site.name!r}: it is not the model that was "
+            "matched"
+        )
+    bias = stored_bias(holder, field) if site.bias else None
+    weight = parameter[at]
+    return (weight.t() if site.transposed else weight), (None if bias is None else bias[at])
+
+
 def _layer(cfg: ShareConfig, name: str, type_name: str) -> int | None:
     if cfg.block_pattern is None:
         if cfg.mode == "sharing" and cfg.group_size_of(type_name) > 1:
@@ -183,6 +300,12 @@ def _slices(
 ) -> tuple[SliceSpec, ...]:
     if not spec.split:
         return (SliceSpec(name=site, start=0, stop=out_features),)
+    if spec.split == "gate_up":
+        size = _divide(site, type_name, out_features, 2, "gate and up")
+        return tuple(
+            SliceSpec(name=f"{site}.{part}", part=part, start=i * size, stop=(i + 1) * size)
+            for i, part in enumerate(("gate", "up"))
+        )
     order = spec.order
     if order is None:
         heads = spec.n_head or _unfused_heads(model, out_features)
@@ -203,17 +326,7 @@ def _slices(
     size = _divide(site, type_name, out_features, total, "n_head + 2 · n_kv_head")
     assert heads is not None
     if spec.interleaved:
-        return tuple(
-            SliceSpec(
-                name=f"{site}.{p}.{h}",
-                part=p,
-                head=h,
-                start=(3 * h + i) * size,
-                stop=(3 * h + i + 1) * size,
-            )
-            for h in range(heads)
-            for i, p in enumerate(order)
-        )
+        return _interleaved(site, order, size, heads, kv_heads or heads, type_name)
     slices: list[SliceSpec] = []
     at = 0
     for part in order:
@@ -231,12 +344,29 @@ def _slices(
     return tuple(slices)
 
 
+def _interleaved(
+    site: str, order: str, size: int, heads: int, kv_heads: int, type_name: str
+) -> tuple[SliceSpec, ...]:
+    """Per key head the rows of its q heads, its k and its v, in the given order."""
+    readers = _divide(site, type_name, heads, kv_heads, "n_kv_head", of="heads")
+    found: list[SliceSpec] = []
+    for group in range(kv_heads):
+        for part in order:
+            for h in range(group * readers, (group + 1) * readers) if part == "q" else [group]:
+                at = len(found) * size
+                name = f"{site}.{part}.{h}"
+                found.append(SliceSpec(name=name, part=part, head=h, start=at, stop=at + size))
+    return tuple(found)
+
+
 def _head_counts(
     site: str, type_name: str, out_features: int, spec: WeightType, model: nn.Module
 ) -> tuple[int | None, int | None]:
     """Heads of q and of k and v in a fused projection; None where only thirds are needed."""
     heads = spec.n_head or _from_config(model, _HEADS)
-    kv_heads = spec.n_kv_head or _from_config(model, _KV_HEADS)
+    kv_heads = spec.n_kv_head or (
+        1 if _is_multi_query(model) else _from_config(model, _KV_HEADS)
+    )
     if spec.split == "qkv" and (spec.n_kv_head is None and (kv_heads is None or kv_heads == heads)):
         return None, None
     if heads is None:
@@ -245,6 +375,14 @@ def _head_counts(
             "has no config that tells it, add n_head"
         )
     return heads, kv_heads
+
+
+def _is_multi_query(model: nn.Module) -> bool:
+    """Whether all heads read one key head (Falcon-7B, GPTBigCode), whatever the head counts say."""
+    config = getattr(model, "config", None)
+    return getattr(config, "multi_query", None) is True and not getattr(
+        config, "new_decoder_architecture", False
+    )
 
 
 def _unfused_heads(model: nn.Module, out_features: int) -> int | None:
@@ -259,7 +397,9 @@ def _unfused_heads(model: nn.Module, out_features: int) -> int | None:
     return heads
 
 
-def _divide(site: str, type_name: str, rows: int, parts: int | None, what: str) -> int:
+def _divide(
+    site: str, type_name: str, rows: int, parts: int | None, what: str, *, of: str = "rows"
+) -> int:
     if parts is None:
         raise MatchError(
             f"weight type {type_name!r}: the number of heads of {site!r} is not known; the model "
@@ -269,7 +409,7 @@ def _divide(site: str, type_name: str, rows: int, parts: int | None, what: str) 
         near = [n for n in range(1, rows + 1) if rows % n == 0]
         nearest = min(near, key=lambda n: abs(n - parts))
         raise MatchError(
-            f"weight type {type_name!r}: the {rows} rows of {site!r} do not divide by {parts} "
+            f"weight type {type_name!r}: the {rows} {of} of {site!r} do not divide by {parts} "
             f"({what}); the nearest number that does is {nearest}"
         )
     return rows // parts
@@ -309,7 +449,7 @@ def dense_weights(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Tensor
     """The weight ``(out, in)`` of every site, as views of the model's own tensors."""
     found = {}
     for site in sites:
-        weight_OI = weight_and_bias(model.get_submodule(site.name))[0].detach()
+        weight_OI = site_tensors(model, site)[0].detach()
         if weight_OI.device.type != "meta" and not bool(torch.isfinite(weight_OI).all()):
             raise MatchError(f"the weight of {site.name!r} has values that are not finite")
         found[site.name] = weight_OI

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from fxshare.plans import Outlook, Plan, Site, SliceSpec
 from fxshare.report import group_reports
 
 if TYPE_CHECKING:
+    from fxshare.cost_model import Forecast
     from fxshare.planned import Alternative, Sweep
 
 Table = tuple[list[str], list[list[str]]]
@@ -195,6 +196,10 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
         f"predicted loss increase {o.predicted:.4g} per token ({o.loss_name}); dual bound "
         f"{o.bound:.4g}, gap {o.gap:.3g}",
     ]
+    if o.slope:
+        lines.append(
+            f"of which {o.slope:.4g} is the gradient along the change, which ranks do not follow"
+        )
     if o.measured is not None:
         lines.append(
             f"measured {o.measured:.4g} per token on {o.held_back_tokens:,} held-back tokens"
@@ -206,6 +211,41 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
         f"strategy {o.strategy}, {'refitted' if o.refit else 'not refitted'}"
     )
     return lines
+
+
+def time_table(found: Sequence[Forecast]) -> Table:
+    """A row per step and mode: seconds per token, dense and of the plan, as the cost model has
+    them."""
+    header = ["time per token", "mode", "of", "dense µs", "plan µs", "× dense"]
+    return header, [
+        [
+            f"{f.step}, {f.tokens} token{'s' * (f.tokens != 1)}",
+            "compiled" if f.compiled else "eager",
+            "the model" if f.whole else "these linears",
+            f"{f.dense * 1e6:,.2f}",
+            f"{f.plan * 1e6:,.2f}",
+            f"{f.speedup:.2f}",
+        ]
+        for f in found
+    ]
+
+
+def slower_than_dense(found: Sequence[Forecast]) -> str | None:
+    """A warning where a plan is expected to be slower than dense, of the whole model where that is
+    known; None where it is not."""
+    whole = [f for f in found if f.whole]
+    # what is shown as 1.00 is no slower
+    slow = [f for f in whole or found if f.speedup < 0.995]
+    if not slow:
+        return None
+    cases = ", ".join(
+        f"{f.step} {'compiled' if f.compiled else 'eager'} {f.speedup:.2f} times dense's speed"
+        for f in slow
+    )
+    return (
+        f"the plan is predicted to be slower than dense: {cases}. Lower ranks, fewer slices, or "
+        "budget.time_kept keep a plan fast; torch.compile saves launches"
+    )
 
 
 def trials_table(plan: Plan) -> Table:
@@ -257,7 +297,9 @@ __all__ = [
     "head_lines",
     "layers_text",
     "outlook_lines",
+    "slower_than_dense",
     "sweep_table",
+    "time_table",
     "trials_table",
     "why_dense",
 ]

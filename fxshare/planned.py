@@ -7,7 +7,7 @@ groups are factorised in the metric they were priced in, refitted, and pivoted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fxshare.calibrate import Statistics
+from fxshare.cost_model import SIDE_UNIT, Rates, dense_seconds, time_shares
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.pivoting import Pivoted, pivot
-from fxshare.planner.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
+from fxshare.planner.cost import Ints, Shape, Storage, flops, numbers, ranks, weights_bytes
 from fxshare.planner.curve import DENSE, Curve, restrict
 from fxshare.planner.problem import Node, Part, Problem
 from fxshare.planner.solve import Choice, Solution, sweep
@@ -33,7 +34,7 @@ Unit = Literal["numbers", "bytes", "flops"]
 @dataclass(frozen=True)
 class Options:
     """What a planning problem allows. ``floor`` and ``ceiling`` are shares of a group's dense cost;
-    ``flops_kept`` bounds every group's operations by that share of its dense ones."""
+    ``flops_kept`` bounds the plan's operations by that share of the dense ones."""
 
     unit: Unit = "numbers"
     storages: tuple[Storage, ...] = ("plain", "pivoted")
@@ -43,6 +44,9 @@ class Options:
     floor: float = 0.0
     ceiling: float = 1.0
     flops_kept: float | None = None
+    time_kept: float | None = None
+    """Bounds the predicted time by that share of the dense one; needs ``rates``."""
+    rates: Rates | None = None
     keep_dense: frozenset[int] = frozenset()
     may_share: tuple[frozenset[str], ...] = ()
     tie: tuple[Part, ...] = ()
@@ -111,35 +115,70 @@ def shape_of(nodes: Mapping[str, Node], part: Part) -> Shape:
 
 
 def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) -> Problem:
-    """The partition problem with curves from spectra."""
+    """The partition problem with curves from spectra.
+
+    The curves' second unit is FLOPs, or with ``time_kept`` parts of the dense time.
+    """
+    alone = [shape_of(nodes, frozenset({name})) for name in nodes]
+    side, limit = _second_unit(alone, options)
 
     def curve(part: Part) -> Curve:
         shape = shape_of(nodes, part)
         rank = ranks(shape, options.rank_multiple)
         dense = _cost(shape, np.array([0]), "plain", options, dense=True)
-        costs, losses, chosen = [], [], []
+        costs, losses, chosen, sides = [], [], [], []
         if not any(nodes[name].layer in options.keep_dense for name in part):
             tails = spectra.tails(part)
             for storage in options.storages:
                 cost = _cost(shape, rank, storage, options)
                 keep = cost < dense[0]
-                if options.flops_kept is not None:
-                    keep &= flops(shape, rank, storage) <= options.flops_kept * shape.dense_flops
                 costs.append(cost[keep])
                 losses.append(tails[rank[keep]])
                 chosen.append(rank[keep] * 2 + (storage == "pivoted"))
-        # dense does not keep to a bound on FLOPs either; without any other option it has to do
-        if options.flops_kept is None or options.flops_kept >= 1 or not sum(map(len, costs)):
-            costs.append(dense)
-            losses.append(np.zeros(1))
-            chosen.append(np.array([DENSE]))
-        whole = Curve(np.concatenate(costs), np.concatenate(losses), np.concatenate(chosen))
+                sides.append(side(shape, rank[keep], storage))
+        costs.append(dense)
+        losses.append(np.zeros(1))
+        chosen.append(np.array([DENSE]))
+        sides.append(side(shape, np.array([0]), None))
+        whole = Curve(*(np.concatenate(each) for each in (costs, losses, chosen, sides)))
         ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
         return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
 
     return Problem(
-        nodes, curve, may_share=options.may_share, max_group=options.max_group, tie=options.tie
+        nodes,
+        curve,
+        may_share=options.may_share,
+        max_group=options.max_group,
+        tie=options.tie,
+        side_limit=limit,
     )
+
+
+Side = Callable[[Shape, Ints, "Storage | None"], Ints]
+"""The cost of a group in the second unit at ranks; dense where there is no storage."""
+
+
+def _second_unit(alone: Sequence[Shape], options: Options) -> tuple[Side, float | None]:
+    """What the plan is bounded in beside its budget, and the bound; ``alone`` are the shapes of all
+    slices."""
+    if options.time_kept is None:
+        limit = options.flops_kept
+        whole = sum(shape.dense_flops for shape in alone)
+        return _operations, None if limit is None else limit * whole
+    rates = options.rates
+    assert rates is not None
+    whole_seconds = dense_seconds(rates, alone)
+
+    def share(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
+        return time_shares(rates, shape, rank, storage, whole_seconds)
+
+    return share, options.time_kept * SIDE_UNIT
+
+
+def _operations(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
+    if storage is None:
+        return np.array([shape.dense_flops])
+    return flops(shape, rank, storage)
 
 
 def _cost(
@@ -249,7 +288,7 @@ class Sweep:
     """Predicted loss against budget, all on one set of statistics and before any search.
 
     ``uniform`` gives every slice a basis of its own and the same share of its dense cost, as far as
-    floors and layers kept dense allow.
+    floors and layers kept dense allow; it keeps no bound on FLOPs.
     """
 
     unit: Unit

@@ -62,6 +62,8 @@ class Site(_Frozen):
     bias: bool
     slices: tuple[SliceSpec, ...]
     """In row order, covering every row once."""
+    transposed: bool = False
+    """A parameter that stores ``(in, out)``; of modules their class tells."""
 
     @property
     def weights(self) -> int:
@@ -124,7 +126,7 @@ class Outlook(_Frozen):
     """What a plan is expected to lose, per token, above the dense model.
 
     ``bound`` is the Lagrangian dual bound: no plan over the partitions that were considered is
-    predicted to lose less within the budget. ``gap`` is the distance to it.
+    predicted to lose less within the budget, the slope apart. ``gap`` is the distance to it.
     """
 
     loss_name: str
@@ -134,6 +136,10 @@ class Outlook(_Frozen):
     price: float
     """Loss saved by one more unit of budget."""
     predicted: float
+    """Of the second-order model, and the slope."""
+    slope: float = 0.0
+    """The first-order part: the mean gradient along the change of the weights, on the calibration
+    data; 0 without a search."""
     bound: float
     gap: float
     measured: float | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,11 +18,17 @@ from fxshare.capture.guards import hold_guard
 from fxshare.capture.modules_front_end import module_slices
 from fxshare.config import ShareConfig
 from fxshare.errors import FxShareError
+from fxshare.generation.face import GenerationFace
+from fxshare.pickling import reduced
 from fxshare.plans import Plan, Site
 from fxshare.report import Report
 from fxshare.source import Source
+from passes import Origin, Prefer
+from passes import derived_buffers
 from passes.graph import weight_and_bias
-from passes.slices import Slice, basis_matrix, rows_of
+from passes.slices import Slice, basis_of, rows_of
+
+Step = Literal["memory", "speed", "readable"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,31 @@ class InputSpec:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Readable:
+    """The graph that a lowered one was made from: ``graph`` without values in its tensors, and
+    where each of its linears is in the lowered graph (:class:`passes.Origin`); one that is not
+    among the ``origins`` is there under its own name."""
+
+    graph: fx.GraphModule
+    origins: Mapping[str, Origin]
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """How a module was lowered.
+
+    ``graphs`` are the readable graphs by the name of the module that each was; the whole has the
+    empty name. ``slices`` are the places of the slices in the readable module.
+    """
+
+    prefer: Prefer
+    graphs: Mapping[str, Readable]
+    slices: Mapping[str, Slice]
+    dense: tuple[str, ...] = ()
+    """The groups that were multiplied out."""
+
+
 @dataclass(frozen=True)
 class Record:
     """The plan, the report, and where everything is.
@@ -69,6 +100,9 @@ class Record:
     rewrite that wired the wrong basis can be told from one that is merely lossy.
     ``bias_shifts`` are ``‖b' − b‖`` per slice whose bias took up the mean of what was lost.
     ``inputs`` are the two example calls as specs (names to :class:`InputSpec` or constants).
+    ``lowering`` is how the graph was lowered (``"memory"``, ``"speed"``) or made readable again
+    (``"readable"``), one step after the other, and ``lowered`` what the last one made, where the
+    module is lowered now.
     ``extra_passes`` names the passes that are not ours; ``graph_sha256`` is the result's, see
     :func:`graph_sha256`.
     """
@@ -84,6 +118,8 @@ class Record:
     inputs: tuple[Mapping[str, Any], ...] = ()
     extra_passes: tuple[str, ...] = ()
     graph_sha256: str = ""
+    lowering: tuple[Step, ...] = ()
+    lowered: Lowered | None = None
 
     @staticmethod
     def specs(shapes: Shapes | None) -> tuple[Mapping[str, Any], ...]:
@@ -115,7 +151,7 @@ def _is_leaf(value: object) -> bool:
     return type(value) not in (dict, list, tuple)
 
 
-class ShareModule(fx.GraphModule):
+class ShareModule(GenerationFace, fx.GraphModule):
     """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
 
     @property
@@ -123,6 +159,17 @@ class ShareModule(fx.GraphModule):
         """The plan, the report and the configuration it was compiled with."""
         found: Record = self.meta["fxshare"]
         return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduced(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        result = super().__deepcopy__(memo)
+        assert isinstance(result, fx.GraphModule)
+        for name in derived_buffers(result):  # fx makes every buffer it copies part of the state
+            path, _, leaf = name.rpartition(".")
+            result.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+        return result
 
 
 def record_of(module: nn.Module) -> Record:
@@ -134,6 +181,14 @@ def record_of(module: nn.Module) -> Record:
         )
     found: Record = meta["fxshare"]
     return found
+
+
+def attach(result: nn.Module, record: Record) -> None:
+    """Put the record where :func:`record_of` finds it."""
+    record = replace(record, graph_sha256=graph_sha256(result))
+    result.__dict__["meta"]["fxshare"] = record
+    if not isinstance(result, ShareModule):
+        result.__dict__["fxshare"] = record
 
 
 def graph_sha256(module: nn.Module) -> str:
@@ -170,8 +225,7 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     rows = rows_of(module, place, weight_OI.detach()).double()
     if place.basis is None:
         return rows
-    basis_RI = basis_matrix(module, place.basis, pivoted=place.pivoted)
-    return rows @ basis_RI.detach().double()
+    return rows @ basis_of(module, place).detach().double()
 
 
 def site_bias(module: nn.Module, site: Site) -> Tensor | None:

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
+from fxshare.capture.adapted import runnable
 from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
+from fxshare.capture.guards import hold_dtype
 from fxshare.errors import CheckFailed, FxShareError
 from fxshare.numerics import Distance, tolerance, worst
 from fxshare.plans import Plan
@@ -87,20 +89,22 @@ def verify(
 
     ``inputs`` is one batch or a list of batches; beside them random ones of the captured form are
     tried, at the captured shapes and at batch 1. Half-precision models are compared in float32,
-    where rounding hides less. In the sharing mode the slices' weights are compared as well: the
-    relative error of each must be the one that was recorded when it was factorised.
+    where rounding hides less, unless their code has a path for that dtype alone. In the sharing
+    mode the slices' weights are compared as well: the relative error of each must be the one that
+    was recorded when it was factorised.
 
     Raises :class:`CheckFailed` when ``strict`` and a check fails, and :class:`FxShareError` when
     there is nothing to compare on. The models, the RNG and the grad mode stay as they are.
     """
     record = record_of(gm)
     _check_sites(model, record.plan)
+    model = runnable(model)
     calls = _calls(model, gm, inputs, seed)
     if not calls:
         raise FxShareError(
             "nothing to verify on: the model was captured without example inputs; give inputs=..."
         )
-    half = dtype_of(model) in (torch.float16, torch.bfloat16)
+    half = dtype_of(model) in (torch.float16, torch.bfloat16) and not _own_way(gm)
     left, right = evaluated(model, half), evaluated(gm, half)
     original = left
     if record.plan.mode != "exact":
@@ -185,13 +189,23 @@ def evaluated(module: nn.Module, half: bool) -> nn.Module:
     return copy.float() if half else copy
 
 
+def _own_way(gm: nn.Module) -> bool:
+    """Whether the graph was traced on a path that the model takes in its own dtype only."""
+    graph = gm.graph if isinstance(gm, fx.GraphModule) else fx.Graph()
+    holds = any(node.target is hold_dtype for node in graph.nodes)
+    return holds and record_of(gm).front_end == "fx"
+
+
 def _cast_to_float32(gm: fx.GraphModule) -> None:
-    """Casts back to ``x.dtype`` (as in RMSNorm) are constants of the graph: make them float32."""
+    """Dtypes that are constants of the graph, as torch.export makes them, become float32."""
 
     def wider(leaf: Any) -> Any:
         return torch.float32 if leaf in (torch.float16, torch.bfloat16) else leaf
 
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
+        if node.target is hold_dtype:
+            gm.graph.erase_node(node)
+            continue
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), wider)
     gm.recompile()
 

@@ -5,6 +5,7 @@ Imports torch and the standard library only; knows no configuration, no files, n
 
 from passes.base import Pass
 from passes.clean_up import CleanUp
+from passes.drop_cats import DropCats
 from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
 from passes.fold_gathers import FoldGathers
 from passes.fuse_coefficients import FuseCoefficients
@@ -17,30 +18,43 @@ from passes.graph import (
     structure_copy,
     weight_and_bias,
 )
+from passes.lay_out import LayOut
+from passes.materialise import Materialise
+from passes.merge_gathers import MergeGathers
+from passes.merge_slices import MergeSlices
 from passes.observe import ObserveInputs, observed
 from passes.observe_gradients import ObserveGradients, tapped
-from passes.pipeline import default_passes
+from passes.origins import Origin, forget_origins, original, origins
+from passes.pipeline import Prefer, default_passes, lowering_passes
 from passes.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.reuse_basis import ReuseBasis
 from passes.runner import Applied, equal_outputs, run
 from passes.share_basis import ShareBasis, SharedGroup
 from passes.slices import Slice, slice_weight, slices
 from passes.split_linear import Rows, SplitLinear, SplitSite
+from passes.stack_bases import StackBases
 
 __all__ = [
     "Applied",
     "CleanUp",
+    "DropCats",
     "EnsuresError",
     "FoldGathers",
     "FuseCoefficients",
     "FxShareError",
+    "LayOut",
     "LinearCall",
+    "Materialise",
+    "MergeGathers",
+    "MergeSlices",
     "ObserveGradients",
     "ObserveInputs",
+    "Origin",
     "Pass",
     "PassError",
     "PivotBasis",
     "PivotedGroup",
+    "Prefer",
     "RequiresError",
     "ReuseBasis",
     "Rows",
@@ -50,14 +64,19 @@ __all__ = [
     "Slice",
     "SplitLinear",
     "SplitSite",
+    "StackBases",
     "default_passes",
     "derive_gathers",
     "derived_buffers",
     "equal_outputs",
+    "forget_origins",
     "is_linear",
     "linear_calls",
+    "lowering_passes",
     "new_linear",
     "observed",
+    "original",
+    "origins",
     "put_module",
     "run",
     "slice_weight",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from passes.base import Pass
 from passes.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.origins import reordered
 from passes.pivot_basis import gathers, set_gathers
 from passes.slices import Slice, gather_order, set_slices, slices
 
@@ -175,3 +176,4 @@ def _reorder(gm: fx.GraphModule, module: str, slice_name: str, basis: str) -> No
     put_module(gm, module, new)
     place: Slice = slices(gm)[slice_name]
     set_slices(gm, {slice_name: replace(place, folded=basis)})
+    reordered(gm, module, basis)

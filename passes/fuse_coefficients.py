@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.graph import (
@@ -18,6 +18,7 @@ from passes.graph import (
     new_linear,
     put_module,
 )
+from passes.origins import moved
 from passes.slices import set_slices, slices
 from passes.writes import is_written
 
@@ -60,22 +61,23 @@ class FuseCoefficients(Pass):
             sets.setdefault(tuple(str(node.target) for node in nodes), []).append(nodes)
         count = 0
         for names, places in sets.items():
-            if not _may_fuse(gm, names, places, sets):
+            if not may_fuse(gm, names, places, sets):
                 continue
             sizes = [linear_at(gm, name).out_features for name in names]
-            fused = _fuse_modules(gm, names)
+            fused = fuse_modules(gm, names)
             for nodes in places:
-                _fuse_calls(gm, fused, sizes, nodes)
+                fuse_calls(gm, fused, sizes, nodes)
             count += len(places)
         return count
 
 
-def _may_fuse(
+def may_fuse(
     gm: fx.GraphModule,
     names: tuple[str, ...],
     places: list[list[fx.Node]],
     sets: Iterable[tuple[str, ...]],
 ) -> bool:
+    """Whether the linears ``names``, called side by side in each of ``places``, may become one."""
     if len(names) < 2 or len(set(names)) < len(names):
         return False
     if any(set(names) & set(other) and other != names for other in sets):
@@ -83,27 +85,28 @@ def _may_fuse(
     for nodes in places:
         if any(is_written(node) for node in [*nodes[0].all_input_nodes, *nodes]):
             return False
-    return len({_kind(linear_at(gm, name)) for name in names}) == 1
+    return len({kind_of(linear_at(gm, name)) for name in names}) == 1
 
 
-def _kind(linear: nn.Linear) -> tuple[object, ...]:
+def kind_of(linear: nn.Linear) -> tuple[object, ...]:
     """What one module cannot have two of."""
     bias = None if linear.bias is None else linear.bias.requires_grad
     return linear.weight.dtype, linear.weight.device, linear.weight.requires_grad, bias
 
 
-def _fuse_modules(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
+def fuse_modules(
+    gm: fx.GraphModule,
+    names: tuple[str, ...],
+    *,
+    join: Callable[[list[Tensor]], Tensor] = torch.cat,
+) -> str:
+    """Put one linear with all rows of ``names`` in their place, and return its name.
+
+    ``join`` makes one tensor of the weights, and of the biases, in order.
+    """
     linears = [linear_at(gm, name) for name in names]
-    first = linears[0]
-    fused = new_linear(
-        torch.cat([m.weight.detach() for m in linears]),
-        None if first.bias is None else torch.cat([m.bias.detach() for m in linears]),
-        requires_grad=first.weight.requires_grad,
-        training=gm.training,
-    )
-    if first.bias is not None:
-        fused.bias.requires_grad_(first.bias.requires_grad)
-    name = _fused_name(gm, names)
+    fused = joined(linears, join, training=gm.training)
+    name = fused_name(gm, names)
     places = {}
     for slice_name, place in slices(gm).items():
         if place.module in names:
@@ -115,10 +118,27 @@ def _fuse_modules(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
         delattr(gm.get_submodule(parent), leaf)
     put_module(gm, name, fused)
     set_slices(gm, places)
+    moved(gm, names, name, [m.out_features for m in linears])
     return name
 
 
-def _fused_name(gm: fx.GraphModule, names: tuple[str, ...]) -> str:
+def joined(
+    linears: Sequence[nn.Linear], join: Callable[[list[Tensor]], Tensor], *, training: bool
+) -> nn.Linear:
+    """One linear with the rows of all, which must be alike in all else."""
+    first = linears[0]
+    result = new_linear(
+        join([m.weight.detach() for m in linears]),
+        None if first.bias is None else join([m.bias.detach() for m in linears]),
+        requires_grad=first.weight.requires_grad,
+        training=training,
+    )
+    if first.bias is not None:
+        result.bias.requires_grad_(first.bias.requires_grad)
+    return result
+
+
+def fused_name(gm: fx.GraphModule, names: Sequence[str]) -> str:
     """The common parent itself where it holds nothing else (``c_attn``), else a new child of it."""
     parent = common_parent(names)
     prefix = f"{parent}." if parent else ""
@@ -140,7 +160,8 @@ def _held(parent: nn.Module, prefix: str) -> set[str]:
     }
 
 
-def _fuse_calls(gm: fx.GraphModule, fused: str, sizes: list[int], nodes: list[fx.Node]) -> None:
+def fuse_calls(gm: fx.GraphModule, fused: str, sizes: list[int], nodes: list[fx.Node]) -> None:
+    """Call ``fused`` once instead of ``nodes``, whose readers get the whole or views of it."""
     graph = gm.graph
     z = nodes[0].args[0]
     with graph.inserting_before(nodes[0]):

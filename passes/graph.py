@@ -1,8 +1,9 @@
 """What every pass needs to know about a graph: its linears, and how to edit modules beside nodes.
 
 A *linear call* is one node that computes ``x @ W.T + b`` with a weight that the module owns. It has
-two dialects: ``call_module`` of ``nn.Linear`` or ``Conv1D`` (the fx tracer), and ``aten.linear`` /
-``aten.addmm`` / ``F.linear`` over ``get_attr`` nodes (``torch.export``, ``nn.MultiheadAttention``).
+two dialects: ``call_module`` of ``nn.Linear`` or ``Conv1D`` (the fx tracer), and a function over
+``get_attr`` nodes: ``F.linear``, ``addmm``, ``@`` or ``einsum`` (``torch.export``, parameters that a
+model multiplies by itself).
 
 Legend for shapes: I input features, O output features, R rank.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from passes.errors import RequiresError
+from passes.operands import operand_of, product_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -31,7 +33,9 @@ _ADDMM_FUNCTIONS = (torch.ops.aten.addmm.default, torch.addmm)
 class LinearCall:
     """One node that computes ``x @ weight_OI.T + bias_O``.
 
-    ``name`` is the qualified name of the module whose weight it reads, whatever the dialect.
+    ``name`` is the qualified name of the module whose ``weight`` it reads, whatever the dialect; of
+    a parameter that has another name, the parameter's, with ``.rows_0_32`` where only those rows
+    are read. ``transposed``: stored as ``(in, out)`` in a parameter that a function reads.
     """
 
     node: fx.Node
@@ -39,6 +43,7 @@ class LinearCall:
     input: fx.Node
     weight_OI: Tensor
     bias_O: Tensor | None
+    transposed: bool = False
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -56,12 +61,42 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes ``x @ W.T + b`` and nothing else.
 
-    Subclasses of ``nn.Linear`` with a ``forward`` of their own are not: what they compute is not
-    known.
+    A subclass of ``nn.Linear`` with a ``forward`` of its own (``FalconLinear``) is one where it
+    holds no other tensor or module, and does so with small weights put in its place.
     """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
+        return type(module).forward is nn.Linear.forward or _acts_like_linear(module)
     return is_conv1d(module)
+
+
+def _acts_like_linear(module: nn.Linear) -> bool:
+    if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
+        return False
+    # with weights of its own, because those of the module may be huge, or zero, or have no values
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, bias_O, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 2), (3,), (4, 5, 2))
+    )
+    bias = None if module.bias is None else bias_O
+    expected = F.linear(x, weight_OI, bias)
+    for training in (False, True):
+        double = copy.copy(module)
+        double.__dict__["_parameters"] = {
+            "weight": nn.Parameter(weight_OI),
+            "bias": None if bias is None else nn.Parameter(bias),
+        }
+        double.__dict__["training"] = training
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                found = type(module).forward(double, x)
+        except Exception:  # whatever it is, it is no linear
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        if not torch.allclose(found, expected, rtol=1e-12, atol=1e-12):
+            return False
+    return True
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -101,6 +136,9 @@ def linear_input(node: fx.Node) -> object:
     of the next."""
     if node.op == "call_function" and node.target in _ADDMM_FUNCTIONS:
         return node.args[1]
+    product = product_of(node)
+    if product is not None:
+        return product[0]
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
 
 
@@ -116,58 +154,69 @@ def _module_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
 
 
 def _function_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
-    if node.op != "call_function":
+    found = _product(node)
+    if found is None:
         return None
-    if node.target in _LINEAR_FUNCTIONS:
+    x, weight, bias, by_rows, parameters_only = found
+    read = operand_of(gm, weight)
+    if read is None or not isinstance(x, fx.Node) or read.tensor.ndim != 2:
+        return None
+    if parameters_only and not isinstance(attribute(gm, read.target), nn.Parameter):
+        return None
+    transposed = read.transposed is by_rows
+    weight_OI = _transposed(read.tensor) if transposed else read.tensor
+    shift = operand_of(gm, bias)
+    # addmm also takes a bias that broadcasts, such as a matrix; that is no linear
+    if bias is not None and (shift is None or shift.tensor.shape != weight_OI.shape[:1]):
+        return None
+    bias_O = None if shift is None else shift.tensor
+    return LinearCall(node, read.name, x, weight_OI, bias_O, transposed)
+
+
+def _product(node: fx.Node) -> tuple[object, object, object, bool, bool] | None:
+    """``(x, weight, bias, by_rows, parameters_only)`` of a function that multiplies; ``by_rows``
+    says that it takes the weight as ``(out, in)``."""
+    if node.op == "call_function" and node.target in _LINEAR_FUNCTIONS:
         given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        weight, bias = given.get("weight"), given.get("bias")
-        transposed = False
-    elif node.target in _ADDMM_FUNCTIONS:
+        return linear_input(node), given.get("weight"), given.get("bias"), True, False
+    if node.op == "call_function" and node.target in _ADDMM_FUNCTIONS:
         # addmm(bias, x, W) with W stored (in, out); beta and alpha would change the meaning
         if node.kwargs or len(node.args) != 3:
             return None
-        bias, _, weight = node.args
-        transposed = True
-    else:
-        return None
-    x = linear_input(node)
-    stored = _stored_tensor(gm, weight)
-    if stored is None or not isinstance(x, fx.Node) or stored.ndim != 2:
-        return None
-    assert isinstance(weight, fx.Node)
-    weight_OI = _transposed(stored) if transposed else stored
-    bias_O = _stored_tensor(gm, bias)
-    # addmm also takes a bias that broadcasts, such as a matrix; that is no linear
-    if bias is not None and (bias_O is None or bias_O.shape != weight_OI.shape[:1]):
-        return None
-    owner, _, field = str(weight.target).rpartition(".")
-    name = owner if field == "weight" else str(weight.target)
-    return LinearCall(node, name, x, weight_OI, bias_O)
+        bias, x, weight = node.args
+        return x, weight, bias, False, False
+    product = product_of(node)
+    # what is multiplied by a buffer is mostly no linear (rotary frequencies, a fixed transform)
+    return None if product is None else (product[0], product[1], None, product[2], True)
 
 
-def _stored_tensor(gm: fx.GraphModule, argument: object) -> Tensor | None:
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
-    value = operator.attrgetter(str(argument.target))(gm)
-    return value if isinstance(value, Tensor) else None
+def attribute(root: nn.Module, name: str) -> object:
+    """What is at the dotted ``name``: a module, a parameter, or another attribute."""
+    return operator.attrgetter(name)(root)
 
 
 def structure_copy(
-    module: ModuleT, *, clone_parameters: bool = False, clone_buffers: bool = True
+    module: ModuleT,
+    *,
+    clone_parameters: bool = False,
+    clone_buffers: bool = True,
+    memo: Mapping[int, object] | None = None,
 ) -> ModuleT:
     """A copy of the module tree whose parameters are the *same tensors*.
 
     Buffers are cloned by default: batch norm and position caches write into them in ``forward``,
-    and the original must stay as it is. Ties between parameters stay ties.
+    and the original must stay as it is. Ties between parameters stay ties. ``memo`` says by ``id``
+    what other things to put in place of tensors.
     """
-    memo: dict[int, object] = {}
+    known: dict[int, object] = {}
     if not clone_parameters:
         for _, parameter in module.named_parameters(remove_duplicate=False):
-            memo[id(parameter)] = parameter
+            known[id(parameter)] = parameter
     if not clone_buffers:
         for _, buffer in module.named_buffers(remove_duplicate=False):
-            memo[id(buffer)] = buffer
-    return copy.deepcopy(module, memo)
+            known[id(buffer)] = buffer
+    known.update(memo or {})
+    return copy.deepcopy(module, known)
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,17 +1,27 @@
-"""The default list of passes, in one place."""
+"""The default lists of passes, in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from passes.base import Pass
 from passes.clean_up import CleanUp
+from passes.drop_cats import DropCats
 from passes.fold_gathers import FoldGathers
 from passes.fuse_coefficients import FuseCoefficients
+from passes.lay_out import LayOut
+from passes.materialise import Materialise
+from passes.merge_gathers import MergeGathers
+from passes.merge_slices import MergeSlices
 from passes.pivot_basis import PivotBasis, PivotedGroup
 from passes.reuse_basis import ReuseBasis
 from passes.share_basis import ShareBasis, SharedGroup
 from passes.split_linear import SplitLinear, SplitSite
+from passes.stack_bases import StackBases
+
+Prefer = Literal["memory", "speed"]
+"""What a lowered graph is to be: no larger than the readable one, or fast at any size."""
 
 
 def default_passes(
@@ -47,6 +57,36 @@ def default_passes(
             else ()
         ),
         *extra,
+        # last: whatever the passes above made dead
+        CleanUp(),
+    )
+
+
+def lowering_passes(prefer: Prefer = "memory") -> tuple[Pass, ...]:
+    """The passes from a rewritten, readable graph to the fast one.
+
+    All but the first only repack rows: ``passes.origins(gm)`` says where each linear went.
+    """
+    speed = prefer == "speed"
+    return (
+        # first: what becomes dense is merged with its neighbours by all that follows
+        *((Materialise(),) if speed else ()),
+        # one product for all readers of an input, before anything is merged into it
+        ReuseBasis(),
+        # `fuse: false` left them apart
+        FuseCoefficients(),
+        # dense slices of one weight, what exact mode consists of
+        MergeSlices(),
+        # after fusing: a coefficient is told by the product it reads, and that becomes a view
+        StackBases(duplicate=speed),
+        # when the parts are as few as they will be
+        DropCats(),
+        # after materialising, which leaves pieces unread
+        MergeGathers(),
+        # needs a gather of one basis alone
+        FoldGathers(),
+        # once the tensors are final
+        LayOut(),
         # last: whatever the passes above made dead
         CleanUp(),
     )

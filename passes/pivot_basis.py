@@ -83,32 +83,44 @@ class PivotBasis(Pass):
                 by_input.setdefault((x, node if is_written(x) else None), []).append(node)
             self._place(gm, group)
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
-        derived = dict(gathers(gm))
-        names = {bases: name for name, bases in derived.items()}
         count = 0
         for (x, _), nodes in by_input.items():
             nodes.sort(key=lambda node: order[node])
-            bases = tuple(str(node.target) for node in nodes)
-            if bases not in names:
-                names[bases] = f"gather_{len(names)}"
-                derived[names[bases]] = bases
-            _gather(gm, x, nodes, names[bases])
+            gather_for(gm, x, nodes)
             count += len(nodes)
-        set_gathers(gm, derived)
-        derive_gathers(gm)
         return count
 
     def _place(self, gm: fx.GraphModule, group: PivotedGroup) -> None:
         old = linear_at(gm, group.name)
         trainable = old.weight.requires_grad
-        basis = new_linear(group.table_RT, None, requires_grad=trainable, training=gm.training)
+        table_RT = group.table_RT.contiguous()
+        basis = new_linear(table_RT, None, requires_grad=trainable, training=gm.training)
         basis.register_buffer("kept", group.kept_J)
         gm.add_module(group.name, basis)
         for name, coefficient in group.coefficients.items():
-            linear = new_linear(coefficient, None, requires_grad=trainable, training=gm.training)
+            linear = new_linear(
+                coefficient.contiguous(), None, requires_grad=trainable, training=gm.training
+            )
             linear.bias = linear_at(gm, name).bias
             put_module(gm, name, linear)
             set_slices(gm, {name: replace(slices(gm)[name], pivoted=True)})
+
+
+def gather_for(gm: fx.GraphModule, x: fx.Node, nodes: list[fx.Node]) -> None:
+    """Let the calls ``nodes`` of pivoted bases, which read ``x`` whole, read kept inputs and rest
+    from one gather; the same bases elsewhere share its index."""
+    derived = dict(gathers(gm))
+    names = {bases: name for name, bases in derived.items()}
+    bases = tuple(str(node.target) for node in nodes)
+    if bases not in names:
+        number = len(names)
+        while hasattr(gm, f"gather_{number}"):
+            number += 1
+        names[bases] = f"gather_{number}"
+        derived[names[bases]] = bases
+    _gather(gm, x, nodes, names[bases])
+    set_gathers(gm, derived)
+    derive_gathers(gm)
 
 
 def _gather(gm: fx.GraphModule, x: fx.Node, nodes: list[fx.Node], index: str) -> None:

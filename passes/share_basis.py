@@ -88,14 +88,16 @@ class ShareBasis(Pass):
         count = 0
         for group in self.groups:
             trainable = any(linear_at(gm, name).weight.requires_grad for name in group.coefficients)
+            # decompositions leave transposed memory behind, which safetensors refuses
+            basis_RI = group.basis_RI.contiguous()
             gm.add_module(
                 group.name,
-                new_linear(group.basis_RI, None, requires_grad=trainable, training=gm.training),
+                new_linear(basis_RI, None, requires_grad=trainable, training=gm.training),
             )
             for name, coefficient in group.coefficients.items():
                 old = linear_at(gm, name)
                 linear = new_linear(
-                    coefficient, None, requires_grad=trainable, training=gm.training
+                    coefficient.contiguous(), None, requires_grad=trainable, training=gm.training
                 )
                 linear.bias = old.bias
                 if name in group.biases:

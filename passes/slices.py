@@ -32,6 +32,8 @@ class Slice:
     pivoted: bool = False
     folded: str | None = None
     """The basis in whose order of inputs (kept, then the others) this slice's rows are."""
+    basis_rows: tuple[int, int] | None = None
+    """The rows of the basis module that are this slice's, where several bases are stacked in it."""
 
 
 def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
@@ -58,7 +60,7 @@ def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
     rows = rows_of(gm, place, weight_OI)
     if place.basis is None:
         return rows
-    return torch.matmul(rows, basis_matrix(gm, place.basis, pivoted=place.pivoted))
+    return torch.matmul(rows, basis_of(gm, place))
 
 
 def rows_of(gm: nn.Module, place: Slice, tensor: Tensor) -> Tensor:
@@ -80,6 +82,13 @@ def gather_order(gm: nn.Module, basis: str) -> Tensor | None:
     others = torch.ones(sum(weight_RT.shape), dtype=torch.bool, device=kept.device)
     others[kept.long()] = False
     return torch.cat([kept.long(), others.nonzero().flatten()])
+
+
+def basis_of(gm: nn.Module, place: Slice) -> Tensor:
+    """The basis ``(R, I)`` that the slice's coefficient reads the product of."""
+    assert place.basis is not None
+    basis_RI = basis_matrix(gm, place.basis, pivoted=place.pivoted)
+    return basis_RI if place.basis_rows is None else basis_RI[slice(*place.basis_rows)]
 
 
 def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:

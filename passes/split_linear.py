@@ -19,6 +19,7 @@ from passes.graph import (
     new_linear,
     put_module,
 )
+from passes.operands import chain, readers
 from passes.slices import Slice, set_slices
 
 
@@ -165,14 +166,15 @@ def _check_names(gm: fx.GraphModule, sites: tuple[SplitSite, ...]) -> None:
 def _check_readers(gm: fx.GraphModule, sites: tuple[SplitSite, ...]) -> None:
     """Splitting takes the module away: nothing but the linear calls may use it or its tensors."""
     names = {name for site in sites for name in site.calls}
-    linears = {call.node for call in linear_calls(gm)}
+    parts = {name.partition(".rows_")[0] for name in names}
+    linears = {call.node: call.name for call in linear_calls(gm)}
     for node in gm.graph.nodes:
         target = str(node.target)
         if node.op == "call_module" and target in names and node not in linears:
             _refuse_reader(target, node)
-        if node.op == "get_attr" and (target in names or target.rpartition(".")[0] in names):
-            for user in node.users:
-                if user not in linears:
+        if node.op == "get_attr" and (target in parts or target.rpartition(".")[0] in names):
+            for user in readers(node):
+                if linears.get(user) not in names:
                     _refuse_reader(target, user)
 
 
@@ -199,10 +201,10 @@ def _place_modules(gm: fx.GraphModule, site: SplitSite, call: LinearCall) -> Non
 
 def _split(graph: fx.Graph, call: LinearCall, site: SplitSite) -> None:
     node = call.node
-    operands = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    x = linear_input(node)
+    assert isinstance(x, fx.Node)
+    operands = [n for read in node.all_input_nodes if read is not x for n in chain(read)]
     with graph.inserting_before(node):
-        x = linear_input(node)
-        assert isinstance(x, fx.Node)
         parts = [graph.call_module(rows.name, (x,)) for rows in site.rows]
         y = parts[0]
         if len(parts) > 1:
@@ -211,4 +213,4 @@ def _split(graph: fx.Graph, call: LinearCall, site: SplitSite) -> None:
         new.meta.update(node.meta)
     node.replace_all_uses_with(y)
     graph.erase_node(node)
-    erase_dead(graph, operands)
+    erase_dead(graph, dict.fromkeys(operands))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxshare.capture.adapted import adapt
 from fxshare.capture.call import (
     Call,
     Shapes,
@@ -94,7 +95,8 @@ def capture(
             "example=..., or use capture='modules'"
         )
     call = to_device(completed(model, bind(model, example)), device_of(model))
-    run = _Original(model)
+    adapted = adapt(model)
+    run = _Original(adapted.reference)
     shapes = vary(call, run.works)
     if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
         raise CaptureError(
@@ -105,9 +107,11 @@ def capture(
     order: list[FrontEnd] = ["fx", "export"] if mode == "auto" else [mode]
     for front_end in order:
         try:
-            return _graph(model, run, shapes, front_end, needs, relaxed, failures, start)
+            found = _graph(adapted.traced, run, shapes, front_end, needs, relaxed, failures, start)
         except CaptureError as error:
             failures.append(f"{front_end}: {error}")
+        else:
+            return replace(found, notes=(*adapted.notes, *found.notes))
     if mode == "auto":
         return _modules(model, start, tuple(f"tried {failure}" for failure in failures))
     raise CaptureError("; ".join(failures))
@@ -125,18 +129,19 @@ def recapture(
     start = time.perf_counter()
     if front_end == "modules" or shapes is None:
         return _modules(model, start, ())
+    model = adapt(model).traced
     if front_end == "fx":
         # one shape will do: that none is baked into the graph was seen the first time
         graph, notes = trace(model, replace(shapes, other=None))
     else:
         graph, notes = export(model, shapes), ()
-    guards = len(_guard_nodes(graph))
+    guards = len(guard_nodes(graph))
     if any(not 0 <= number < guards for number in relaxed):
         raise CaptureError(
             f"the graph has {guards} guards, and {list(relaxed)} are to be let go: it is not the "
             "graph that was captured before"
         )
-    _erase_guards(graph, relaxed)
+    erase_guards(graph, relaxed)
     seconds = time.perf_counter() - start
     return Captured(front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
 
@@ -173,7 +178,7 @@ def _graph(
         if relaxed is None:
             relaxed = _relax(gm, run, shapes, depth)
         error = _self_check(gm, run, shapes, relaxed, depth)
-    _erase_guards(gm, relaxed or ())
+    erase_guards(gm, relaxed or ())
     if not shapes.sequence:
         notes = (*notes, "only the batch size is known to vary")
     notes = (*notes, *(f"tried {failure}" for failure in failures))
@@ -257,7 +262,8 @@ def _describe(value: object) -> object:
     return value
 
 
-def _guard_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+def guard_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The guards of a graph, in order."""
     return [node for node in gm.graph.nodes if node.target is hold_guard]
 
 
@@ -278,7 +284,8 @@ class _Collecting(fx.Interpreter):
             return None
 
 
-def _evaluate(gm: fx.GraphModule, call: Call) -> tuple[Any, set[fx.Node]]:
+def evaluate_unguarded(gm: fx.GraphModule, call: Call) -> tuple[Any, set[fx.Node]]:
+    """The graph's output whether or not its guards hold, and those that do not."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     defaults = [n.args for n in gm.graph.nodes if n.op == "placeholder"]
     values = [
@@ -297,7 +304,7 @@ def _relax(gm: fx.GraphModule, run: _Original, shapes: Shapes, depth: int) -> tu
     one-token call. Such a guard is let go only where the graph, run against it, gave what the
     original gave.
     """
-    guards = _guard_nodes(gm)
+    guards = guard_nodes(gm)
     harmless: set[fx.Node] = set()
     if not guards:
         return ()
@@ -314,7 +321,7 @@ def _relax(gm: fx.GraphModule, run: _Original, shapes: Shapes, depth: int) -> tu
             continue
         expected = run(call)
         try:
-            found, broken = _evaluate(gm, call)
+            found, broken = evaluate_unguarded(gm, call)
         except Exception:  # the traced path cannot even be run at this size: its guards stay
             continue
         if worst(expected, found).relative <= tolerance(_dtype(expected), depth):
@@ -327,8 +334,9 @@ def _dtype(output: Any) -> torch.dtype:
     return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
 
 
-def _erase_guards(gm: fx.GraphModule, numbers: Sequence[int]) -> None:
-    guards = _guard_nodes(gm)
+def erase_guards(gm: fx.GraphModule, numbers: Sequence[int]) -> None:
+    """Take guards out of a graph, by their place in :func:`guard_nodes`."""
+    guards = guard_nodes(gm)
     for number in numbers:
         gm.graph.erase_node(guards[number])
     gm.recompile()
@@ -379,6 +387,9 @@ __all__ = [
     "capture",
     "device_of",
     "dtype_of",
+    "erase_guards",
+    "evaluate_unguarded",
+    "guard_nodes",
     "quiet",
     "recapture",
     "resized",

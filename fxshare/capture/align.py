@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,15 @@ def insert_training_switches(root: nn.Module, eval_graph: fx.Graph, found: list[
         root.add_module(name, TrainingSwitch(difference.right, difference.left))
         with eval_graph.inserting_before(difference.node):
             value = eval_graph.call_module(name)
-        counter = iter(range(len(_leaves(difference.node))))
-
-        def swap(
-            leaf: Any, counter: Any = counter, at: int = difference.at, value: fx.Node = value
-        ) -> Any:
-            return value if next(counter) == at else leaf
-
-        args, kwargs = map_aggregate((difference.node.args, difference.node.kwargs), swap)
-        difference.node.args, difference.node.kwargs = args, kwargs
+        replace_constant(difference, value)
     return len(found)
+
+
+def replace_constant(difference: Difference, value: fx.Node) -> None:
+    """Let the node read ``value`` where it has the constant."""
+    node, counter = difference.node, itertools.count()
+
+    def swap(leaf: Any) -> Any:
+        return value if next(counter) == difference.at else leaf
+
+    node.args, node.kwargs = map_aggregate((node.args, node.kwargs), swap)

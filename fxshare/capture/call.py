@@ -84,7 +84,7 @@ def completed(model: nn.Module, call: Call) -> Call:
     filled = dict(call)
     if MASK in parameters and isinstance(ids, Tensor) and filled.get(MASK) is None:
         filled[MASK] = torch.ones_like(ids)
-    if "use_cache" in parameters and ids is not None:
+    if "use_cache" in parameters:
         filled.setdefault("use_cache", False)
     return {k: filled[k] for k in [*(n for n in parameters if n in filled), *call] if k in filled}
 

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxshare.capture.call import Shapes, holds_tensor
+from fxshare.capture.dtypes import insert_hold
 from fxshare.capture.fx_front_end import explicit_forward
 from fxshare.capture.tracer import failing_line
 from fxshare.errors import CaptureError
@@ -43,4 +44,16 @@ def export(model: nn.Module, shapes: Shapes) -> fx.GraphModule:
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(gm, fx.GraphModule)
+    _hold_dtype(gm)
     return gm
+
+
+def _hold_dtype(gm: fx.GraphModule) -> None:
+    """Which of the graph's dtypes are the model's own cannot be told: hold them where there are
+    any, else a cast would end in torch's assertions or in float32 results."""
+    dtype = next((p.dtype for p in gm.parameters() if p.is_floating_point()), None)
+    for node in gm.graph.nodes:
+        if dtype is not None and dtype in pytree.tree_leaves((node.args, dict(node.kwargs))):
+            insert_hold(gm, gm.graph, dtype, "torch.export writes dtypes into the graph")
+            gm.recompile()
+            return

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxshare.capture.align import StructureDiffers, differences, insert_training_switches
+from fxshare.capture.align import (
+    Difference,
+    StructureDiffers,
+    differences,
+    insert_training_switches,
+)
 from fxshare.capture.call import MASK, Call, Shapes, holds_tensor, parameters_of
+from fxshare.capture.dtypes import (
+    cast_call,
+    cast_without_values,
+    insert_hold,
+    insert_switches,
+    other_dtype,
+    switches_for,
+)
 from fxshare.capture.guards import hold_arguments, hold_given, hold_guard, ones_if_missing
-from fxshare.capture.tracer import Guard, ValueTracer, failing_line, traced_factories
+from fxshare.capture.tracer import (
+    Guard,
+    ValueTracer,
+    failing_line,
+    fake_mode,
+    traced_factories,
+)
 from fxshare.errors import CaptureError, FxShareError
 from passes.graph import structure_copy
 
@@ -32,13 +52,10 @@ def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, 
     root = structure_copy(model)
     flags = {name: m.training for name, m in root.named_modules()}
     notes: list[str] = []
-    graph, guards = _trace_once(root, shapes.base, training=False)
-    if shapes.other is not None:
-        # on a copy: fx leaves the constants of a trace on the root, and numbers on from there
-        other = structure_copy(model)
-        _check_sizes(graph, _trace_once(other, shapes.other, training=False)[0])
+    graph, guards = trace_once(root, shapes.base, training=False)
+    followed, held = _compare(model, graph, shapes)
     try:
-        trained, _ = _trace_once(structure_copy(model), shapes.base, training=True)
+        trained, _ = trace_once(structure_copy(model), shapes.base, training=True)
         switches = insert_training_switches(root, graph, differences(graph, trained))
         if switches:
             notes.append(f"{switches} constants follow train/eval through switches")
@@ -46,18 +63,65 @@ def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, 
         notes.append(f"what eval mode does is baked: training takes another path ({error})")
     for name, module in root.named_modules():
         module.training = flags.get(name, model.training)
-    _hold_guards(graph, guards)
+    hold_guards(graph, guards)
+    if held is not None:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        insert_hold(root, graph, dtype, held)
+        notes.append(f"the graph holds for {dtype} alone: {held}")
+    elif followed:
+        insert_switches(
+            root, graph, followed, switches_for(followed, next(model.parameters()).device)
+        )
     _restore_signature(graph, model, shapes.base)
     for node in graph.nodes:
-        node.meta.clear()
+        node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
     return fx.GraphModule(root, graph, type(model).__name__), tuple(notes)
 
 
-def _trace_once(root: nn.Module, call: Call, *, training: bool) -> tuple[fx.Graph, list[Guard]]:
-    inputs = [name for name, value in call.items() if holds_tensor(value)]
+def _compare(
+    model: nn.Module, graph: fx.Graph, shapes: Shapes
+) -> tuple[list[Difference], str | None]:
+    """The constants that follow the model's dtype, and why it cannot be followed, if it cannot.
+
+    One more trace at the other shape *and* in another dtype finds both kinds of baked constants;
+    only where the two cannot be told apart is the model traced again at the other shape alone.
+
+    Raises :class:`CaptureError` for a size that is baked.
+    """
+    dtype = other_dtype(model)
+    found: list[Difference] = []
+    held = None
+    if dtype is not None:
+        mode = fake_mode()
+        call = cast_call(shapes.other or shapes.base, dtype)
+        try:
+            # on a copy: fx leaves the constants of a trace on the root, and numbers on from there
+            root = cast_without_values(model, dtype, mode)
+            found = differences(graph, trace_once(root, call, training=False, mode=mode)[0])
+            switches_for(found, torch.device("cpu"))
+            return found, None
+        except (CaptureError, StructureDiffers) as error:
+            held = f"in {dtype} the model does other operations ({error})"
+    if shapes.other is not None:
+        other, _ = trace_once(structure_copy(model), shapes.other, training=False)
+        _check_sizes(graph, other)
+    return [], held
+
+
+def trace_once(
+    root: nn.Module,
+    call: Call,
+    *,
+    training: bool,
+    mode: FakeTensorMode | None = None,
+    objects: Container[str] = (),
+) -> tuple[fx.Graph, list[Guard]]:
+    """One trace of ``root``, which it changes; ``objects`` names inputs that are not tensors, such
+    as a cache. Raises :class:`CaptureError` with the model's own line where tracing failed."""
+    inputs = [name for name, value in call.items() if holds_tensor(value) or name in objects]
     constants = {name: value for name, value in call.items() if name not in inputs}
-    tracer = ValueTracer({name: call[name] for name in inputs})
+    tracer = ValueTracer({name: call[name] for name in inputs}, mode)
     root.train(training)
     with (
         explicit_forward(root, inputs, constants),
@@ -113,7 +177,8 @@ def _check_sizes(graph: fx.Graph, other: fx.Graph) -> None:
         raise CaptureError(f"a size is baked into the graph: {found[0]}")
 
 
-def _hold_guards(graph: fx.Graph, guards: list[Guard]) -> None:
+def hold_guards(graph: fx.Graph, guards: list[Guard]) -> None:
+    """Let the graph check what the trace rested on."""
     for guard in guards:
         with graph.inserting_after(guard.node):
             graph.call_function(hold_guard, (guard.node, guard.value, guard.where))

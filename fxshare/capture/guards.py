@@ -22,8 +22,12 @@ T = TypeVar("T")
 @has_side_effect
 def hold_guard(value: object, expected: object, where: str) -> None:
     """Raise :class:`GuardError` unless ``value`` is what it was while tracing."""
-    found = bool(value) if isinstance(expected, bool) else value
-    if found != expected:
+    # a comparison of booleans is more than dynamo's symbolic sizes can do
+    if isinstance(expected, bool):
+        broken = not value if expected else bool(value)
+    else:
+        broken = value != expected
+    if broken:
         raise GuardError(
             f"the model was captured on the path where {where} gave {expected}; this call gives "
             f"another value. Capture with an example like this call (example=...), or with "
@@ -43,6 +47,16 @@ def hold_arguments(given: Mapping[str, object], captured: Mapping[str, object]) 
                 "the graph has no other path; capture it with an example call that has the "
                 f"argument (example={{..., {name!r}: ...}}), or with capture='modules'"
             )
+
+
+@has_side_effect
+def hold_dtype(found: torch.dtype, captured: torch.dtype, why: str) -> None:
+    """Raise :class:`GuardError` when the model was cast to another dtype since its capture."""
+    if found != captured:
+        raise GuardError(
+            f"the model was captured in {captured} and cast to {found} afterwards, but {why}. Cast "
+            "the original model and compile that, or use capture='modules', which keeps its code"
+        )
 
 
 @has_side_effect

@@ -150,11 +150,11 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], mode: FakeTensorMode | None = None) -> None:
         super().__init__(param_shapes_constant=False)
         self.values = values
         self.guards: dict[tuple[fx.Node, str], Guard] = {}
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = mode or fake_mode()  # one that the model's own fake tensors belong to
         self._faked: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._computing = False
         self._thread = threading.get_ident()
@@ -199,6 +199,9 @@ class ValueTracer(fx.Tracer):
                     proxy.__dict__["_value"] = self._value(kind, target, args, kwargs)
             finally:
                 self._computing = was
+            if isinstance(proxy._known, Tensor):
+                # dim=2 may be the last one: passes cannot tell from an untyped graph
+                proxy.node.meta["ndim"] = proxy._known.ndim
         return proxy
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
@@ -249,6 +252,11 @@ class ValueTracer(fx.Tracer):
         if self._passes_by:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode to trace in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

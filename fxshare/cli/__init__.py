@@ -19,6 +19,7 @@ from fxshare.cli.bench import bench_app
 from fxshare.cli.compile import compile_model
 from fxshare.cli.demo import demo
 from fxshare.cli.eval import evaluate_model
+from fxshare.cli.export import export_model
 from fxshare.cli.inspect import inspect_model
 from fxshare.cli.output import reports, show_error, show_warning
 from fxshare.cli.plan import plan_model
@@ -103,6 +104,7 @@ def make_app() -> typer.Typer:
     app.command("verify")(reports(verify_model))
     app.command("inspect")(reports(inspect_model))
     app.command("eval")(reports(evaluate_model))
+    app.command("export")(reports(export_model))
     app.command("schema")(reports(schema))
     app.add_typer(bench_app())
     return app

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Seed
+from fxshare.cli.options import AsJson, Debug, Original, Seed
 from fxshare.cli.output import Result, note, reports, table
 from fxshare.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fxshare.bench.subject import Subject
 
 Threads = Annotated[
     int, typer.Option("--threads", min=0, help="Processor threads; 0 leaves torch's choice.")
@@ -159,6 +162,195 @@ def planner(
     return Result(result.to_dict(), "\n".join([table(header, rows), "", str(result.environment)]))
 
 
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+
+
+def device(
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 15,
+    compiled: Annotated[
+        bool, typer.Option("--compiled/--no-compiled", help="Measure under torch.compile too.")
+    ] = True,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Measure this device for the cost model: FLOP/s, bandwidth, launches. Kept in the cache.
+
+    \b
+    Example:
+      fxshare bench device --threads 1
+    """
+    from fxshare.bench.device import bench_device
+    from fxshare.bench.device import table as rows_of
+    from fxshare.bench.device import threads as using
+    from fxshare.cost_model import write_rates
+
+    del as_json, debug
+    with using(threads):
+        rates = bench_device(device=device, dtype=dtype, repeats=repeats, compiled=compiled)
+    path = write_rates(rates)
+    header, rows = rows_of(rates)
+    what = f"{rates.name}, {rates.dtype}, {rates.threads} threads, torch {rates.torch}"
+    return Result(rates.to_dict(), f"{what}\n{table(header, rows)}\nwritten to {path}")
+
+
+def run(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="As for 'fxshare compile'.")
+    ] = "embedded",
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="D,LAYERS,HEADS,FFN", help="A GPT with random weights instead."),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="Weight types of another model."),
+    ] = None,
+    kept: Annotated[
+        float | None, typer.Option("--kept", metavar="SHARE", help="Of every matrix. [0.5]")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="plain or pivoted. [plain]")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="heads, qkv or false. [heads]")
+    ] = None,
+    basis: Annotated[
+        str | None,
+        typer.Option("--basis", help="What pools into one: slice, part or site. [site]"),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Layers that share a basis. [1]")
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="dense, exact, exact-lowered, notebook, readable, lowered. [all]"),
+    ] = None,
+    modes: Annotated[str, typer.Option(help="eager, compiled, or both.")] = "eager,compiled",
+    compile_mode: Annotated[
+        str, typer.Option(help="default, reduce-overhead or max-autotune.")
+    ] = "default",
+    repeats: Annotated[int, typer.Option("--repeats", min=1)] = 7,
+    prefill: Annotated[
+        int, typer.Option("--prefill", min=2, metavar="T", help="Tokens of the prompt.")
+    ] = 512,
+    vocabulary: Annotated[
+        int, typer.Option(min=2, metavar="V", help="With --shape; the head counts in every figure.")
+    ] = 256,
+    original: Original = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speeds: .svg, .png, ...")
+    ] = None,
+    threads: Threads = 0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """How fast a compressed model is beside dense: eager and compiled, a prompt and one token.
+
+    \b
+    Examples:
+      fxshare bench run --threads 1
+      fxshare bench run --shape 1024,4,16,4096 --variants lowered --modes compiled --threads 1
+      fxshare bench run out/ --plot speed.svg
+    """
+    from fxshare.bench.device import device_of_name, dtype_of_name
+    from fxshare.bench.device import threads as using
+    from fxshare.bench.run import COMPILE_MODES, MODES, VARIANTS, available, bench_run, chosen
+    from fxshare.bench.speed_table import draw, lines_below
+    from fxshare.bench.speed_table import table as rows_of
+    from fxshare.bench.subject import GPTShape, Settings, named_subject, shape_subject
+    from fxshare.drawing import check_drawable
+
+    del as_json, debug
+    if plot is not None:
+        check_drawable(plot)
+    wanted = None if variants is None else chosen(variants, VARIANTS, "--variants")
+    ways = chosen(modes, MODES, "--modes")
+    (mode,) = chosen(compile_mode, COMPILE_MODES, "--compile-mode")[:1]
+    place, kind = device_of_name(device), dtype_of_name(dtype)
+    options = {
+        "kept": kept,
+        "storage": storage,
+        "split": split,
+        "basis": basis,
+        "group_size": group_size,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = Settings(**given)  # type: ignore[arg-type]
+    with using(threads):
+        if shape is None:
+            subject: Subject = named_subject(
+                model,
+                settings if given else None,
+                configs=config or (),
+                original=original,
+                dtype=kind,
+                device=place,
+                seed=seed,
+            )
+        else:
+            _shape_alone(model, config, original)
+            subject = shape_subject(
+                GPTShape.parse(shape),
+                settings,
+                dtype=kind,
+                device=place,
+                context=prefill,
+                vocabulary=vocabulary,
+                seed=seed,
+            )
+        result = bench_run(
+            subject,
+            variants=available(subject) if wanted is None else wanted,
+            modes=ways,
+            repeats=repeats,
+            prefill=prefill,
+            compile_mode=mode,
+            say=note,
+            seed=seed,
+        )
+    below = list(lines_below(result))
+    if plot is not None:
+        draw(result, plot)
+        below.append(f"written to {plot}")
+    header, rows = rows_of(result)
+    return Result(result.to_dict(), "\n".join([table(header, rows, left=3), "", *below]))
+
+
+def _shape_alone(model: str, config: list[Path] | None, original: str | None) -> None:
+    for option, value in (("MODEL", model if model != "embedded" else None), ("-c", config)):
+        if value:
+            raise ConfigError(
+                f"--shape: makes a model of its own, found {option} beside it; give one of the two"
+            )
+    if original is not None:
+        raise ConfigError("--original: names the model that a saved folder was made from")
+
+
+def capture(
+    layers: Annotated[int, typer.Option("--layers", min=1)] = 32,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Seconds and memory to capture and rewrite a Llama-7B-shaped model without weights.
+
+    \b
+    Example:
+      fxshare bench capture
+    """
+    from fxshare.bench.capture import bench_capture, lines, llama
+
+    del as_json, debug
+    found = bench_capture(lambda: llama(layers))
+    return Result(found.to_dict(), "\n".join(lines(found)))
+
+
 def bench_app() -> typer.Typer:
     """The ``bench`` group."""
     app = typer.Typer(
@@ -170,4 +362,7 @@ def bench_app() -> typer.Typer:
     app.command("compress")(reports(compress))
     app.command("quality")(reports(quality))
     app.command("planner")(reports(planner))
+    app.command("device")(reports(device))
+    app.command("run")(reports(run))
+    app.command("capture")(reports(capture))
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,10 +30,12 @@ from fxshare.cli.options import (
     config_of,
 )
 from fxshare.cli.output import Result, note, table
-from fxshare.errors import ConfigError, PlanError
+from fxshare.errors import ConfigError, FxShareWarning, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
     from fxshare.compiling import Survey
     from fxshare.config import ShareConfig
@@ -117,6 +120,8 @@ def plan_model(
         written.append(picture)
     size = dtype_of(loaded.model).itemsize
     blocks = [plan_text(plan, cfg, element_size=size, alternatives=found.alternatives)]
+    if plan.groups:
+        blocks.append(_times(plan, loaded.model))
     if sweep == "-":
         blocks.append(_sweep_text(found))
     blocks += [f"written to {path}" for path in written]
@@ -145,6 +150,28 @@ def _check_first(
         raise ConfigError(
             f"--sweep {sweep}: losses are predicted from data; add --calibration SPEC"
         )
+
+
+def _times(plan: Plan, model: nn.Module) -> str:
+    """How long the plan is expected to take beside dense; a warning where that is longer."""
+    from fxshare.cost_model import forecasts
+    from fxshare.cost_model.device import how_to_measure_for, rates_of_model
+    from fxshare.cost_model.whole import dense_steps, prompt_length
+    from fxshare.plan_table import slower_than_dense, time_table
+
+    rates = rates_of_model(model)
+    if rates is None:
+        return (
+            "times: this device was not measured; after "
+            f"'{how_to_measure_for(model)}' a plan says how long it takes"
+        )
+    length = prompt_length(model)
+    found = forecasts(plan, rates, prefill=length, whole=dense_steps(model, length))
+    slower = slower_than_dense(found)
+    if slower is not None:
+        warnings.warn(slower, FxShareWarning, stacklevel=2)
+    header, rows = time_table(found)
+    return table(header, rows, left=3)
 
 
 def draw_named(plan: Plan, path: Path, name: str) -> None:

@@ -40,6 +40,8 @@ class GPTConfig:
     vocab_size: int = 3072
     dropout: float = 0.0
     bias: bool = True
+    n_ffn: int | None = None
+    """Hidden width of the MLP; ``4 * n_embd`` where None."""
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -76,13 +78,14 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps, D to 4D and back, with a GELU between them."""
+    """Two linear maps, D to ``n_ffn`` (4D) and back, with a GELU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        hidden = config.n_ffn or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

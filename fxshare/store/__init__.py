@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from fxshare.capture import device_of, dtype_of
-from fxshare.compiling import attach
 from fxshare.config import ShareConfig, dump_config, load_config
 from fxshare.errors import FxShareError, FxShareWarning, StoreError
 from fxshare.numerics import tolerance
 from fxshare.plans import Plan
-from fxshare.record import Record, graph_sha256, record_of, slices_of
+from fxshare.record import Record, attach, graph_sha256, record_of, slices_of
 from fxshare.report import Report
 from fxshare.source import Source
 from fxshare.store.card import card
@@ -116,6 +115,7 @@ def save(
             front_end=record.front_end,
             relaxed=record.relaxed,
             extra_passes=record.extra_passes,
+            lowering=record.lowering,
             training=gm.training,
             training_differs=tuple(n for n, m in gm.named_modules() if m.training != gm.training),
             dtype=main,
@@ -173,7 +173,8 @@ def load(
     _check_passes(folder, record, passes)
     target = torch.device("cpu" if device is None else device)
     structure = skeleton(manifest.source, model)
-    result = rebuild(structure, manifest, record, passes, target)
+    result, lowered = rebuild(structure, manifest, record, passes, target)
+    record = replace(record, lowered=lowered)
     fill(result, manifest.tensors, folder, list(manifest.files), target)
     for name, module in result.named_modules():
         module.training = manifest.training != (name in manifest.training_differs)
@@ -209,6 +210,7 @@ def _record(folder: Path, manifest: Manifest) -> Record:
         bias_shifts=manifest.bias_shifts,
         inputs=decode_inputs(manifest.inputs),
         extra_passes=manifest.extra_passes,
+        lowering=manifest.lowering,
     )
 
 

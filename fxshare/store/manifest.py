@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fxshare.capture import FrontEnd
 from fxshare.errors import StoreError
+from fxshare.record import Step
 from fxshare.store.probe import Probe
 
 FORMAT = "fxshare"
@@ -110,6 +111,8 @@ class Manifest(_Frozen):
     front_end: FrontEnd
     relaxed: tuple[int, ...]
     extra_passes: tuple[str, ...]
+    lowering: tuple[Step, ...] = ()
+    """How the graph was lowered; see :class:`fxshare.record.Record`."""
     training: bool
     training_differs: tuple[str, ...]
     """Modules in the other mode."""

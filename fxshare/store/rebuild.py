@@ -12,10 +12,13 @@ from fxshare.capture import recapture
 from fxshare.capture.call import Call, Shapes
 from fxshare.compiling import assemble, rewrite
 from fxshare.errors import FxShareError, StoreError
-from fxshare.record import InputSpec, Record, graph_sha256
+from fxshare.factors import empty_factors
+from fxshare.generation import keep_structure
+from fxshare.lowering import replay
+from fxshare.record import InputSpec, Lowered, Record, graph_sha256
 from fxshare.store.manifest import DTYPES, Manifest, dtype_name
 from fxshare.store.skeleton import hollow
-from passes import Pass, PivotedGroup, SharedGroup
+from passes import Pass
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 
@@ -26,8 +29,8 @@ def rebuild(
     record: Record,
     passes: Sequence[Pass],
     device: torch.device,
-) -> nn.Module:
-    """The compiled module, its tensors without values.
+) -> tuple[nn.Module, Lowered | None]:
+    """The compiled module, its tensors without values, and how it is lowered, if it is.
 
     Raises :class:`StoreError` with the versions then and now where compiling fails.
     """
@@ -35,17 +38,18 @@ def rebuild(
     # tracer does not, and meta costs no memory; but a model that makes a tensor on the CPU without
     # saying so can only be traced there.
     places = {"fx": (_META, _CPU), "export": (device,), "modules": (_META,)}[manifest.front_end]
-    first: nn.Module | None = None
+    first: tuple[nn.Module, Lowered | None] | None = None
     failure: Exception | None = None
     for place in places:
         try:
-            result = _compile_again(structure, manifest, record, passes, place)
+            made = _compile_again(structure, manifest, record, passes, place)
+            result, lowered = replay(made, record.lowering)
         except Exception as error:
             failure = failure or error
             continue
         if graph_sha256(result) == manifest.graph_sha256:
-            return result
-        first = first or result
+            return result, lowered
+        first = first or (result, lowered)
     if first is not None:
         return first
     assert failure is not None
@@ -73,25 +77,15 @@ def _compile_again(
 
     model = hollow(structure, dtype_of, device)
     captured = recapture(model, record.front_end, _shapes(record, device), record.relaxed)
-    site_of = {s.name: (site, s) for site in record.plan.sites for s in site.slices}
-    groups, pivots = [], []
-    for group in record.plan.groups:
-        members = [site_of[name] for name in group.slices]
-        dtype = dtypes.get(f"{members[0][0].name}.weight", default)
-        basis_RI = torch.empty(group.rank, group.in_features, dtype=dtype, device=device)
-        coefficients = {
-            s.name: torch.empty(s.out_features, group.rank, dtype=dtype, device=device)
-            for _, s in members
-        }
-        groups.append(SharedGroup(group.name, basis_RI, coefficients))
-        if group.storage == "pivoted":
-            kept_J = torch.arange(group.rank, dtype=torch.int32, device=device)
-            table_RT = basis_RI[:, group.rank :]
-            pivots.append(PivotedGroup(group.name, kept_J, table_RT, coefficients))
+    groups, pivots = empty_factors(
+        record.plan, lambda site: dtypes.get(f"{site}.weight", default), device
+    )
     rewritten, _ = rewrite(
         captured.graph, record.plan, groups, record.config.fuse, passes, pivots=pivots
     )
-    return assemble(model, captured, rewritten, record.plan, copy=False)
+    result = assemble(model, captured, rewritten, record.plan, copy=False)
+    keep_structure(result, model, passes)
+    return result
 
 
 def _dtypes(manifest: Manifest, record: Record) -> dict[str, torch.dtype]:

@@ -1,0 +1,149 @@
+"""``fxshare bench capture``: seconds and memory to capture and rewrite a large model on meta.
+
+The model has shapes and no weights, so what is measured is the compiler and nothing else.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxshare.bench.machine import environment
+from fxshare.capture import capture
+from fxshare.compiling import assemble, rewrite
+from fxshare.config import load_config
+from fxshare.errors import ConfigError
+from fxshare.matching import match
+from fxshare.planning import make_plan
+from fxshare.plans import Plan
+from passes import SharedGroup
+
+LLAMA_TYPES: dict[str, Any] = {
+    "weight_types": {
+        name: {"pattern": rf".*\.{name}_proj$"}
+        for name in ("q", "k", "v", "o", "gate", "up", "down")
+    },
+    "block_pattern": r"layers\.(\d+)\.",
+    "group_size": 2,
+    "compression_rate": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class CaptureBench:
+    """One run. ``peak_bytes`` is the most memory that the process ever held, imports included;
+    ``imported_bytes`` what it held when capture began."""
+
+    environment: dict[str, object]
+    model: str
+    parameters: int
+    sites: int
+    groups: int
+    build_seconds: float
+    capture_seconds: float
+    rewrite_seconds: float
+    cpu_seconds: float
+    """Processor time of both, which other work on the machine does not lengthen."""
+    imported_bytes: int
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Capture and rewriting."""
+        return self.capture_seconds + self.rewrite_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {**asdict(self), "seconds": self.seconds}
+
+
+def llama(layers: int = 32, width: int = 4096, ffn: int = 11008, heads: int = 32) -> nn.Module:
+    """A Llama on the meta device, of 7B shape by default; needs the ``hf`` extra."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "bench capture needs the transformers library: pip install 'fxshare[hf]'"
+        ) from error
+    config = transformers.LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    with torch.device("meta"):
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model.train(False)
+
+
+def bench_capture(make: Callable[[], nn.Module] = llama) -> CaptureBench:
+    """Capture a model on meta and rewrite it under Basis Sharing, all without weights."""
+    start = time.perf_counter()
+    model = make()
+    built = time.perf_counter()
+    before = peak_bytes()
+    cfg = load_config(LLAMA_TYPES)
+    began, busy = time.perf_counter(), time.process_time()
+    matching = match(model, cfg)
+    ids = torch.zeros((2, 16), dtype=torch.int64, device="meta")
+    captured = capture(model, ids, mode="fx", needs=[n for s in matching.sites for n in s.calls])
+    middle = time.perf_counter()
+    plan = make_plan(cfg, matching.sites, matching.skipped)
+    rewritten, _ = rewrite(captured.graph, plan, empty_groups(plan), cfg.fuse)
+    result = assemble(model, captured, rewritten, plan, copy=False)
+    end, busy = time.perf_counter(), time.process_time() - busy
+    del result
+    return CaptureBench(
+        environment=environment(),
+        model=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        sites=len(plan.sites),
+        groups=len(plan.groups),
+        build_seconds=built - start,
+        capture_seconds=middle - began,
+        rewrite_seconds=end - middle,
+        cpu_seconds=busy,
+        imported_bytes=before,
+        peak_bytes=peak_bytes(),
+    )
+
+
+def empty_groups(plan: Plan) -> list[SharedGroup]:
+    """The factors of a plan's groups without values, on meta."""
+    heights = {s.name: s.out_features for site in plan.sites for s in site.slices}
+    return [
+        SharedGroup(
+            group.name,
+            torch.empty(group.rank, group.in_features, device="meta"),
+            {name: torch.empty(heights[name], group.rank, device="meta") for name in group.slices},
+        )
+        for group in plan.groups
+    ]
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def lines(result: CaptureBench) -> list[str]:
+    """The result for a terminal."""
+    r = result
+    return [
+        f"{r.model}, {r.parameters / 1e9:.2f} G parameters on meta: {r.sites} sites, {r.groups} "
+        "groups of 2 layers",
+        f"capture {r.capture_seconds:6.2f} s",
+        f"rewrite {r.rewrite_seconds:6.2f} s",
+        f"both    {r.seconds:6.2f} s, {r.cpu_seconds:.2f} s of the processor",
+        f"memory  {r.peak_bytes / 1e9:6.2f} GB at most, {r.imported_bytes / 1e9:.2f} GB before",
+        f"machine: {r.environment}",
+    ]

@@ -1,0 +1,33 @@
+"""The dense model's own passes, counted once for all that is not rewritten."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxshare.capture import bind, device_of
+from fxshare.capture.call import completed
+from fxshare.cost_model.forecast import DECODE, PREFILL
+from fxshare.cost_model.recorder import record_step
+from fxshare.cost_model.work import Step
+from fxshare.models import context_of, example_ids
+
+
+def prompt_length(model: nn.Module) -> int:
+    """Tokens of the prompt that times are predicted for: 512, or what the model was made for."""
+    return min(PREFILL, context_of(model) or PREFILL)
+
+
+def dense_steps(model: nn.Module, prefill: int) -> dict[int, Step]:
+    """The operations of a prompt and of one token, by number of tokens; empty where the model reads
+    something else than token ids, or cannot be run on tensors without values."""
+    if example_ids(model) is None:
+        return {}
+    found: dict[int, Step] = {}
+    for tokens in (prefill, DECODE):
+        ids = torch.zeros((1, tokens), dtype=torch.int64, device=device_of(model))
+        try:
+            found[tokens] = record_step(model, completed(model, bind(model, ids)))
+        except Exception:  # whatever the model's code makes of tensors without values
+            return {}
+    return found

@@ -1,0 +1,248 @@
+"""Hand a compiled model to other runtimes: :func:`export`.
+
+Each target is a module with a ``write``; what it wrote is read back by its own loader, run, and
+compared with the compiled model before it takes its place. docs/how-to/export.md shows each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.errors import CheckFailed, ExportError, FxShareError
+from fxshare.numerics import Distance, worst
+
+if TYPE_CHECKING:
+    from fxshare.capture.call import Call
+    from fxshare.export.subject import Subject
+    from fxshare.export.written import Written
+    from fxshare.store.skeleton import ModelSource
+
+Target = Literal["pt2", "aoti", "onnx", "dense", "py"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+_SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compared with the compiled model.
+
+    ``distance`` is the worst of the calls in ``checked``, and ``limit`` what rounding explains;
+    ``distance`` is None where nothing could be run, and ``notes`` says why.
+    """
+
+    path: str
+    target: str
+    bytes: int
+    inputs: tuple[str, ...]
+    batch_varies: bool
+    sequence_varies: bool
+    checked: tuple[str, ...]
+    distance: Distance | None
+    limit: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        varies = [
+            what
+            for what, does in (("batch", self.batch_varies), ("sequence", self.sequence_varies))
+            if does
+        ]
+        lines = [
+            f"{self.target}: {self.path}, {self.bytes:,} bytes",
+            f"  inputs: {', '.join(self.inputs)}; "
+            + (f"{' and '.join(varies)} may vary" if varies else "every size is fixed"),
+        ]
+        if self.distance is not None:
+            bit_equal = self.distance.absolute == 0
+            lines.append(
+                f"  equal to the compiled model on {'; '.join(self.checked)}: "
+                + ("bit by bit" if bit_equal else f"{self.distance}; limit {self.limit:.1e}")
+            )
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@torch.inference_mode(False)  # torch.export refuses tensors that were made under it
+def export(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    to: Target,
+    example: object = None,
+    dynamic: bool = True,
+    opset: int | None = None,
+    original: ModelSource | None = None,
+    force: bool = False,
+    seed: int = 0,
+) -> Exported:
+    """Write a compiled model for another runtime, check it, and only then put it in its place.
+
+    Parameters
+    ----------
+    gm
+        What :func:`fxshare.compile` or :func:`fxshare.load` returned, lowered or not. It is
+        exported in eval mode as it is now, and left as it is.
+    path
+        The file to make, or the folder (``py``, and ``dense`` unless it ends in ``.safetensors``).
+    to
+        ``pt2`` (``torch.export``), ``aoti`` (AOTInductor), ``onnx``, ``dense`` (the original's
+        state dict with the products multiplied out), ``py`` (the graph as a Python module).
+    example
+        One batch to export with. Where None, random numbers of the form that the model was
+        captured with.
+    dynamic
+        Let batch size and sequence length vary where the model does; else they are the example's.
+    opset
+        For ``onnx``; torch's default where None.
+    original
+        For ``dense``: the original model, a function that makes one, or
+        ``"package.module:function"``, where the compiled model cannot say its class or does not use
+        all of its parameters.
+    force
+        Replace an older export at ``path``; it stays until the new one is checked.
+    seed
+        Of the random example.
+
+    Raises
+    ------
+    ExportError
+        A model or an option that the target cannot carry, or a package that is not installed.
+    CheckFailed
+        What was written does not compute what ``gm`` computes. Nothing is left behind.
+    StoreError
+        ``path`` exists or cannot be written.
+    FxShareError
+        ``gm`` was not made by fxshare.
+    """
+    from fxshare.export import dense, place, py
+    from fxshare.export.subject import subject_of
+
+    place_of = Path(path)
+    _check_options(to, place_of, opset, original)
+    gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
+    ours = {"py": py.ours, "dense": None if place_of.suffix == dense.SUFFIX else dense.ours}
+    with place.new_place(place_of, force=force, ours=ours.get(to)) as temporary:
+        subject = subject_of(gm, example, dynamic=dynamic, seed=seed)
+        written = _write(subject, temporary, to, opset, original)
+        checked, distance, limit, notes = _check(subject, written, to, seed)
+        size = sum(f.stat().st_size for f in temporary.parent.rglob("*") if f.is_file())
+    return Exported(
+        path=str(path),
+        target=to,
+        bytes=size,
+        inputs=tuple(subject.inputs),
+        batch_varies=written.batch,
+        sequence_varies=written.sequence,
+        checked=checked,
+        distance=distance,
+        limit=limit,
+        notes=(*subject.notes, *written.notes, *notes),
+    )
+
+
+def _check_options(to: str, path: Path, opset: int | None, original: ModelSource | None) -> None:
+    if to not in TARGETS:
+        near = difflib.get_close_matches(str(to), TARGETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ExportError(f"to: expected one of {', '.join(TARGETS)}, found {to!r}{hint}")
+    suffix = _SUFFIXES.get(to)
+    if suffix is not None and path.suffix != suffix:
+        raise ExportError(
+            f"to={to!r} writes a file that ends in {suffix}, found {path.name!r}; loaders look at "
+            "the ending"
+        )
+    for option, value, target in (("opset", opset, "onnx"), ("original", original, "dense")):
+        if value is not None and to != target:
+            raise ExportError(f"{option}: only to={target!r} has it, found to={to!r}; leave it out")
+    if to == "onnx":
+        from fxshare.export.onnx import check_opset
+
+        check_opset(opset)
+
+
+def _write(
+    subject: Subject, path: Path, to: str, opset: int | None, original: ModelSource | None
+) -> Written:
+    from fxshare.export import aoti, dense, onnx, pt2, py
+
+    if any(t.device.type == "meta" for t in subject.model.parameters()):
+        raise ExportError(f"{subject.name} is on the meta device: it has no values to export")
+    if to == "dense":
+        return dense.write(subject, path, original)
+    if to == "onnx":
+        return onnx.write(subject, path, opset)
+    return {"pt2": pt2, "aoti": aoti, "py": py}[to].write(subject, path)
+
+
+def _check(
+    subject: Subject, written: Written, to: str, seed: int
+) -> tuple[tuple[str, ...], Distance | None, float, tuple[str, ...]]:
+    """Compare the export with the model on other sizes and values than the example's.
+
+    The first call has to run. One of a single row or position may be refused, as some runtimes
+    do, and is noted then; what is returned has to be right.
+    """
+    calls = subject.other_calls(batch=written.batch, sequence=written.sequence, seed=seed)
+    limit, found, checked, notes = 0.0, None, [], []
+    for what, call in calls if written.run is not None else ():
+        assert written.run is not None
+        expected = subject.run(call)
+        try:
+            with torch.no_grad():
+                given = written.run(call)
+        except FxShareError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            if checked:
+                notes.append(f"{to} refuses {what}: {reason}")
+                continue
+            raise CheckFailed(
+                f"the {to} export of {subject.name} fails on {what}, which the model accepts: "
+                f"{reason}; try dynamic=False, or an example=... of other sizes"
+            ) from error
+        call_limit = subject.limit(call, expected)
+        limit = max(limit, call_limit)
+        if written.unmasked_only:
+            expected, given = _unmasked(expected, call), _unmasked(given, call)
+        distance = worst(expected, given)
+        if not distance.relative <= call_limit:
+            raise CheckFailed(
+                f"the {to} export of {subject.name} differs from the compiled model on {what} by "
+                f"{distance}; rounding explains {call_limit:.1e}. Nothing was written"
+            )
+        checked.append(what)
+        if found is None or distance.relative > found.relative:
+            found = distance
+    return tuple(checked), found, limit, tuple(notes)
+
+
+def _unmasked(output: Any, call: Call) -> Any:
+    """The output at the positions that the attention mask ``(batch, sequence)`` leaves in."""
+    from fxshare.capture.call import MASK
+
+    mask = call.get(MASK)
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rows(v) for key, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [rows(v) for v in value]
+        matches = isinstance(value, Tensor) and value.shape[:2] == mask.shape
+        return value[mask.bool()] if matches else value
+
+    return rows(output) if isinstance(mask, Tensor) and mask.ndim == 2 else output
+
+
+__all__ = ["TARGETS", "Exported", "Target", "export"]

@@ -1,0 +1,124 @@
+"""Is the graph with a cache the same function as the plain graph?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxshare.capture import (
+    device_of,
+    dtype_of,
+    erase_guards,
+    evaluate_unguarded,
+    guard_nodes,
+    quiet,
+)
+from fxshare.capture.call import LABELS, MASK
+from fxshare.errors import CaptureError, FxShareError, GuardError
+from fxshare.generation.program import Program
+from fxshare.generation.step import Values, arguments_of, new_cache
+from fxshare.numerics import tolerance, worst
+from fxshare.record import record_of
+from fxshare.verifying import evaluated
+
+# (tokens of each row, new tokens of each step): an empty cache, one with something in it, one
+# token alone; rows of different length, and one row alone
+_CASES = (((9, 6), (5, 3, 1)), ((6,), (4, 1, 1)))
+
+
+def check_program(program: Program, gm: nn.Module, shell: nn.Module) -> float:
+    """Compare steps with a cache, left-padded rows among them, to the plain graph on the whole.
+
+    Guards that these steps break without consequences are let go, as in capture: that is how one
+    graph serves the prompt and single tokens. Returns the largest relative difference.
+
+    Raises :class:`CaptureError` where rounding does not explain it.
+    """
+    limit = tolerance(dtype_of(gm), 2 * len(record_of(gm).plan.sites) + 1)
+    broken: set[fx.Node] = set()
+    error = 0.0
+    for rows, splits in _CASES:
+        for expected, found in _compared(program, gm, shell, rows, splits, broken):
+            distance = worst(expected, found)
+            if not distance.relative <= limit:
+                raise CaptureError(
+                    f"self-check: the graph with a cache differs from the plain graph by "
+                    f"{distance}; rounding explains {limit:.1e}"
+                )
+            error = max(error, distance.relative)
+    numbers = [n for n, node in enumerate(guard_nodes(program.graph)) if node in broken]
+    erase_guards(program.graph, numbers)
+    program.forget()
+    return error
+
+
+def _compared(
+    program: Program,
+    gm: nn.Module,
+    shell: nn.Module,
+    rows: tuple[int, ...],
+    splits: tuple[int, ...],
+    broken: set[fx.Node],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits ``(tokens, vocabulary)`` of each row in each step, by the plain graph and by this
+    one; without those of padding."""
+    config: Any = shell.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    length, device = sum(splits), device_of(gm)
+    ids = torch.randint(vocabulary, (len(rows), length), generator=generator).to(device)
+    mask = torch.stack([torch.arange(length) >= length - n for n in rows]).long().to(device)
+    # a batch of one may be what a guard of the plain graph refuses
+    whole = evaluated(gm, False)
+    plain = [_plain(whole, r[length - n :].expand(2, n))[0] for r, n in zip(ids, rows, strict=True)]
+    cache = new_cache(program.kind, config, 2 * length)
+    at = 0
+    for new in splits:
+        at += new
+        call = arguments_of(shell, program.kind, ids[:, :at], mask[:, :at], cache, new)
+        logits = run_unguarded(program, gm, call, broken)
+        kept = program.kind.logits or new
+        for n, expected, row in zip(rows, plain, logits, strict=True):
+            first = max(at - min(kept, new), length - n)
+            if first < at:
+                yield expected[first - length + n : at - length + n], row[-(at - first) :]
+
+
+def run_unguarded(program: Program, gm: nn.Module, call: Values, broken: set[fx.Node]) -> Tensor:
+    """The logits ``(B, T, vocabulary)`` of one step, and into ``broken`` the guards it breaks."""
+    bound = program.bound(gm)
+    try:
+        output, found = evaluate_unguarded(bound, call)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise CaptureError(
+            f"self-check: the graph with a cache fails: {type(error).__name__}: {reason[0]}"
+        ) from error
+    broken |= found
+    logits: Tensor = output["logits"]
+    return logits
+
+
+def _plain(gm: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of the plain graph, captured with labels or without."""
+    assert isinstance(gm, fx.GraphModule)
+    inputs = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    call = {"input_ids": ids, **{name: torch.ones_like(ids) for name in inputs if name == MASK}}
+    labels = {name: ids for name in inputs if name in LABELS}
+    with quiet():
+        try:
+            output = gm(**call)
+        except GuardError as error:
+            try:
+                output = gm(**call, **labels)
+            except FxShareError:
+                raise CaptureError(f"the plain graph cannot be compared with: {error}") from error
+    logits = output["logits"] if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor):
+        raise CaptureError(
+            f"the plain graph returns a {type(output).__name__} without logits to compare with"
+        )
+    return logits

@@ -1,0 +1,232 @@
+"""A graph with a cache, rewritten like the plain one, that runs on the plain one's modules."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxshare.capture import device_of, dtype_of
+from fxshare.capture.adapted import adapt
+from fxshare.capture.fx_front_end import hold_guards, trace_once
+from fxshare.capture.tracer import fake_mode
+from fxshare.compiling import rewrite
+from fxshare.errors import CaptureError
+from fxshare.factors import empty_factors
+from fxshare.generation.step import CACHE, Kind, Values, arguments_of, nested, new_cache
+from fxshare.generation.structure import Structure, structure_of
+from fxshare.lowering import replay
+from fxshare.record import Record, ShareModule, record_of
+from passes.graph import structure_copy
+
+# of the traced step: a batch, new tokens, and more tokens in the cache than any window is wide
+_BATCH, _NEW, _OLD = 2, 3, 5
+
+
+@dataclass(eq=False)
+class Program:
+    """``graph`` is the rewritten graph with a cache, its tensors without values; ``constants`` are
+    tensors that the trace made."""
+
+    kind: Kind
+    graph: fx.GraphModule
+    constants: dict[str, Tensor]
+    _bound: fx.GraphModule | None = None
+    _parts: tuple[int, ...] = field(default=())
+
+    def bound(self, gm: nn.Module) -> fx.GraphModule:
+        """The graph over the present modules and tensors of ``gm``; made anew where one of them was
+        replaced since.
+
+        Raises :class:`CaptureError` naming what the graph reads and ``gm`` does not have.
+        """
+        parts = dict(self._resolved(gm))
+        identities = tuple(map(id, parts.values()))
+        if self._bound is None or identities != self._parts:
+            self._bound = fx.GraphModule(parts, self.graph.graph, "Step").eval()
+            self._parts = identities
+        return self._bound
+
+    def forget(self) -> None:
+        """Make the graph module anew at the next :meth:`bound`."""
+        self._bound = None
+
+    def _resolved(self, gm: nn.Module) -> Iterator[tuple[str, Any]]:
+        device = device_of(gm)
+        for node in self.graph.graph.nodes:
+            target = str(node.target)
+            if node.op == "get_attr" and target in self.constants:
+                if self.constants[target].device != device:
+                    self.constants[target] = self.constants[target].to(device)
+                yield target, self.constants[target]
+            elif node.op == "get_attr":
+                yield target, _tensor(gm, target, operator.attrgetter(target)(self.graph))
+            elif node.op == "call_module":
+                yield target, _module(gm, target, self.graph.get_submodule(target))
+
+
+def _tensor(gm: nn.Module, name: str, like: Tensor) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(gm.get_submodule(path), leaf)
+    except AttributeError:
+        found = None
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+        raise CaptureError(
+            f"the graph with a cache reads {name!r} of shape {tuple(like.shape)}, and the plain "
+            f"graph has {what} of that name"
+        )
+    return found
+
+
+def _module(gm: nn.Module, name: str, like: nn.Module) -> nn.Module:
+    """The module of ``gm``; where that is no module but a place for tensors (torch.export), or the
+    plain graph does not call it, one like it that reads the tensors of ``gm``."""
+    try:
+        found = gm.get_submodule(name)
+    except AttributeError:
+        found = None
+    # weights in another packing than the graph expects are told by their shapes
+    if found is not None and type(found).__module__ != "torch.fx.graph_module":
+        is_module = type(found).forward is not nn.Module().forward.__func__  # type: ignore[attr-defined]
+        if is_module and (type(found) is not type(like) or _shapes(found) == _shapes(like)):
+            return found
+    borrowed = copy.copy(like)
+    borrowed._parameters, borrowed._buffers = dict(like._parameters), dict(like._buffers)
+    for held in (borrowed._parameters, borrowed._buffers):
+        for leaf, tensor in held.items():
+            if tensor is not None:
+                held[leaf] = _tensor(gm, f"{name}.{leaf}", tensor)  # type: ignore[assignment]
+    return borrowed
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in (*module.parameters(), *module.buffers())]
+
+
+def capture_program(gm: nn.Module, shell: nn.Module, kind: Kind) -> Program:
+    """Trace the original's structure on a step of that kind and rewrite it as ``gm`` was rewritten.
+
+    Nothing is run and nothing allocated: the weights have no values.
+
+    Raises :class:`CaptureError` where the model cannot be traced so.
+    """
+    structure = structure_of(gm)
+    assert structure is not None
+    try:
+        traced, constants = _traced(gm, shell, kind, structure)
+        graph = _rewritten(traced, structure, record_of(gm), gm)
+        program = Program(kind, graph, constants)
+        program.bound(gm)
+    except CaptureError:
+        raise
+    except Exception as error:  # code of the model, of transformers, or of a user's pass
+        reason = str(error).strip().splitlines() or [""]
+        raise CaptureError(f"{type(error).__name__}: {reason[0]}") from error
+    return program
+
+
+def _traced(
+    gm: nn.Module, shell: nn.Module, kind: Kind, structure: Structure
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    mode = fake_mode()
+    model = adapt(structure.model).traced
+    root = structure_copy(model, memo=_fakes(model, gm, mode))
+    call = _warm_step(root, shell, kind, mode)
+    missing = set(kind.inputs) ^ {name for name in call if name not in dict(kind.constants)}
+    if missing:
+        raise CaptureError(
+            f"{type(model).__name__}.prepare_inputs_for_generation makes another call "
+            f"than this one: {sorted(missing)[0]!r} is in one of them only"
+        )
+    before = {name for name, _ in _named_tensors(root)}
+    _take_apart(root, call)
+    graph, guards = trace_once(root, call, training=False, mode=mode, objects=(CACHE,))
+    hold_guards(graph, guards)
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
+    graph._tracer_cls = None
+    made = {name: t for name, t in _named_tensors(root) if name not in before}
+    # passes look at weights, and fake ones answer only to their own mode
+    hollow = structure_copy(model)
+    for name, tensor in made.items():
+        setattr(hollow, name, tensor.detach())
+    return fx.GraphModule(hollow, graph, type(model).__name__), made
+
+
+def _fakes(model: nn.Module, gm: nn.Module, mode: Any) -> dict[int, object]:
+    """For each tensor of the structure a fake one, of the dtype that ``gm`` has now."""
+    device, dtype, then = device_of(gm), dtype_of(gm), dtype_of(model)
+    known = dict(gm.named_parameters()) | dict(gm.named_buffers())
+    memo: dict[int, object] = {}
+    for name, tensor in _named_tensors(model):
+        of = known[name].dtype if name in known else tensor.dtype
+        if name not in known and tensor.dtype == then:
+            of = dtype
+        with mode:
+            fake: Tensor = torch.empty(tensor.shape, dtype=of, device=device)
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=False)
+        memo[id(tensor)] = fake
+    return memo
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for held in (part._parameters, part._buffers, part.__dict__):
+            for leaf, value in held.items():
+                if isinstance(value, Tensor):
+                    yield f"{prefix}{leaf}", value
+
+
+def _warm_step(root: nn.Module, shell: nn.Module, kind: Kind, mode: Any) -> Values:
+    """A step after others, so that the path for a cache with something in it, and for windows that
+    have left tokens behind, is taken. Those for less are special cases of it."""
+    windows = [
+        getattr(layer, "sliding_window", 0) for layer in new_cache(kind, shell.config, 1).layers
+    ]
+    old = _OLD + max(windows, default=0)
+    length = old + _NEW
+    with mode, torch.no_grad():
+        ids = torch.ones(_BATCH, length, dtype=torch.long, device=device_of(shell))
+        mask = torch.ones_like(ids)
+        cache = new_cache(kind, shell.config, 2 * length)
+        root(**nested(arguments_of(shell, kind, ids[:, :old], mask[:, :old], cache, old)))
+        call = arguments_of(shell, kind, ids, mask, cache, _NEW)
+    # in the order of the graph's inputs, constants last
+    return {name: call[name] for name in (*kind.inputs, *call) if name in call}
+
+
+def _take_apart(root: nn.Module, call: Values) -> None:
+    """Let the root's class take the entries of dictionaries as arguments of their own."""
+    if not any("__" in name for name in call):
+        return
+    original = type(root)
+
+    def forward(self: nn.Module, **values: Any) -> Any:
+        return original.forward(self, **nested(values))
+
+    members = {"forward": forward, "__module__": original.__module__}
+    root.__class__ = type(original.__name__, (original,), members)
+
+
+def _rewritten(
+    traced: fx.GraphModule, structure: Structure, record: Record, gm: nn.Module
+) -> fx.GraphModule:
+    """The default passes and the lowering, as ``gm`` had them; they need no values."""
+    groups, pivots = empty_factors(record.plan, lambda _: dtype_of(gm), torch.device("meta"))
+    rewritten, _ = rewrite(
+        traced, record.plan, groups, record.config.fuse, structure.passes, pivots=pivots
+    )
+    whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__)
+    whole.meta.update(rewritten.meta)
+    result, _ = replay(whole, record.lowering)
+    assert isinstance(result, fx.GraphModule)
+    return result

@@ -1,0 +1,152 @@
+"""The generation loop of a model's own class around graphs that run its steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxshare.capture import device_of, dtype_of
+from fxshare.errors import CaptureError, FxShareWarning
+from fxshare.generation.check import check_program
+from fxshare.generation.module_form import module_form
+from fxshare.generation.program import Program, capture_program
+from fxshare.generation.step import CACHE, Kind, Values, flat, kind_of, nested, with_mask
+from fxshare.generation.structure import Structure, structure_of
+from fxshare.record import record_of
+
+_MADE = "steps"
+
+
+@dataclass(eq=False)
+class Steps:
+    """The graphs of one compiled model, one for each kind of step, and how to run a step."""
+
+    gm: nn.Module
+    dtype: torch.dtype
+    programs: dict[Kind, Program | None] = field(default_factory=dict)
+    """None where the model's own code runs the step."""
+    ready: dict[Kind, fx.GraphModule] = field(default_factory=dict)
+    """The graphs over the modules that ``gm`` had when this generation began."""
+    compiled: dict[tuple[int, str], Callable[..., Any]] = field(default_factory=dict)
+    own_code: nn.Module | None = None
+
+    def run(self, shell: nn.Module, arguments: Mapping[str, Any], options: Any = None) -> Any:
+        """One step; under ``torch.compile`` where there are ``options`` for it."""
+        values = with_mask(flat(arguments))
+        kind = None if self.gm.training else kind_of(values)
+        graph = None if kind is None else self._graph(shell, kind)
+        if graph is None or kind is None:
+            if self.own_code is None:
+                self.own_code = module_form(self.gm)
+            return self._faster(self.own_code, options)(**nested(values))
+        return self._faster(graph, options)(**{name: values[name] for name in kind.inputs})
+
+    def _graph(self, shell: nn.Module, kind: Kind) -> fx.GraphModule | None:
+        if kind in self.ready:
+            return self.ready[kind]
+        if kind not in self.programs:
+            self.programs[kind] = self._captured(shell, kind)
+        program = self.programs[kind]
+        if program is None:
+            return None
+        self.ready[kind] = program.bound(self.gm)
+        return self.ready[kind]
+
+    def _captured(self, shell: nn.Module, kind: Kind) -> Program | None:
+        try:
+            # generate() runs under no_grad or inference_mode; tensors made here outlive it
+            with torch.inference_mode(False), torch.no_grad():
+                program = capture_program(self.gm, shell, kind)
+                check_program(program, self.gm, shell)
+        except CaptureError as error:
+            note = f"generate: {kind} runs the model's own code, because no graph does: {error}"
+            _add_note(self.gm, note)
+            warnings.warn(note, FxShareWarning, stacklevel=2)
+            return None
+        return program
+
+    def _faster(self, module: nn.Module, options: Any) -> Callable[..., Any]:
+        if options is None:
+            return module
+        key = (id(module), repr(options))
+        if key not in self.compiled:
+            self.compiled[key] = torch.compile(module, **options)
+        return self.compiled[key]
+
+    def begin(self) -> None:
+        """Look at the modules of ``gm`` again."""
+        self.ready.clear()
+        self.own_code = None
+
+
+def shell_of(gm: nn.Module) -> Any:
+    """A module of the original's class, without weights, whose steps run on ``gm``."""
+    structure = structure_of(gm)
+    assert structure is not None
+    steps = _steps(gm, structure)
+    steps.begin()
+    model = structure.model
+    shell = copy.copy(model)
+    shell.__dict__ = {**model.__dict__, "_modules": {}, "_parameters": {}, "_buffers": {}}
+    shell.__dict__["_steps"] = steps
+    shell.__class__ = _shell_class(type(model), structure)
+    return shell
+
+
+def _steps(gm: nn.Module, structure: Structure) -> Steps:
+    found = structure.made.get(_MADE)
+    if not isinstance(found, Steps) or found.gm is not gm or found.dtype != dtype_of(gm):
+        found = structure.made[_MADE] = Steps(gm, dtype_of(gm))
+    return found
+
+
+def _shell_class(cls: type, structure: Structure) -> type:
+    if "class" not in structure.made:
+        structure.made["class"] = _make_class(cls)
+    made: type = structure.made["class"]
+    return made
+
+
+def _make_class(cls: type) -> type:
+    signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs = {**dict(zip(list(signature.parameters)[1:], args, strict=False)), **kwargs}
+        return self._steps.run(self, kwargs)
+
+    # the generation code asks the signature which arguments the model takes
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+
+    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+        options = (compile_config or self._default_compile_config()).to_dict()
+
+        def call(**kwargs: Any) -> Any:
+            return self._steps.run(self, kwargs, options)
+
+        return call
+
+    members = {
+        "forward": forward,
+        "get_compiled_call": get_compiled_call,
+        "device": property(lambda self: device_of(self._steps.gm)),
+        "dtype": property(lambda self: dtype_of(self._steps.gm)),
+        "__module__": cls.__module__,
+    }
+    return type(f"{cls.__name__}Shared", (cls,), members)
+
+
+def _add_note(gm: nn.Module, note: str) -> None:
+    record = record_of(gm)
+    report = replace(record.report, notes=(*record.report.notes, note))
+    gm.__dict__["meta"]["fxshare"] = replace(record, report=report)
+
+
+__all__ = ["CACHE", "Steps", "Values", "shell_of"]

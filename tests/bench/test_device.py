@@ -1,0 +1,72 @@
+"""``fxshare bench device``: constants of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxshare.bench.device import bench_device, table, threads
+from fxshare.cli import main
+from fxshare.cost_model.device import rates_for, rates_of_model
+from fxshare.errors import ConfigError, FxShareWarning
+
+SMALL = {"widths": (16, 64), "working_sets": (1 << 16, 1 << 18), "repeats": 1}
+
+
+def test_constants_are_positive_and_in_order() -> None:
+    before = torch.get_num_threads()
+    with threads(1):
+        found = bench_device(dtype="float64", compiled=False, **SMALL)  # type: ignore[arg-type]
+    assert torch.get_num_threads() == before
+    assert (found.dtype, found.threads, found.element_size) == ("float64", 1, 8)
+    assert [n for n, _ in found.matmul] == [16, 64]
+    assert all(rate > 1e6 for _, rate in (*found.matmul, *found.bandwidth))
+    assert 0 < found.launch == found.launch_compiled < 0.01
+    assert len(table(found)[1]) == 6
+
+
+def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> object:
+        def run(x: object) -> object:
+            raise RuntimeError("no C++ compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(FxShareWarning, match="no C\\+\\+ compiler"):
+        found = bench_device(**SMALL)  # type: ignore[arg-type]
+    assert found.launch_compiled == found.launch
+
+
+def test_the_command_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fxshare.bench.device.WORKING_SETS", (1 << 16,))
+    monkeypatch.setattr("fxshare.bench.device.WIDTHS", (16,))
+    assert rates_for(torch.device("cpu"), torch.float32) is None
+    assert main(["bench", "device", "--repeats", "1", "--no-compiled"]) == 0
+    assert "launch, eager" in capsys.readouterr().out
+    found = rates_of_model(torch.nn.Linear(2, 2))
+    assert found is not None
+    assert found == rates_of_model(torch.nn.Linear(2, 2, device="meta"))
+    assert rates_of_model(torch.nn.Linear(2, 2).bfloat16()) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"device": "tpu"}, "device: expected cpu or cuda"),
+        pytest.param(
+            {"device": "cuda"},
+            "no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_devices_and_dtypes_that_are_not_there(keys: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        bench_device(**keys)  # type: ignore[arg-type]

@@ -1,0 +1,323 @@
+"""``fxshare bench run``: its variants compute the same, and its figures are those of one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxshare
+from fxshare.bench.capture import bench_capture, lines, llama
+from fxshare.bench.compiling import compiled_call
+from fxshare.bench.notebook_layout import SliceProducts, notebook_layout
+from fxshare.bench.run import VARIANTS, SpeedBench, available, bench_run, chosen
+from fxshare.bench.speed_table import draw, lines_below, table
+from fxshare.bench.subject import (
+    GPTShape,
+    Settings,
+    Subject,
+    as_pivoted,
+    dense_again,
+    gpt_types,
+    shape_subject,
+)
+from fxshare.cli import main
+from fxshare.cost_model import Matmul
+from fxshare.cost_model.recorder import record_step
+from fxshare.errors import FxShareError
+from fxshare.numerics import tolerance, worst
+from fxshare.record import dense_sites
+
+SHAPE = GPTShape(32, 2, 4, 64)
+
+
+def subject(shape: GPTShape = SHAPE, **keys: Any) -> Subject:
+    return shape_subject(
+        shape,
+        Settings(**keys),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        context=24,
+        vocabulary=40,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> Subject:
+    return subject()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(left: nn.Module, right: nn.Module, plan: fxshare.Plan) -> None:
+    with torch.no_grad():
+        distance = worst(left(ids()), right(ids()))
+    assert distance.relative <= tolerance(torch.float32, 2 * len(plan.sites) + 1), str(distance)
+
+
+# the variants ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "storage"), [("heads", "pivoted"), ("qkv", "plain"), ("false", "pivoted")]
+)
+def test_the_notebook_layout_computes_what_the_compiled_model_does(
+    split: Any, storage: Any
+) -> None:
+    one = subject(GPTShape(16, 1, 2, 24), split=split, storage=storage)
+    slow = notebook_layout(one.dense, one.compiled, one.plan)
+    assert_same(slow, one.compiled, one.plan)
+    parts = {m for m in slow.modules() if isinstance(m, SliceProducts)}
+    assert len(parts) == len(one.plan.sites)
+    assert all(type(m) is not SliceProducts for m in one.dense.modules())
+
+
+def test_the_notebook_layout_multiplies_a_basis_for_every_head(plain: Subject) -> None:
+    slow = notebook_layout(plain.dense, plain.compiled, plain.plan)
+    (group,) = (g for g in plain.plan.groups if g.type == "attn_c_attn" and g.layers == (0,))
+    call = {"idx": torch.zeros(1, 8, dtype=torch.int64)}
+    count = {
+        name: record_step(model, call).count(Matmul(8, 32, group.rank))
+        for name, model in {"notebook": slow, "compiled": plain.compiled}.items()
+    }
+    # 4 heads of q, k and v, in two layers
+    assert count == {"notebook": 2 * 12, "compiled": 2}
+
+
+def test_a_notebook_layout_with_another_basis_is_told_apart(plain: Subject) -> None:
+    slow = notebook_layout(plain.dense, plain.compiled, plain.plan)
+    first = next(m for m in slow.modules() if isinstance(m, SliceProducts))
+    basis = first.parts[0][0]  # type: ignore[index]
+    basis.weight = nn.Parameter(basis.weight.flip(0))
+    with pytest.raises(AssertionError):
+        assert_same(slow, plain.compiled, plain.plan)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_every_matrix_keeps_its_share(kept: float, plain: Subject) -> None:
+    types = gpt_types(SHAPE.heads, Settings())
+    uniform = {"group_size": 1, "compression_rate": kept}
+    plan = fxshare.plan(plain.dense, [types, uniform])
+    for one in (plan, as_pivoted(plan, kept)):
+        for group in one.groups:
+            assert group.stored_numbers <= kept * group.dense_numbers
+            more = group.model_copy(update={"rank": group.rank + 1})
+            assert more.stored_numbers > kept * group.dense_numbers
+
+
+def test_pivoted_plans_have_higher_ranks(plain: Subject) -> None:
+    other = as_pivoted(plain.plan, 0.5)
+    assert all(a.rank < b.rank for a, b in zip(plain.plan.groups, other.groups, strict=True))
+
+
+def test_the_dense_model_of_a_folder_has_the_products(plain: Subject, tmp_path: Path) -> None:
+    fxshare.save(plain.compiled, tmp_path / "out")
+    again = dense_again(fxshare.load(tmp_path / "out"))
+    assert_same(again, plain.compiled, plain.plan)
+    products = dense_sites(plain.compiled, plain.plan)
+    (site, *_) = plain.plan.sites
+    torch.testing.assert_close(again.get_submodule(site.name).weight, products[site.name].float())
+
+
+# the run --------------------------------------------------------------------------------------
+
+
+def check_run(found: SpeedBench, variants: tuple[str, ...], modes: tuple[str, ...]) -> None:
+    rows = [(r.step, r.mode, r.variant) for r in found.rows]
+    assert rows == [(s, m, v) for s in ("prefill", "decode") for m in modes for v in variants]
+    for row in found.rows:
+        assert row.seconds > 0
+        assert row.spread >= 0
+        if row.variant == "dense":
+            assert row.speedup == 1
+        assert (row.compile_seconds is None) == (row.mode == "eager")
+    header, cells = table(found)
+    assert all(len(row) == len(header) for row in cells)
+
+
+def test_every_variant_runs_eagerly(plain: Subject, tmp_path: Path) -> None:
+    said: list[str] = []
+    found = bench_run(plain, modes=("eager",), repeats=2, prefill=20, say=said.append)
+    check_run(found, VARIANTS, ("eager",))
+    by_name = {r.variant: r for r in found.rows if r.step == "prefill"}
+    flops = {name: row.flops for name, row in by_name.items()}
+    assert flops["dense"] == flops["exact"] == flops["exact-lowered"]
+    assert flops["lowered"] is not None
+    assert flops["dense"] is not None
+    assert flops["lowered"] <= flops["readable"] < flops["dense"]  # type: ignore[operator]
+    assert found.rows[0].tokens == 20
+    assert not found.kv_cache
+    assert said
+    draw(found, tmp_path / "speed.svg")
+    assert (tmp_path / "speed.svg").read_text("utf-8").lstrip().startswith("<?xml")
+    assert any("medians of 2" in line for line in lines_below(found))
+
+
+@pytest.mark.slow
+def test_compiled_runs_say_what_compiling_took(plain: Subject) -> None:
+    found = bench_run(plain, variants=("lowered",), modes=("compiled",), repeats=1)
+    check_run(found, ("dense", "lowered"), ("compiled",))
+    for row in found.rows:
+        assert row.compile_seconds is not None
+        assert row.inductor_seconds is not None
+        assert 0 < row.inductor_seconds < row.compile_seconds + 0.1
+
+
+def test_each_compilation_is_timed_for_itself() -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    calls: list[int] = []
+    with torch.no_grad():
+        one = compiled_call("linear", linear, {"input": x}, lambda: calls.append(1), mode="default")
+        torch.testing.assert_close(one.run(), linear(x))
+    assert 0 < one.inductor_seconds < one.seconds
+    assert len(calls) == 2
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> object:
+        def run(call: object) -> object:
+            raise RuntimeError("no C++ compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(FxShareError, match="compile fails: RuntimeError"):
+        compiled_call("lowered", nn.Linear(2, 2), {}, lambda: None, mode="default")
+
+
+def test_predictions_stand_beside(plain: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_cost_model import SLOW
+
+    monkeypatch.setattr("fxshare.bench.run.rates_for", lambda device, dtype: SLOW)
+    found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
+    assert found.notes == ()
+    for row in found.rows:
+        assert row.predicted_seconds is not None
+        assert row.predicted_seconds > SLOW.launch
+    assert found.rows[0].predicted_speedup == 1
+    monkeypatch.setattr("fxshare.bench.run.rates_for", lambda device, dtype: None)
+    found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
+    assert "fxshare bench device --dtype float32" in found.notes[0]
+    assert found.rows[0].predicted_seconds is None
+
+
+def test_a_hugging_face_model_decodes_with_its_cache(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fxshare.bench.subject import named_subject
+
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=48, n_positions=32, bos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    types = Path(__file__).parent.parent.parent / "configs" / "gpt2.yaml"
+    text = types.read_text("utf-8").replace("n_head: 12", "n_head: 2")
+    (tmp_path / "gpt2.yaml").write_text(text, encoding="utf-8")
+    one = named_subject(
+        str(tmp_path / "gpt2"),
+        Settings(),
+        configs=[tmp_path / "gpt2.yaml"],
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    assert one.kv_cache
+    found = bench_run(
+        one, variants=("readable", "notebook"), modes=("eager",), repeats=2, prefill=16
+    )
+    check_run(found, ("dense", "notebook", "readable"), ("eager",))
+    assert found.kv_cache
+
+
+# the command line -----------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, plain: Subject
+) -> None:
+    command = ["bench", "run", "--shape", "16,1,2,48", "--prefill", "8", "--repeats", "1"]
+    command += ["--modes", "eager", "--variants", "notebook"]
+    assert main([*command, "--plot", str(tmp_path / "a.svg")]) == 0
+    assert "GPT 16,1,2,48, float32, params_kept 0." in capsys.readouterr().out
+    assert (tmp_path / "a.svg").exists()
+    assert main([*command, "--storage", "pivoted", "--split", "qkv", "--json"]) == 0
+    assert [r["variant"] for r in json.loads(capsys.readouterr().out)["rows"]] == [
+        "dense",
+        "notebook",
+    ] * 2
+    fxshare.save(plain.compiled, tmp_path / "out")
+    saved = ["bench", "run", str(tmp_path / "out"), "--repeats", "1", "--modes", "eager"]
+    assert main(saved) == 0
+    out = capsys.readouterr().out
+    assert "lowered" in out
+    assert "exact" not in out
+    assert main([*saved, "--variants", "exact"]) == 2
+    assert "does not hold the original weights" in capsys.readouterr().err
+    assert main([*saved, "--kept", "0.5"]) == 2
+    assert "is compressed already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--shape", "16,1,3,48"), "--shape: expected d,layers,heads,ffn"),
+        (("--shape", "16,x"), "found '16,x'"),
+        (("--shape", "16,1,2,0"), "--shape: expected"),
+        (("other", "--shape", "16,1,2,48"), "found MODEL beside it"),
+        (("nowhere",), "is not a model"),
+        (("--original", "a:b"), "--original: names the model"),
+        (("--kept", "1.5"), "--kept: expected a share"),
+        (("--kept", "nan"), "--kept: expected a share"),
+        (("--storage", "zip"), "--storage: expected plain or pivoted; found 'zip'"),
+        (("--split", "rows"), "--split: expected heads or qkv or false"),
+        (("--basis", "all"), "--basis: expected"),
+        (("--group-size", "0"), "--group-size: expected at least 1"),
+        (("--variants", "lowred"), "Did you mean 'lowered'?"),
+        (("--modes", "fast"), "--modes: expected some of eager, compiled"),
+        (("--compile-mode", "max"), "--compile-mode: expected some of default"),
+        (("--dtype", "int8"), "dtype: expected one of"),
+        (("--device", "tpu"), "device: expected cpu or cuda"),
+        (("--plot", "speed.txt"), "expected a picture ending in"),
+    ],
+)
+def test_what_the_command_refuses(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "run", *options]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_names_keep_their_order(plain: Subject) -> None:
+    assert chosen("lowered, dense", VARIANTS, "--variants") == ("dense", "lowered")
+    assert available(plain) == VARIANTS
+
+
+# capture --------------------------------------------------------------------------------------
+
+
+def test_capture_measures_a_model_without_weights() -> None:
+    pytest.importorskip("transformers")
+    found = bench_capture(lambda: llama(2, width=64, ffn=96, heads=4))
+    assert found.sites == 14
+    assert found.groups == 7
+    assert found.seconds > 0
+    assert found.peak_bytes >= found.imported_bytes > 0
+    assert any("GB at most" in line for line in lines(found))
+
+
+@pytest.mark.slow
+def test_a_7b_shape_is_captured_in_ten_seconds_and_two_gigabytes() -> None:
+    pytest.importorskip("transformers")
+    found = bench_capture()
+    assert found.sites == 7 * 32
+    # of the processor: a busy machine takes longer
+    assert found.cpu_seconds < 10
+    assert found.peak_bytes < 2e9
