@@ -15,6 +15,7 @@ from fxshare.config import ShareConfig, load_config
 from fxshare.dynamo_backend import backend
 from fxshare.errors import FxShareError, FxShareWarning
 from fxshare.export import export
+from fxshare.knowing import init, propose
 from fxshare.lowering import lower, readable
 from fxshare.plans import Plan
 from fxshare.record import Record, ShareModule
@@ -33,10 +34,12 @@ __all__ = [
     "backend",
     "compile",
     "export",
+    "init",
     "load",
     "load_config",
     "lower",
     "plan",
+    "propose",
     "readable",
     "save",
     "verify",

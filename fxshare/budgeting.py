@@ -31,8 +31,8 @@ from fxshare.planner.solve import least_cost
 from fxshare.planning import check_layers
 from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
 from fxshare.search import Effort, Judge, Planned, Search, Trial, slope, substituted, trials
+from fxshare.sites import site_tensors
 from fxshare.spectra import SliceStatistics, Spectra
-from passes.graph import weight_and_bias
 
 _HELD_BACK = 10
 _SLOPE_TOKENS = 32768
@@ -277,7 +277,7 @@ def site_biases(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
     """The bias ``(out,)`` of every site that has one."""
     found = {}
     for site in sites:
-        _, bias = weight_and_bias(model.get_submodule(site.name))
+        _, bias = site_tensors(model, site)
         if bias is not None:
             found[site.name] = bias.detach()
     return found

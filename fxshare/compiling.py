@@ -21,6 +21,7 @@ from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import CalibrationError, ConfigError, MatchError, PlanError
 from fxshare.factors import Factorised, planned_factors, remade_factors, sharing_factors
 from fxshare.generation import keep_structure
+from fxshare.knowing import init
 from fxshare.losses import Loss
 from fxshare.lowering import lower_module, with_lowered
 from fxshare.matching import Matching, dense_weights, match
@@ -41,6 +42,7 @@ from fxshare.report import Report, group_reports
 from fxshare.source import Source
 from fxshare.spectra import Spectra
 from fxshare.verifying import verify
+from fxshare.visible import unstacked, visible_sites
 from passes import (
     Applied,
     Pass,
@@ -59,7 +61,7 @@ from passes import (
 @torch.inference_mode(False)  # what is made under it could never be trained
 def compile(
     model: nn.Module,
-    cfg: ConfigSource | Sequence[ConfigSource],
+    cfg: ConfigSource | Sequence[ConfigSource] | None = None,
     *,
     calibration: Iterable[object] | None = None,
     example: object = None,
@@ -79,6 +81,8 @@ def compile(
         Any ``nn.Module``. Parameters that no pattern matches are shared with the result.
     cfg
         A :class:`ShareConfig`, a mapping, a path to YAML, or a list of these (later ones win).
+        Where None, what :func:`fxshare.init` finds in the model: exact mode. A budget goes with it
+        as ``[fxshare.init(model), {"budget": {"params_kept": 0.8}}]``.
     calibration
         Batches: tensors, tuples, or mappings with an optional ``attention_mask``. Streamed once.
         Without it the sharing mode is a plain SVD of the weights.
@@ -114,7 +118,7 @@ def compile(
         One of its kinds, naming what was expected, what was found, and the way out.
     """
     start = time.perf_counter()
-    stages = _prepare(model, load_config(cfg), calibration, example, capture)
+    stages = _prepare(model, _config(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*_named_passes(cfg), *passes)
     plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed)
@@ -222,9 +226,15 @@ def _budgeted(
     )
 
 
+def _config(
+    model: nn.Module, cfg: ConfigSource | Sequence[ConfigSource] | None
+) -> ShareConfig:
+    return init(model) if cfg is None else load_config(cfg)
+
+
 def make_plan_for(
     model: nn.Module,
-    cfg: ConfigSource | Sequence[ConfigSource],
+    cfg: ConfigSource | Sequence[ConfigSource] | None = None,
     *,
     calibration: Iterable[object] | None = None,
     example: object = None,
@@ -233,11 +243,11 @@ def make_plan_for(
 ) -> Plan:
     """The plan of a compilation without carrying it out (``fxshare.plan``).
 
-    In exact and sharing mode nothing of the model is run, so a model on the meta device will do.
-    A budget needs ``calibration`` to be spent well; without it the plan has uniform ranks, each
+    ``cfg`` as in :func:`compile`. In exact and sharing mode nothing of the model is run, so a model
+    on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan has uniform ranks, each
     slice for itself, and says sizes and FLOPs only.
     """
-    config = load_config(cfg)
+    config = _config(model, cfg)
     _check_module(model)
     if calibration is not None or example is not None:
         # captured, so that the plan leaves out what the graph never calls
@@ -357,7 +367,8 @@ def _prepare(
         # labels among the data are for training; an example that has them wants the loss
         example = without_labels(model, bind(model, first))
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
-    sites, skipped = _visible(captured.graph, matching)
+    captured = unstacked(captured, matching.sites)
+    sites, skipped = visible_sites(captured.graph, matching)
     if not sites:
         raise MatchError(
             f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "
@@ -400,33 +411,6 @@ def _peek(
     if isinstance(calibration, Sequence):
         return first, calibration
     return first, itertools.chain([first], iterator)
-
-
-def _visible(
-    gm: fx.GraphModule, matching: Matching
-) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-    """The sites that the graph calls; a linear that is never called stays as it is."""
-    called = {call.name for call in linear_calls(gm)}
-    sites, skipped = [], list(matching.skipped)
-    for site in matching.sites:
-        calls = tuple(name for name in site.calls if name in called)
-        if not calls:
-            skipped.append(
-                Skipped(name=site.name, type=site.type, reason="is not called by this graph")
-            )
-        else:
-            sites.append(site if calls == site.calls else _called_as(site, calls))
-    return tuple(sites), tuple(skipped)
-
-
-def _called_as(site: Site, calls: tuple[str, ...]) -> Site:
-    """The site under the names that the graph knows: torch.export keeps one of several for a tied
-    weight."""
-    name = site.name if site.name in calls else calls[0]
-    slices = tuple(
-        s.model_copy(update={"name": name + s.name.removeprefix(site.name)}) for s in site.slices
-    )
-    return site.model_copy(update={"name": name, "calls": calls, "slices": slices})
 
 
 def _named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:

@@ -7,16 +7,14 @@ the signature, stay as dynamo made them for the inner backend.
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from fxshare.dynamo_graph import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import FxShareError, GuardError, MatchError
 from fxshare.plans import Group, Plan, Site
 from fxshare.record import record_of, site_bias, slice_product, slices_of
@@ -35,9 +33,6 @@ from passes import (
 from passes.slices import basis_matrix, rows_of
 
 Inner = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-
-_LINEARS = (F.linear, torch._C._nn.linear)
-_STEP = re.compile(r"\._modules\['([^']*)'\]")
 
 
 def backend(compiled: nn.Module, *, inner: str | Inner = "inductor", check: bool = True) -> Backend:
@@ -91,7 +86,7 @@ def _inner(inner: str | Inner) -> Inner:
     from torch._dynamo.exc import InvalidBackend
 
     try:
-        found: Inner = lookup_backend(inner)
+        found: Inner = lookup_backend(inner)  # type: ignore[assignment]
     except InvalidBackend:
         known = ", ".join(torch.compiler.list_backends())
         raise FxShareError(
@@ -113,7 +108,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite one of dynamo's graphs and hand it on."""
-        linears = _linears(gm, example_inputs)
+        linears = linears_of(gm, example_inputs)
         sites = self._sites(linears)
         if linears and not sites:
             seen = ", ".join(sorted({repr(one.name) for one in linears})[:4])
@@ -127,15 +122,15 @@ class Backend:
             return self.inner(gm, example_inputs)
         return _held(self.inner(self._rewritten(gm, sites), example_inputs), sites, example_inputs)
 
-    def _sites(self, linears: Sequence[_Linear]) -> dict[Site, list[_Linear]]:
-        found: dict[Site, list[_Linear]] = {}
+    def _sites(self, linears: Sequence[DynamoLinear]) -> dict[Site, list[DynamoLinear]]:
+        found: dict[Site, list[DynamoLinear]] = {}
         for linear in linears:
             site = self._site(linear)
             if site is not None:
                 found.setdefault(site, []).append(linear)
         return found
 
-    def _site(self, linear: _Linear) -> Site | None:
+    def _site(self, linear: DynamoLinear) -> Site | None:
         """The site whose weight a linear reads. After a graph break names are relative to some
         inner module, and several sites may end alike: then the numbers decide."""
         shape = tuple(linear.weight_OI.shape)
@@ -176,7 +171,7 @@ class Backend:
         )
 
     def _rewritten(
-        self, gm: fx.GraphModule, sites: Mapping[Site, Sequence[_Linear]]
+        self, gm: fx.GraphModule, sites: Mapping[Site, Sequence[DynamoLinear]]
     ) -> fx.GraphModule:
         record = record_of(self.compiled)
         for site, linears in sites.items():
@@ -201,7 +196,7 @@ class Backend:
             for site in sites
         ]
         result, _ = run(gm, default_passes(split, groups, pivots, fuse=record.config.fuse))
-        _keep_sources(gm, result)
+        keep_sources(gm, result)
         for parameter in result.parameters():
             parameter.requires_grad_(False)
         self.rewritten |= {site.name for site in sites}
@@ -249,7 +244,9 @@ class Backend:
 
 
 def _held(
-    run: Callable[..., Any], sites: Mapping[Site, Sequence[_Linear]], example_inputs: Sequence[Any]
+    run: Callable[..., Any],
+    sites: Mapping[Site, Sequence[DynamoLinear]],
+    example_inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     """``run``, refusing to run on other weights than those whose factors it has.
 
@@ -276,55 +273,6 @@ def _held(
     return call
 
 
-@dataclass(frozen=True, eq=False)
-class _Linear:
-    """A node of dynamo's graph that computes ``input @ weight_OI.T + bias`` over a parameter, its
-    input number ``at``; ``name`` is the module as dynamo reached it."""
-
-    node: fx.Node
-    at: int
-    name: str
-    input: fx.Node
-    weight_OI: Tensor
-
-
-def _linears(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[_Linear]:
-    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    given = dict(zip(inputs, example_inputs, strict=True))
-    at = {node: number for number, node in enumerate(inputs)}
-    found = []
-    for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target in _LINEARS:
-            named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-            x, weight = named["input"], named["weight"]
-        elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
-            _, x, weight = node.args
-        else:
-            continue
-        name = _module_name(weight)
-        stored = given.get(weight)
-        if name is None or not isinstance(stored, Tensor) or not isinstance(x, fx.Node):
-            continue
-        stored = stored.detach()
-        weight_OI = stored.t() if node.target is torch.addmm else stored
-        found.append(_Linear(node, at[weight], name, x, weight_OI))
-    return found
-
-
-def _module_name(weight: object) -> str | None:
-    """``h.0.c_fc`` of an input that dynamo took from ``L['self']._modules['h']…``."""
-    if not isinstance(weight, fx.Node) or weight.op != "placeholder":
-        return None
-    source = getattr(weight.meta.get("grapharg"), "source", None)
-    text = getattr(source, "name", None)
-    text = text() if callable(text) else text
-    if not isinstance(text, str) or not text.endswith("._parameters['weight']"):
-        return None
-    return ".".join(_STEP.findall(text))
-
-
 def _same_kind(site: Site, weight_OI: Tensor, compiled: nn.Module) -> None:
     place = slices_of(compiled)[site.slices[0].name]
     own, _ = weight_and_bias(compiled.get_submodule(place.module))
@@ -333,13 +281,3 @@ def _same_kind(site: Site, weight_OI: Tensor, compiled: nn.Module) -> None:
             f"{site.name!r}: the model has {weight_OI.dtype} on {weight_OI.device}, the compiled "
             f"module {own.dtype} on {own.device}; move one of them with .to(...)"
         )
-
-
-def _keep_sources(old: fx.GraphModule, new: fx.GraphModule) -> None:
-    """What dynamo says of its inputs beside ``meta``, which copying a graph loses."""
-    for a, b in zip(old.graph.nodes, new.graph.nodes, strict=False):
-        if a.op != "placeholder":
-            break
-        source = getattr(a, "_dynamo_source", None)
-        if source is not None:
-            b._dynamo_source = source

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import MatchError
 from fxshare.plans import Site, Skipped, SliceSpec
+from fxshare.sites import site_tensors, stored_bias
 from passes.graph import is_linear, weight_and_bias
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
@@ -31,6 +32,8 @@ class Matching:
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    parameters: frozenset[str] = frozenset()
+    """The sites that are bare parameters: only a graph tells whether they are used as linears."""
 
 
 def match(model: nn.Module, cfg: ShareConfig) -> Matching:
@@ -60,14 +63,16 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
             continue
         done.add(id(weight))
         sites.append(_site(model, cfg, name, type_name, module, readers))
+    parameters: set[str] = set()
     for name, type_name in _parameter_types(model, modules, cfg).items():
-        found = parameter_sites(model, cfg, name, type_name, owners)
+        found = _parameter_sites(model, cfg, name, type_name, owners)
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
             sites.extend(found)
+            parameters.update(site.name for site in found)
     _every_type_has_sites(cfg, sites, skipped, modules)
-    return Matching(tuple(sites), tuple(skipped))
+    return Matching(tuple(sites), tuple(skipped), frozenset(parameters))
 
 
 def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]:
@@ -176,7 +181,7 @@ def _site(
     )
 
 
-def parameter_sites(
+def _parameter_sites(
     model: nn.Module,
     cfg: ShareConfig,
     name: str,
@@ -226,43 +231,6 @@ def parameter_sites(
             )
         )
     return found
-
-
-def stored_bias(module: nn.Module, field: str) -> Tensor | None:
-    """The bias that goes with a parameter by its name: ``in_proj_weight`` and ``in_proj_bias``,
-    ``down_proj`` and ``down_proj_bias``, ``weight`` and ``bias``."""
-    name = f"{field.removesuffix('weight')}bias" if field.endswith("weight") else f"{field}_bias"
-    found = getattr(module, name, None)
-    return found if isinstance(found, nn.Parameter) else None
-
-
-def site_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """``(weight_OI, bias_O)`` of a site in the original, whether a module or a parameter holds it;
-    views of the model's own tensors.
-
-    Raises :class:`MatchError` where the model has no such weight.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    module = modules.get(site.name)
-    if module is not None and is_linear(module):
-        return weight_and_bias(module)
-    name = f"{site.name}.weight" if module is not None else site.name
-    at: slice | int = slice(None)
-    part = re.fullmatch(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))", name)
-    owner, _, field = name.rpartition(".")
-    if part is not None and owner not in modules:
-        at = slice(int(part[3]), int(part[4])) if part[2] is None else int(part[2])
-        owner, _, field = part[1].rpartition(".")
-    holder = modules.get(owner)
-    parameter = getattr(holder, field, None)
-    if not isinstance(holder, nn.Module) or not isinstance(parameter, nn.Parameter):
-        raise MatchError(
-            f"{type(model).__name__} has no weight {site.name!r}: it is not the model that was "
-            "matched"
-        )
-    bias = stored_bias(holder, field) if site.bias else None
-    weight = parameter[at]
-    return (weight.t() if site.transposed else weight), (None if bias is None else bias[at])
 
 
 def _layer(cfg: ShareConfig, name: str, type_name: str) -> int | None:
@@ -364,9 +332,7 @@ def _head_counts(
 ) -> tuple[int | None, int | None]:
     """Heads of q and of k and v in a fused projection; None where only thirds are needed."""
     heads = spec.n_head or _from_config(model, _HEADS)
-    kv_heads = spec.n_kv_head or (
-        1 if _is_multi_query(model) else _from_config(model, _KV_HEADS)
-    )
+    kv_heads = spec.n_kv_head or (1 if _is_multi_query(model) else _from_config(model, _KV_HEADS))
     if spec.split == "qkv" and (spec.n_kv_head is None and (kv_heads is None or kv_heads == heads)):
         return None, None
     if heads is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ from fxshare.errors import FxShareError
 from fxshare.generation.face import GenerationFace
 from fxshare.pickling import reduced
 from fxshare.plans import Plan, Site
+from fxshare.pretrained import SavingFace, save_pretrained
 from fxshare.report import Report
 from fxshare.source import Source
-from passes import Origin, Prefer
-from passes import derived_buffers
+from passes import Origin, Prefer, derived_buffers
 from passes.graph import weight_and_bias
 from passes.slices import Slice, basis_of, rows_of
 
@@ -151,7 +152,7 @@ def _is_leaf(value: object) -> bool:
     return type(value) not in (dict, list, tuple)
 
 
-class ShareModule(GenerationFace, fx.GraphModule):
+class ShareModule(GenerationFace, SavingFace, fx.GraphModule):
     """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
 
     @property
@@ -189,6 +190,8 @@ def attach(result: nn.Module, record: Record) -> None:
     result.__dict__["meta"]["fxshare"] = record
     if not isinstance(result, ShareModule):
         result.__dict__["fxshare"] = record
+        if hasattr(result, "save_pretrained"):  # its own would write weights that it cannot read
+            result.__dict__["save_pretrained"] = functools.partial(save_pretrained, result)
 
 
 def graph_sha256(module: nn.Module) -> str:

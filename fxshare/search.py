@@ -39,8 +39,9 @@ from fxshare.planner.problem import Node, Problem
 from fxshare.planner.solve import Choice, Solution, solve
 from fxshare.plans import Group, Site
 from fxshare.progress import track
+from fxshare.sites import substitute
 from fxshare.spectra import SliceStatistics, Spectra
-from passes.graph import ModuleT, is_conv1d, structure_copy
+from passes.graph import ModuleT, structure_copy
 
 Effort = Literal["off", "quick", "thorough"]
 
@@ -189,18 +190,7 @@ def substituted(
 ) -> ModuleT:
     """A copy of a module in which sites have other weights ``(out, in)`` and biases ``(out,)``."""
     copy = structure_copy(source)
-    for site in sites:
-        for attribute, values in (("weight", weights), ("bias", biases)):
-            if site.name not in values:
-                continue
-            for call in site.calls:
-                module = copy.get_submodule(call)
-                new = values[site.name]
-                if attribute == "weight" and is_conv1d(module):
-                    new = new.t()
-                old = getattr(module, attribute)
-                parameter = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=False)
-                setattr(module, attribute, parameter)
+    substitute(copy, sites, weights, biases)
     return copy
 
 

@@ -15,11 +15,12 @@ from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
 from fxshare.capture.adapted import runnable
 from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
 from fxshare.capture.guards import hold_dtype
-from fxshare.errors import CheckFailed, FxShareError
+from fxshare.errors import CheckFailed, FxShareError, MatchError
 from fxshare.numerics import Distance, tolerance, worst
 from fxshare.plans import Plan
 from fxshare.record import dense_sites, record_of, site_bias, slice_product
-from passes.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
+from fxshare.sites import site_tensors, substitute
+from passes.graph import structure_copy
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,13 @@ def verify(
 
 
 def _check_sites(model: nn.Module, plan: Plan) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
     for site in plan.sites:
-        module = modules.get(site.name)
-        found = f"no module {site.name!r}"
-        if module is not None:
-            weight_OI, _ = weight_and_bias(module) if is_linear(module) else (None, None)
-            shape = None if weight_OI is None else tuple(weight_OI.shape)
-            if shape == (site.out_features, site.in_features):
-                continue
-            found = f"{site.name!r} as {type(module).__name__} {shape or ''}".rstrip()
+        try:
+            found = f"one of {tuple(site_tensors(model, site)[0].shape)}"
+        except MatchError:
+            found = f"no weight {site.name!r}"
+        if found == f"one of {(site.out_features, site.in_features)}":
+            continue
         raise FxShareError(
             f"{type(model).__name__} is not the model that was compiled: expected "
             f"{site.name!r} to be a linear ({site.out_features}, {site.in_features}), found {found}"
@@ -213,18 +211,11 @@ def _cast_to_float32(gm: fx.GraphModule) -> None:
 def _multiplied_out(model: nn.Module, gm: nn.Module, half: bool) -> nn.Module:
     plan = record_of(gm).plan
     copy = structure_copy(model)
-    for name, weight_OI in dense_sites(gm, plan).items():
-        site = next(s for s in plan.sites if s.name == name)
-        first = copy.get_submodule(name)
-        old, _ = weight_and_bias(first)
-        new = weight_OI.t() if is_conv1d(first) else weight_OI
-        parameter = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=False)
-        bias = site_bias(gm, site) if record_of(gm).plan.mode == "planned" else None
-        for call in site.calls:
-            copy.get_submodule(call).weight = parameter
-            if bias is not None:
-                moved = nn.Parameter(bias.to(old.dtype), requires_grad=False)
-                copy.get_submodule(call).bias = moved
+    biases: dict[str, Tensor] = {}
+    if plan.mode == "planned":
+        moved = ((site.name, site_bias(gm, site)) for site in plan.sites)
+        biases = {name: bias for name, bias in moved if bias is not None}
+    substitute(copy, plan.sites, dense_sites(gm, plan), biases)
     return copy
 
 
@@ -233,7 +224,7 @@ def _weights(model: nn.Module, gm: nn.Module) -> Check:
     record = record_of(gm)
     result = Distance(0.0, 0.0, 0.0, 0.0, "slice", ())
     for site in record.plan.sites:
-        weight_OI, _ = weight_and_bias(model.get_submodule(site.name))
+        weight_OI, _ = site_tensors(model, site)
         for s in site.slices:
             # a slice outside every group still has its own rows
             expected = record.slice_errors.get(s.name, 0.0)
@@ -261,7 +252,7 @@ def _biases(model: nn.Module, gm: nn.Module) -> Check:
     record = record_of(gm)
     result = Distance(0.0, 0.0, 0.0, 0.0, "bias", ())
     for site in record.plan.sites:
-        _, bias = weight_and_bias(model.get_submodule(site.name))
+        _, bias = site_tensors(model, site)
         found = site_bias(gm, site)
         if bias is None and found is None:
             continue

@@ -33,6 +33,7 @@ from passes.share_basis import ShareBasis, SharedGroup
 from passes.slices import Slice, slice_weight, slices
 from passes.split_linear import Rows, SplitLinear, SplitSite
 from passes.stack_bases import StackBases
+from passes.unstack_experts import UnstackExperts, stacks
 
 __all__ = [
     "Applied",
@@ -65,6 +66,7 @@ __all__ = [
     "SplitLinear",
     "SplitSite",
     "StackBases",
+    "UnstackExperts",
     "default_passes",
     "derive_gathers",
     "derived_buffers",
@@ -81,6 +83,7 @@ __all__ = [
     "run",
     "slice_weight",
     "slices",
+    "stacks",
     "structure_copy",
     "tapped",
     "weight_and_bias",

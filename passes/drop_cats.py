@@ -58,33 +58,38 @@ def _is_cat(node: fx.Node) -> bool:
         and node.target is torch.cat
         and node.kwargs == {"dim": _LAST}
         and isinstance(node.args[0], (list, tuple))
+        and len(node.args[0]) > 1
         and not is_written(node)
     )
 
 
-def _undo_split(cat: fx.Node) -> bool:
+def _parts(cat: fx.Node) -> list[fx.Node]:
     parts = cat.args[0]
     assert isinstance(parts, (list, tuple))
-    first = parts[0]
-    if not isinstance(first, fx.Node) or first.target is not operator.getitem:
+    return [part for part in parts if isinstance(part, fx.Node)]
+
+
+def _undo_split(cat: fx.Node) -> bool:
+    parts = _parts(cat)
+    split = parts[0].args[0] if parts[0].target is operator.getitem else None
+    if not isinstance(split, fx.Node):
         return False
-    split = first.args[0]
-    assert isinstance(split, fx.Node)
     if split.target is not torch.split or split.kwargs != {"dim": _LAST}:
         return False
     sizes = split.args[1]
     wanted = [(split, at) for at in range(len(sizes))] if isinstance(sizes, (list, tuple)) else []
-    found = [p for p in parts if isinstance(p, fx.Node) and p.target is operator.getitem]
-    if len(found) < len(parts) or [p.args for p in found] != wanted:
+    if any(p.target is not operator.getitem for p in parts) or [p.args for p in parts] != wanted:
         return False
-    cat.replace_all_uses_with(split.args[0])
+    whole = split.args[0]
+    assert isinstance(whole, fx.Node)
+    cat.replace_all_uses_with(whole)
     cat.graph.erase_node(cat)
-    erase_dead(cat.graph, [split, *dict.fromkeys(found)])
+    erase_dead(cat.graph, [split, *dict.fromkeys(parts)])
     return True
 
 
 def _split_after(gm: fx.GraphModule, cat: fx.Node) -> bool:
-    widths = [_width(gm, part) for part in cat.args[0]]
+    widths = [_width(gm, part) for part in _parts(cat)]
     if len(cat.users) != 1 or None in widths:
         return False
     known = [width for width in widths if width is not None]
@@ -187,15 +192,13 @@ def _rewire(
     cat: fx.Node, view: fx.Node | None, split: fx.Node, runs: list[range], sizes: list[int]
 ) -> None:
     graph = cat.graph
-    parts = cat.args[0]
-    assert isinstance(parts, (list, tuple))
+    parts = _parts(cat)
     for reader in list(split.users):
         number = reader.args[1]
         assert isinstance(number, int)
         run = [parts[at] for at in runs[number]]
         with graph.inserting_before(split):
-            (piece, *_) = run
-            assert isinstance(piece, fx.Node)
+            piece = run[0]
             if len(run) > 1:
                 piece = graph.call_function(torch.cat, (run,), {"dim": _LAST})
             if view is not None:

@@ -471,7 +471,7 @@ def test_the_fault_is_laid_to_the_source_that_has_it(tmp_path: Path) -> None:
     text = refusal([base, over, {"capture": "x"}], "group_size=true")
     assert sorted(text.splitlines()) == sorted(
         [
-            f"{over}: weight_types.mlp_c_fc.split: expected false, qkv or heads (true means qkv); "
+            f"{over}: weight_types.mlp_c_fc.split: expected false, qkv, heads or gate_up (true means qkv); "
             "found 'haeds' (text). Did you mean 'heads'?",
             "the mapping given as source 3: capture: expected one of 'auto', 'fx', 'export' or "
             "'modules'; found 'x' (text)",
@@ -960,7 +960,7 @@ def test_schema_describes_every_field() -> None:
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["weight_types"]
     split = schema["$defs"]["WeightType"]["properties"]["split"]
-    assert split["enum"] == [False, True, None, "none", "qkv", "heads"]
+    assert split["enum"] == [False, True, None, "none", "qkv", "heads", "gate_up"]
 
 
 def test_reference_page_names_every_key() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -39,8 +40,13 @@ def compiled(model: nn.Module, cfg: Any, **keys: Any) -> Any:
         return fxshare.compile(model, cfg, **keys)
 
 
+@functools.cache
+def _shared() -> Any:
+    return compiled(gpt(), gpt_config(**SHARING), calibration=token_batches(), copy=True)
+
+
 def shared() -> Any:
-    return compiled(gpt(), gpt_config(**SHARING), calibration=token_batches())
+    return copy.deepcopy(_shared())
 
 
 def limit(gm: Any, dtype: torch.dtype) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,15 @@ def untied() -> nn.Module:
     return model
 
 
-def shared(front_end: Any = "fx", model: nn.Module | None = None) -> Any:
-    cfg = gpt_config(**SHARING)
-    data = token_batches()
+@functools.cache
+def _shared(front_end: Any, make: Callable[[], nn.Module]) -> Any:
+    cfg, data = gpt_config(**SHARING), token_batches()
     with no_warnings_of_ours():
-        return fxshare.compile(model or gpt(), cfg, calibration=data, capture=front_end, copy=True)
+        return fxshare.compile(make(), cfg, calibration=data, capture=front_end, copy=True)
+
+
+def shared(front_end: str = "fx", make: Callable[[], nn.Module] = gpt) -> Any:
+    return copy.deepcopy(_shared(front_end, make))
 
 
 def factor_names(gm: Any) -> tuple[set[str], set[str]]:
@@ -169,7 +175,7 @@ def test_accelerate_prepares_and_trains() -> None:
 
 def test_accelerate_loads_a_checkpoint_and_dispatches(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
-    gm = shared(model=untied())
+    gm = shared(make=untied)
     accelerate.Accelerator(cpu=True).save_model(gm, tmp_path)
     empty = copy.deepcopy(gm)
     with torch.no_grad():

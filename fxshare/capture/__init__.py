@@ -231,11 +231,14 @@ class _Original:
     """Runs the original's code on a copy: eval mode, own buffers, no trace left on the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._copy = structure_copy(model).eval()
+        self._model = model
+        self._copy: nn.Module | None = None  # none is needed on the meta device
         self.is_meta = device_of(model).type == "meta"
         self.refusal: str | None = None
 
     def __call__(self, call: Call) -> Any:
+        if self._copy is None:
+            self._copy = structure_copy(self._model).eval()
         with quiet():
             return structure_copy(self._copy)(**call)
 

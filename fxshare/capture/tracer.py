@@ -7,6 +7,7 @@ the mask code of transformers just run; each branch that was taken is recorded a
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import sys
 import threading
@@ -21,13 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from fxshare.capture.multihead import attend, can_attend
 from fxshare.errors import CaptureError
-from passes.graph import is_linear
+from passes.graph import is_linear, weight_and_bias
 
 NumberT = TypeVar("NumberT", bool, int, float)
 
 # these take plain numbers and do not dispatch on a Proxy
 _FACTORIES = ("arange", "ones", "zeros", "full", "empty", "tensor")
+# of a cache: what it is, and not what is in it
+_LAYOUT = frozenset({"is_sliding", "is_linear", "is_dummy", "is_compileable"})
 # fx would treat them as leaves because torch ships them, but they contain linears of their own
 _CONTAINERS = (
     nn.Transformer,
@@ -62,6 +66,17 @@ class ValueProxy(fx.Proxy):
     @property
     def _known(self) -> Any:
         return self.__dict__["_value"]
+
+    # transformers asks isinstance(cache, Cache), and takes a mask that is ready if it is a Tensor;
+    # a proxy passes for these beside being one
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        value = self.__dict__.get("_value")
+        if isinstance(value, Tensor):
+            is_mask = self.node.op == "placeholder" and "attention_mask" in str(self.node.target)
+            return Tensor if is_mask and value.ndim == 4 else type(self)
+        ours = type(value).__module__.partition(".")[0] in ("builtins", "torch", "fxshare")
+        return type(self) if ours else type(value)
 
     def _node_of(self, name: str) -> fx.Proxy:
         proxy: fx.Proxy = self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -140,6 +155,8 @@ class ValueProxy(fx.Proxy):
                     return self._node_of(name)
                 if not callable(found):  # layout, is_nested, ...: the same for every call
                     return found
+            elif name in _LAYOUT:
+                return found
             elif not callable(found):  # an attribute of a Python object, such as a cache
                 return self._node_of(name)
         return super().__getattr__(name)
@@ -157,6 +174,7 @@ class ValueTracer(fx.Tracer):
         self._mode = mode or fake_mode()  # one that the model's own fake tensors belong to
         self._faked: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._computing = False
+        self._names: dict[int, tuple[str, Tensor]] | None = None
         self._thread = threading.get_ident()
 
     def guard(self, proxy: ValueProxy, value: NumberT, what: str) -> NumberT:
@@ -222,6 +240,8 @@ class ValueTracer(fx.Tracer):
             return self._fake(operator.attrgetter(target)(self.root))
         if kind == "call_module":
             module = self.root.get_submodule(target)
+            if is_linear(module) and len(a) == 1 and not k:
+                return self._linear_value(module, a[0])
             state = {
                 name: self._fake(t)
                 for name, t in [*module.named_parameters(), *module.named_buffers()]
@@ -229,7 +249,22 @@ class ValueTracer(fx.Tracer):
             return torch.func.functional_call(module, state, tuple(a), dict(k))
         return None
 
+    def _linear_value(self, module: nn.Module, x: Any) -> Any:
+        """What most nodes with many operations inside are; the shape is known without them."""
+        weight_OI, bias_O = weight_and_bias(module)
+        out_features, in_features = weight_OI.shape
+        if (
+            isinstance(x, Tensor)
+            and x.ndim > 1
+            and (x.shape[-1], x.dtype, x.device) == (in_features, weight_OI.dtype, weight_OI.device)
+        ):
+            return x.new_empty((*x.shape[:-1], out_features))
+        weight_OI, bias_O = self._fake(weight_OI), self._fake(bias_O)
+        return nn.functional.linear(x, weight_OI, bias_O)  # it raises what the model would
+
     def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
         if isinstance(a, dict) and type(a) is not dict and hasattr(type(a), "to_tuple"):
             # transformers' ModelOutput, a dict and a dataclass at once
             fields = {name: self.create_arg(value) for name, value in a.items()}
@@ -246,12 +281,25 @@ class ValueTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._passes_by:
             return forward(*args, **kwargs)
+        if isinstance(m, nn.MultiheadAttention) and can_attend(m):
+            forward = functools.partial(attend, m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._passes_by:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        # fx goes through all parameters of the model at every read of one
+        if self._names is None:
+            named = (*self.root.named_parameters(), *self.root.named_buffers())
+            self._names = {id(tensor): (name, tensor) for name, tensor in reversed(named)}
+        name, tensor = self._names.get(id(attr_val), ("", None))
+        if tensor is not attr_val:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
 
 def fake_mode() -> FakeTensorMode:

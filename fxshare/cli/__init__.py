@@ -20,6 +20,7 @@ from fxshare.cli.compile import compile_model
 from fxshare.cli.demo import demo
 from fxshare.cli.eval import evaluate_model
 from fxshare.cli.export import export_model
+from fxshare.cli.init import init_config
 from fxshare.cli.inspect import inspect_model
 from fxshare.cli.output import reports, show_error, show_warning
 from fxshare.cli.plan import plan_model
@@ -98,6 +99,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_root)
     app.command("demo")(reports(demo))
+    app.command("init")(reports(init_config))
     app.command("validate")(reports(validate))
     app.command("plan")(reports(plan_model))
     app.command("compile")(reports(compile_model))
@@ -128,6 +130,7 @@ def _root(
 
     \b
     fxshare demo                                    a tour, nothing to download
+    fxshare init MODEL -o model.yaml                write a configuration for a model
     fxshare validate MODEL -c gpt2.yaml             what does the configuration match?
     fxshare compile MODEL -c gpt2.yaml -o out/      rewrite, check, report, save
     fxshare eval out/ --against MODEL --data x.txt  perplexity side by side

@@ -119,9 +119,9 @@ def plan_model(
         draw_sweep(found.sweep, picture, outlook=plan.outlook)
         written.append(picture)
     size = dtype_of(loaded.model).itemsize
-    blocks = [plan_text(plan, cfg, element_size=size, alternatives=found.alternatives)]
-    if plan.groups:
-        blocks.append(_times(plan, loaded.model))
+    times = _times(plan, loaded.model) if plan.groups else None
+    text = plan_text(plan, cfg, element_size=size, alternatives=found.alternatives, times=times)
+    blocks = [text]
     if sweep == "-":
         blocks.append(_sweep_text(found))
     blocks += [f"written to {path}" for path in written]
@@ -218,8 +218,9 @@ def plan_text(
     *,
     element_size: int | None = None,
     alternatives: Mapping[str, Alternative | None] | None = None,
+    times: str | None = None,
 ) -> str:
-    """The plan as tables: groups, what stays dense and why, totals, the search."""
+    """The plan as tables: groups, what stays dense and why, totals, ``times``, the search."""
     from fxshare.plan_table import (
         dense_lines,
         groups_table,
@@ -236,6 +237,8 @@ def plan_text(
         lines.append("no groups: every slice keeps its original weight rows")
     lines += dense_lines(plan, cfg, alternatives)
     lines += outlook_lines(plan, cfg)
+    if times is not None:
+        lines.append(times)
     header, rows = trials_table(plan)
     if rows:
         lines.append(table(header, rows, left=2))

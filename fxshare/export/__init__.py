@@ -182,7 +182,8 @@ def _write(
         return dense.write(subject, path, original)
     if to == "onnx":
         return onnx.write(subject, path, opset)
-    return {"pt2": pt2, "aoti": aoti, "py": py}[to].write(subject, path)
+    write = {"pt2": pt2.write, "aoti": aoti.write, "py": py.write}[to]
+    return write(subject, path)
 
 
 def _check(
@@ -194,7 +195,10 @@ def _check(
     do, and is noted then; what is returned has to be right.
     """
     calls = subject.other_calls(batch=written.batch, sequence=written.sequence, seed=seed)
-    limit, found, checked, notes = 0.0, None, [], []
+    limit = 0.0
+    found: Distance | None = None
+    checked: list[str] = []
+    notes: list[str] = []
     for what, call in calls if written.run is not None else ():
         assert written.run is not None
         expected = subject.run(call)
@@ -233,16 +237,19 @@ def _unmasked(output: Any, call: Call) -> Any:
     from fxshare.capture.call import MASK
 
     mask = call.get(MASK)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return output
+    kept = mask.bool()
 
     def rows(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rows(v) for key, v in value.items()}
         if isinstance(value, (tuple, list)):
             return [rows(v) for v in value]
-        matches = isinstance(value, Tensor) and value.shape[:2] == mask.shape
-        return value[mask.bool()] if matches else value
+        matches = isinstance(value, Tensor) and value.shape[:2] == kept.shape
+        return value[kept] if matches else value
 
-    return rows(output) if isinstance(mask, Tensor) and mask.ndim == 2 else output
+    return rows(output)
 
 
 __all__ = ["TARGETS", "Exported", "Target", "export"]

@@ -42,6 +42,8 @@ def closed_graph(subject: Subject) -> fx.GraphModule:
 
 
 def _unflatten(gm: fx.GraphModule, subject: Subject) -> None:
+    flattened: Any = gm.graph._codegen
+    in_spec = flattened.pytree_info.in_spec
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     flat = [leaf for leaf in output.args[0] if isinstance(leaf, fx.Node)]
@@ -55,7 +57,6 @@ def _unflatten(gm: fx.GraphModule, subject: Subject) -> None:
         gm.graph.erase_node(node)
     output.args = (refilled(subject.shown, flat),)  # nodes where there were tensors
     gm.graph.set_codegen(CodeGen())
-    in_spec = subject.model.graph._codegen.pytree_info.in_spec  # type: ignore[union-attr]
     order = in_spec.child(1).context or names
     for node, name in zip(placeholders, order, strict=True):
         node.target = name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -184,8 +185,8 @@ def _write_transformers(
 @contextmanager
 def _no_progress() -> Iterator[None]:
     """Silence transformers' bars for files that it writes and reads in a moment."""
-    from transformers.utils import logging as bars
-
+    transformers: Any = importlib.import_module("transformers")
+    bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:

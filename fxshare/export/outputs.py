@@ -51,7 +51,7 @@ def leaves(output: Any) -> list[Tensor]:
     return []
 
 
-def refilled(output: Any, tensors: list[Tensor]) -> Any:
+def refilled(output: Any, tensors: list[Any]) -> Any:
     """The same plain output with other tensors, which are taken from the front of the list."""
     if isinstance(output, Tensor):
         return tensors.pop(0)

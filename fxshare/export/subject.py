@@ -108,10 +108,9 @@ class Subject:
                 sizes.append(resized(base, batch=1, sequence=1))
         elif sequence:
             sizes.append(resized(base, sequence=3))
-        found = []
+        found: list[tuple[str, Call]] = []
         for number, size in enumerate(sizes or [base]):
-            call = {name: size[name] for name in self.inputs}
-            call = _other_values(call, seed + 1 + number)
+            call = _other_values({name: size[name] for name in self.inputs}, seed + 1 + number)
             if number == 0 or _refusal(self.model, call, self.constants) is None:
                 found.append((_sizes(call), call))
         return found

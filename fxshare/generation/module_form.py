@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from fxshare.capture.modules_front_end import linears_side_by_side, put_back
 from fxshare.compiling import rewrite
 from fxshare.errors import FxShareError
 from fxshare.factors import empty_factors
-from fxshare.generation.structure import structure_of
+from fxshare.generation.structure import structure_of, tensors_by_name
 from fxshare.lowering import readable
+from fxshare.plans import Plan
 from fxshare.record import record_of, slices_of
 from passes import derive_gathers, derived_buffers
-from passes.graph import weight_and_bias
+from passes.graph import is_linear, weight_and_bias
 from passes.slices import Slice, rows_of
 
 
@@ -29,8 +31,9 @@ def module_form(gm: nn.Module) -> nn.Module:
     structure, record = structure_of(gm), record_of(gm)
     if structure is None or not isinstance(gm, fx.GraphModule):
         raise FxShareError(
-            f"{type(gm).__name__} is not the graph of a transformers model, whose class could run it"
+            f"{type(gm).__name__} is not the graph of a transformers model, whose class can run it"
         )
+    _check_linears(structure.model, record.plan)
     if record.lowered is not None:
         gm = readable(gm)
     places = slices_of(gm)
@@ -52,10 +55,22 @@ def module_form(gm: nn.Module) -> nn.Module:
         filled: set[int] = set()
         for name, place in slices_of(result).items():
             _fill_slice(result, place, gm, places[name], filled)
-        _fill_by_name(result, gm, filled)
+        _fill_by_name(result, gm, tensors_by_name(gm, structure.model), filled)
     derive_gathers(result)
     result.__dict__["fxshare"] = record
     return result.train(gm.training)
+
+
+def _check_linears(model: nn.Module, plan: Plan) -> None:
+    linears = {n for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
+    missing = next((c for site in plan.sites for c in site.calls if c not in linears), None)
+    if missing is not None:
+        raise FxShareError(
+            f"{type(model).__name__} has no module {missing!r} that could be rewritten by itself: "
+            "it is in a parameter with others. The model's own code cannot run it, and no graph "
+            "could be made for this call: generate with the default cache and options, or leave "
+            "it out of the configuration"
+        )
 
 
 def _fill_slice(
@@ -63,8 +78,9 @@ def _fill_slice(
 ) -> None:
     linear, from_linear = result.get_submodule(place.module), gm.get_submodule(source.module)
     weight_OI, bias_O = weight_and_bias(from_linear)
-    linear.weight = _parameter(rows_of(gm, source, weight_OI.detach()))
-    linear.bias = None if bias_O is None else _parameter(rows_of(gm, source, bias_O.detach()))
+    linear._parameters["weight"] = _parameter(rows_of(gm, source, weight_OI.detach()))
+    if bias_O is not None:
+        linear._parameters["bias"] = _parameter(rows_of(gm, source, bias_O.detach()))
     filled.add(id(linear))
     if place.basis is not None and source.basis is not None:
         basis, from_basis = result.get_submodule(place.basis), gm.get_submodule(source.basis)
@@ -78,10 +94,10 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _fill_by_name(result: nn.Module, gm: nn.Module, filled: set[int]) -> None:
+def _fill_by_name(
+    result: nn.Module, gm: nn.Module, known: Mapping[str, Tensor], filled: set[int]
+) -> None:
     """Everything that was not rewritten has the name that it had."""
-    known: dict[str, Tensor] = dict(gm.named_parameters(remove_duplicate=False))
-    known.update(gm.named_buffers(remove_duplicate=False))
     derived = derived_buffers(result)
     for path, module in result.named_modules(remove_duplicate=False):
         if id(module) in filled:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.capture import device_of, dtype_of
+from fxshare.capture import Captured, device_of, dtype_of
 from fxshare.capture.adapted import adapt
 from fxshare.capture.fx_front_end import hold_guards, trace_once
 from fxshare.capture.tracer import fake_mode
@@ -19,9 +19,10 @@ from fxshare.compiling import rewrite
 from fxshare.errors import CaptureError
 from fxshare.factors import empty_factors
 from fxshare.generation.step import CACHE, Kind, Values, arguments_of, nested, new_cache
-from fxshare.generation.structure import Structure, structure_of
+from fxshare.generation.structure import Structure, structure_of, tensors_by_name
 from fxshare.lowering import replay
 from fxshare.record import Record, ShareModule, record_of
+from fxshare.visible import unstacked
 from passes.graph import structure_copy
 
 # of the traced step: a batch, new tokens, and more tokens in the cache than any window is wide
@@ -58,6 +59,9 @@ class Program:
 
     def _resolved(self, gm: nn.Module) -> Iterator[tuple[str, Any]]:
         device = device_of(gm)
+        structure = structure_of(gm)
+        assert structure is not None
+        known = tensors_by_name(gm, structure.model)
         for node in self.graph.graph.nodes:
             target = str(node.target)
             if node.op == "get_attr" and target in self.constants:
@@ -65,18 +69,14 @@ class Program:
                     self.constants[target] = self.constants[target].to(device)
                 yield target, self.constants[target]
             elif node.op == "get_attr":
-                yield target, _tensor(gm, target, operator.attrgetter(target)(self.graph))
+                yield target, _tensor(known, target, operator.attrgetter(target)(self.graph))
             elif node.op == "call_module":
-                yield target, _module(gm, target, self.graph.get_submodule(target))
+                yield target, _module(gm, known, target, self.graph.get_submodule(target))
 
 
-def _tensor(gm: nn.Module, name: str, like: Tensor) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    try:
-        found = getattr(gm.get_submodule(path), leaf)
-    except AttributeError:
-        found = None
-    if not isinstance(found, Tensor) or found.shape != like.shape:
+def _tensor(known: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    found = known.get(name)
+    if found is None or found.shape != like.shape:
         what = "nothing" if found is None else f"shape {tuple(found.shape)}"
         raise CaptureError(
             f"the graph with a cache reads {name!r} of shape {tuple(like.shape)}, and the plain "
@@ -85,7 +85,7 @@ def _tensor(gm: nn.Module, name: str, like: Tensor) -> Tensor:
     return found
 
 
-def _module(gm: nn.Module, name: str, like: nn.Module) -> nn.Module:
+def _module(gm: nn.Module, known: Mapping[str, Tensor], name: str, like: nn.Module) -> nn.Module:
     """The module of ``gm``; where that is no module but a place for tensors (torch.export), or the
     plain graph does not call it, one like it that reads the tensors of ``gm``."""
     try:
@@ -102,7 +102,7 @@ def _module(gm: nn.Module, name: str, like: nn.Module) -> nn.Module:
     for held in (borrowed._parameters, borrowed._buffers):
         for leaf, tensor in held.items():
             if tensor is not None:
-                held[leaf] = _tensor(gm, f"{name}.{leaf}", tensor)  # type: ignore[assignment]
+                held[leaf] = _tensor(known, f"{name}.{leaf}", tensor)  # type: ignore[assignment]
     return borrowed
 
 
@@ -221,9 +221,10 @@ def _rewritten(
     traced: fx.GraphModule, structure: Structure, record: Record, gm: nn.Module
 ) -> fx.GraphModule:
     """The default passes and the lowering, as ``gm`` had them; they need no values."""
+    captured = unstacked(Captured("fx", traced, None, (), None, (), 0.0), record.plan.sites)
     groups, pivots = empty_factors(record.plan, lambda _: dtype_of(gm), torch.device("meta"))
     rewritten, _ = rewrite(
-        traced, record.plan, groups, record.config.fuse, structure.passes, pivots=pivots
+        captured.graph, record.plan, groups, record.config.fuse, structure.passes, pivots=pivots
     )
     whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__)
     whole.meta.update(rewritten.meta)

@@ -17,11 +17,12 @@ from fxshare.errors import CaptureError, FxShareWarning
 from fxshare.generation.check import check_program
 from fxshare.generation.module_form import module_form
 from fxshare.generation.program import Program, capture_program
-from fxshare.generation.step import CACHE, Kind, Values, flat, kind_of, nested, with_mask
+from fxshare.generation.step import CACHE, Kind, flat, kind_of, nested, with_mask
 from fxshare.generation.structure import Structure, structure_of
 from fxshare.record import record_of
 
 _MADE = "steps"
+_KEPT = "logits_to_keep"
 
 
 @dataclass(eq=False)
@@ -30,6 +31,8 @@ class Steps:
 
     gm: nn.Module
     dtype: torch.dtype
+    device: torch.device
+    """Where ``gm`` was when this generation began; the loop asks at every token."""
     programs: dict[Kind, Program | None] = field(default_factory=dict)
     """None where the model's own code runs the step."""
     ready: dict[Kind, fx.GraphModule] = field(default_factory=dict)
@@ -40,6 +43,12 @@ class Steps:
     def run(self, shell: nn.Module, arguments: Mapping[str, Any], options: Any = None) -> Any:
         """One step; under ``torch.compile`` where there are ``options`` for it."""
         values = with_mask(flat(arguments))
+        last = values.get(_KEPT, 0)
+        if type(last) is int and last > 1 and CACHE in values:
+            # assisted decoding wants another number each time: one graph gives all
+            output = self.run(shell, {**arguments, _KEPT: 0}, options)
+            output["logits"] = output["logits"][:, -last:]
+            return output
         kind = None if self.gm.training else kind_of(values)
         graph = None if kind is None else self._graph(shell, kind)
         if graph is None or kind is None:
@@ -84,6 +93,7 @@ class Steps:
         """Look at the modules of ``gm`` again."""
         self.ready.clear()
         self.own_code = None
+        self.device = device_of(self.gm)
 
 
 def shell_of(gm: nn.Module) -> Any:
@@ -103,7 +113,7 @@ def shell_of(gm: nn.Module) -> Any:
 def _steps(gm: nn.Module, structure: Structure) -> Steps:
     found = structure.made.get(_MADE)
     if not isinstance(found, Steps) or found.gm is not gm or found.dtype != dtype_of(gm):
-        found = structure.made[_MADE] = Steps(gm, dtype_of(gm))
+        found = structure.made[_MADE] = Steps(gm, dtype_of(gm), device_of(gm))
     return found
 
 
@@ -136,8 +146,8 @@ def _make_class(cls: type) -> type:
     members = {
         "forward": forward,
         "get_compiled_call": get_compiled_call,
-        "device": property(lambda self: device_of(self._steps.gm)),
-        "dtype": property(lambda self: dtype_of(self._steps.gm)),
+        "device": property(lambda self: self._steps.device),
+        "dtype": property(lambda self: self._steps.dtype),
         "__module__": cls.__module__,
     }
     return type(f"{cls.__name__}Shared", (cls,), members)
@@ -149,4 +159,4 @@ def _add_note(gm: nn.Module, note: str) -> None:
     gm.__dict__["meta"]["fxshare"] = replace(record, report=report)
 
 
-__all__ = ["CACHE", "Steps", "Values", "shell_of"]
+__all__ = ["Steps", "shell_of"]

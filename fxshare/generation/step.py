@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from fxshare.capture.call import MASK
+
 Values: TypeAlias = "dict[str, Any]"
 """Arguments of one call by name; an argument that is a dictionary is one for each of its entries,
 ``attention_mask__full_attention``."""
@@ -68,13 +70,13 @@ def with_mask(values: Values) -> Values:
     """The call with a mask of ones where none is given: without one the model takes short cuts that
     differ between the first step and the others."""
     ids = values.get("input_ids")
-    known = any(name.partition("__")[0] == "attention_mask" for name in values)
+    known = any(name.partition("__")[0] == MASK for name in values)
     cache = values.get(CACHE)
     if known or not isinstance(ids, Tensor) or not isinstance(cache, Cache):
         return values
     length = ids.shape[1] + int(cache.get_seq_length())
     mask = torch.ones(ids.shape[0], length, dtype=torch.long, device=ids.device)
-    return {**values, "attention_mask": mask}
+    return {**values, MASK: mask}
 
 
 def kind_of(values: Values) -> Kind | None:
@@ -113,7 +115,7 @@ def arguments_of(
     """What the model's own generation code passes for the last ``new`` of the tokens ``ids``
     ``(B, T)``, of which the others are in the cache; ``mask`` ``(B, T)`` is 0 at padding."""
     loop: Any = shell
-    given: dict[str, Any] = {"attention_mask": mask}
+    given: dict[str, Any] = {MASK: mask}
     if any(name == "position_ids" for name, _, _ in kind.tensors):
         given["position_ids"] = loop._prepare_position_ids_for_generation(ids, given)
     made = loop.prepare_inputs_for_generation(
@@ -124,4 +126,9 @@ def arguments_of(
         **given,
         **dict(kind.constants),
     )
-    return flat(made)
+    call = flat(made)
+    if any(name == MASK and ndim == 2 for name, ndim, _ in kind.tensors):
+        # for a static cache the code above has made the mask ready, unless it found no padding;
+        # with_mask put this one in its place
+        call = {k: v for k, v in call.items() if k.partition("__")[0] != MASK} | {MASK: mask}
+    return call

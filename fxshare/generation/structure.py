@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from passes import Pass
 from passes.graph import structure_copy
@@ -67,9 +67,25 @@ def without_values(model: nn.Module) -> nn.Module:
     return structure_copy(model, memo=memo)
 
 
+def tensors_by_name(gm: nn.Module, structure: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of ``gm``, also by the names that only ``structure`` has for them:
+    torch.export keeps one name of a tied weight."""
+    found: dict[str, Tensor] = dict(gm.named_parameters(remove_duplicate=False))
+    found.update(gm.named_buffers(remove_duplicate=False))
+    by_object: dict[int, str] = {}
+    named = list(structure.named_parameters(remove_duplicate=False))
+    for name, tensor in named:
+        if name in found:
+            by_object.setdefault(id(tensor), name)
+    for name, tensor in named:
+        if name not in found and id(tensor) in by_object:
+            found[name] = found[by_object[id(tensor)]]
+    return found
+
+
 def _is_pretrained(model: nn.Module) -> bool:
     # by name: whoever has no such model must not pay for the import of transformers
     return any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
 
 
-__all__ = ["Structure", "keep_structure", "structure_of", "without_values"]
+__all__ = ["Structure", "keep_structure", "structure_of", "tensors_by_name", "without_values"]

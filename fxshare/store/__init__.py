@@ -47,10 +47,12 @@ from fxshare.store.manifest import (
     versions,
     write_manifest,
 )
+from fxshare.pretrained import write_hf_configs
 from fxshare.store.probe import Probe, distance, take
 from fxshare.store.rebuild import decode_inputs, encode_inputs, rebuild
 from fxshare.store.skeleton import ModelSource, skeleton
 from fxshare.store.tensors import fill, tensors_of, write_tensors
+from fxshare.store.tokenizer import TokenizerSource, write_tokenizer
 from passes import Pass
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -63,6 +65,7 @@ def save(
     *,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: TokenizerSource | None = None,
 ) -> None:
     """Write a compiled model to a folder, whole or not at all.
 
@@ -77,6 +80,8 @@ def save(
         Replace a folder that :func:`save` made before, with everything in it.
     max_shard_bytes
         Tensors go into several files where one would be larger than this.
+    tokenizer
+        A folder whose tokenizer files are copied, or a tokenizer of transformers.
 
     Raises
     ------
@@ -96,6 +101,7 @@ def save(
             "(passes=[...]), or save the weights yourself"
         )
     inputs = encode_inputs(record.inputs)
+    source = _source_now(gm, record)
     probe = _probe_of(gm, record)
     with new_folder(Path(path), force=force) as folder:
         entries, names = write_tensors(tensors_of(gm), folder, max_shard_bytes)
@@ -109,9 +115,12 @@ def save(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         main = dtype_name(dtype_of(gm))
+        write_hf_configs(source, folder, dtype=main)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, folder)
         manifest = Manifest(
             versions=versions(),
-            source=SavedSource(**asdict(record.source)),
+            source=SavedSource(**asdict(source)),
             front_end=record.front_end,
             relaxed=record.relaxed,
             extra_passes=record.extra_passes,
@@ -191,6 +200,14 @@ def load(
         notes = (*record.report.notes, note)
         attach(result, replace(record, report=replace(record.report, notes=notes)))
     return result
+
+
+def _source_now(gm: nn.Module, record: Record) -> Source:
+    """The source with the defaults of ``generate`` as the user may have changed them."""
+    generation = getattr(gm, "generation_config", None)
+    if record.source.generation_config is None or not hasattr(generation, "to_dict"):
+        return record.source
+    return replace(record.source, generation_config=generation.to_dict())
 
 
 def _record(folder: Path, manifest: Manifest) -> Record:

@@ -18,6 +18,7 @@ from fxshare.lowering import replay
 from fxshare.record import InputSpec, Lowered, Record, graph_sha256
 from fxshare.store.manifest import DTYPES, Manifest, dtype_name
 from fxshare.store.skeleton import hollow
+from fxshare.visible import unstacked
 from passes import Pass
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
@@ -77,6 +78,7 @@ def _compile_again(
 
     model = hollow(structure, dtype_of, device)
     captured = recapture(model, record.front_end, _shapes(record, device), record.relaxed)
+    captured = unstacked(captured, record.plan.sites)
     groups, pivots = empty_factors(
         record.plan, lambda site: dtypes.get(f"{site}.weight", default), device
     )

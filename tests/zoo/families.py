@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import NanoGPT
+from tests.zoo.measure import Subject
 from tests.zoo.written import (
     HEADS,
     HIDDEN,
@@ -43,7 +44,6 @@ class Family:
 
     ``inputs`` says what a call has: ``"ids"`` (with a mask where ``masked``), ``"pair"`` (source
     and target ids under the two names of ``names``), ``"images"`` or ``"sound"``.
-    ``unmatched`` maps linears that no pattern matches to the reason.
     """
 
     name: str
@@ -55,12 +55,13 @@ class Family:
     masked: bool = False
     causal: bool = False
     vocabulary: int = VOCABULARY
-    unmatched: Mapping[str, str] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of exact mode."""
-        types = {t: {"pattern": s} if isinstance(s, str) else dict(s) for t, s in self.types.items()}
+        types = {
+            t: {"pattern": s} if isinstance(s, str) else dict(s) for t, s in self.types.items()
+        }
         return {"weight_types": types, "block_pattern": self.block_pattern}
 
     def model(self, seed: int = 0) -> nn.Module:
@@ -101,6 +102,18 @@ class Family:
         calls = [self.call(batch, length, seed=10 + n) for n in range(count)]
         return [{k: v for k, v in call.items() if isinstance(v, Tensor)} for call in calls]
 
+    def subject(self) -> Subject:
+        """The family as something to measure."""
+        return Subject(
+            self.name,
+            self.model(),
+            self.config,
+            self.call(),
+            self.call(3, 9 if self.inputs != "sound" else 12, seed=5),
+            list(self.batches()),
+            self._ids(2, 5, torch.Generator().manual_seed(7)) if self.causal else None,
+        )
+
     def _ids(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
         return torch.randint(3, self.vocabulary, (batch, length), generator=generator)
 
@@ -127,6 +140,10 @@ def _causal(
 _ATTENTION = {p: rf".*\.self_attn\.{p}_proj$" for p in "qkvo"}
 _GATED = {p: rf".*\.mlp\.{p}_proj$" for p in ("gate", "up", "down")}
 _LLAMA = _ATTENTION | _GATED
+_EXPERTS = {
+    "experts_gate_up": {"pattern": r".*\.experts\.gate_up_proj$", "split": "gate_up"},
+    "experts_down": r".*\.experts\.down_proj$",
+}
 _LAYERS = r"layers\.(\d+)"
 _BY_HEAD = {"split": "heads", "qkv_order": "qkv", "n_head": HEADS}
 
@@ -256,8 +273,11 @@ FAMILIES = (
         "Phi3",
         {
             "qkv": {
-                "pattern": r".*\.self_attn\.qkv_proj$", "split": "heads", "qkv_order": "qkv",
-                "n_head": HEADS, "n_kv_head": 2,
+                "pattern": r".*\.self_attn\.qkv_proj$",
+                "split": "heads",
+                "qkv_order": "qkv",
+                "n_head": HEADS,
+                "n_kv_head": 2,
             },
             "o": r".*\.self_attn\.o_proj$",
             "gate_up": {"pattern": r".*\.mlp\.gate_up_proj$", "split": "gate_up"},
@@ -272,9 +292,7 @@ FAMILIES = (
         "gpt_neox",
         "GPTNeoX",
         {
-            "qkv": {
-                "pattern": r".*\.attention\.query_key_value$", **_BY_HEAD, "interleaved": True
-            },
+            "qkv": {"pattern": r".*\.attention\.query_key_value$", **_BY_HEAD, "interleaved": True},
             "o": r".*\.attention\.dense$",
             "fc": r".*\.mlp\.dense_h_to_4h$",
             "down": r".*\.mlp\.dense_4h_to_h$",
@@ -288,7 +306,9 @@ FAMILIES = (
         "Falcon",
         {
             "qkv": {
-                "pattern": r".*\.self_attention\.query_key_value$", **_BY_HEAD, "n_kv_head": 1,
+                "pattern": r".*\.self_attention\.query_key_value$",
+                **_BY_HEAD,
+                "n_kv_head": 1,
             },
             "o": r".*\.self_attention\.dense$",
             "fc": r".*\.mlp\.dense_h_to_4h$",
@@ -303,7 +323,9 @@ FAMILIES = (
         "Falcon",
         {
             "qkv": {
-                "pattern": r".*\.self_attention\.query_key_value$", **_BY_HEAD, "n_kv_head": 2,
+                "pattern": r".*\.self_attention\.query_key_value$",
+                **_BY_HEAD,
+                "n_kv_head": 2,
                 "interleaved": True,
             },
             "o": r".*\.self_attention\.dense$",
@@ -321,7 +343,9 @@ FAMILIES = (
         "Bloom",
         {
             "qkv": {
-                "pattern": r".*\.self_attention\.query_key_value$", **_BY_HEAD, "interleaved": True
+                "pattern": r".*\.self_attention\.query_key_value$",
+                **_BY_HEAD,
+                "interleaved": True,
             },
             "o": r".*\.self_attention\.dense$",
             "fc": r".*\.mlp\.dense_h_to_4h$",
@@ -337,7 +361,7 @@ FAMILIES = (
     _causal(
         "mixtral",
         "Mixtral",
-        _ATTENTION,
+        _ATTENTION | _EXPERTS,
         _LAYERS,
         **_COMMON,
         **_TOKENS,
@@ -347,7 +371,10 @@ FAMILIES = (
     _causal(
         "qwen2_moe",
         "Qwen2Moe",
-        _ATTENTION | {p: rf".*\.shared_expert\.{p}_proj$" for p in ("gate", "up", "down")},
+        _ATTENTION
+        | _EXPERTS
+        | {"router": r".*\.mlp\.gate\.weight$"}
+        | {p: rf".*\.shared_expert\.{p}_proj$" for p in ("gate", "up", "down")},
         _LAYERS,
         **_COMMON,
         **_TOKENS,
@@ -372,8 +399,7 @@ FAMILIES = (
     Family(
         "vit",
         _vit,
-        {p: rf".*\.attention\.{p}$" for p in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        | _MLP_1_2,
+        {p: rf".*\.attention\.{p}$" for p in ("q_proj", "k_proj", "v_proj", "o_proj")} | _MLP_1_2,
         _LAYERS,
         inputs="images",
         names=("pixel_values",),
@@ -419,6 +445,12 @@ FAMILIES = (
         "nn_transformer",
         PlainTransformer,
         {
+            "enc_qkv": {"pattern": r".*\.encoder\..*\.in_proj_weight$", **_BY_HEAD},
+            "dec_qkv": {"pattern": r".*\.decoder\..*self_attn\.in_proj_weight$", **_BY_HEAD},
+            "cross_qkv": {"pattern": r".*\.multihead_attn\.in_proj_weight$", **_BY_HEAD},
+            "enc_o": r".*\.encoder\..*\.out_proj$",
+            "dec_o": r".*\.decoder\..*self_attn\.out_proj$",
+            "cross_o": r".*\.multihead_attn\.out_proj$",
             "enc_1": r".*\.encoder\..*\.linear1$",
             "enc_2": r".*\.encoder\..*\.linear2$",
             "dec_1": r".*\.decoder\..*\.linear1$",
@@ -431,7 +463,11 @@ FAMILIES = (
     Family(
         "nn_multihead",
         MultiheadStack,
-        {"fc": r"layers\.\d+\.fc$"},
+        {
+            "qkv": {"pattern": r".*\.attn\.in_proj_weight$", **_BY_HEAD},
+            "o": r".*\.attn\.out_proj$",
+            "fc": r"layers\.\d+\.fc$",
+        },
         _LAYERS,
         names=("ids",),
     ),

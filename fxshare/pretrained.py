@@ -1,0 +1,116 @@
+"""What makes a saved folder one of transformers' as well: ``config.json``,
+``generation_config.json``, and ``save_pretrained``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxshare.errors import StoreError
+from fxshare.source import TRANSFORMERS, Source
+
+MODEL_TYPE = "fxshare"
+HF_CONFIG = "config.json"
+HF_GENERATION = "generation_config.json"
+# not the original's class, whose weights these are not: whoever reads the name must not make one
+_ARCHITECTURE = "FxShareModel"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def write_hf_configs(source: Source, folder: Path, *, dtype: str) -> None:
+    """Write both files for a model of transformers; nothing for another.
+
+    They are for transformers: :func:`fxshare.load` reads neither.
+    """
+    if source.kind != TRANSFORMERS or source.config is None:
+        return
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": [_ARCHITECTURE],
+        "dtype": dtype,
+        "is_encoder_decoder": bool(source.config.get("is_encoder_decoder", False)),
+        "original": dict(source.config),
+    }
+    _write(folder / HF_CONFIG, config)
+    if source.generation_config is not None:
+        _write(folder / HF_GENERATION, dict(source.generation_config))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path.name} cannot be written as JSON: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def save_pretrained(
+    gm: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool = True,
+    max_shard_size: int | str = "5GB",
+    **options: Any,
+) -> None:
+    """:func:`fxshare.save` with the arguments of transformers' ``save_pretrained``.
+
+    Writes the folder of :func:`fxshare.save`, in place of an empty folder or one of fxshare; the
+    tokenizer has a ``save_pretrained`` of its own, to be called after this.
+
+    Raises :class:`StoreError` like :func:`fxshare.save`, and for an option that it cannot follow
+    (``state_dict``, ``push_to_hub``, ``safe_serialization=False``).
+    """
+    from fxshare.store import save
+
+    if options.pop("safe_serialization", True) is False:
+        raise StoreError(
+            "save_pretrained: safe_serialization=False would pickle the weights; a folder of "
+            "fxshare holds safetensors, leave the option out"
+        )
+    for name in ("variant", "token", "save_peft_format", "save_original_format"):
+        options.pop(name, None)
+    given = sorted(name for name, value in options.items() if value not in (None, False))
+    if given:
+        raise StoreError(
+            f"save_pretrained: {given[0]} is not supported for a compiled model; save without it"
+        )
+    if is_main_process:
+        save(gm, save_directory, force=True, max_shard_bytes=_bytes(max_shard_size))
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    found = _SIZE.fullmatch(size.strip())
+    if found is None:
+        raise StoreError(
+            f"save_pretrained: max_shard_size: expected a number of bytes or a size such as "
+            f"'5GB', found {size!r}"
+        )
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+
+
+class SavingFace:
+    """``save_pretrained`` on a compiled graph."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """:func:`save_pretrained` of this model."""
+        assert isinstance(self, nn.Module)
+        save_pretrained(self, save_directory, **options)
+
+
+__all__ = [
+    "HF_CONFIG",
+    "HF_GENERATION",
+    "MODEL_TYPE",
+    "SavingFace",
+    "save_pretrained",
+    "write_hf_configs",
+]

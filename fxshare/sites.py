@@ -1,0 +1,132 @@
+"""The tensors of a site in the original model, whether a module or a bare parameter holds them.
+
+A site is named after a module with a ``weight``, or after a parameter that the model multiplies by
+itself: ``attn.in_proj_weight``, ``attn.in_proj_weight.rows_0_32`` for some of its rows,
+``experts.down_proj.3`` for one matrix of a stack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fxshare.errors import MatchError
+from fxshare.plans import Site
+from passes.graph import is_conv1d, is_linear, weight_and_bias
+
+_PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is: ``holder.field[at]``."""
+
+    holder: nn.Module
+    field: str
+    at: slice | int
+
+    @property
+    def bias(self) -> str:
+        stem = self.field.removesuffix("weight")
+        return f"{stem}bias" if self.field.endswith("weight") else f"{self.field}_bias"
+
+
+def _place(model: nn.Module, name: str) -> _Place | None:
+    """The parameter of a site that is no linear module; None where there is none."""
+    at: slice | int = slice(None)
+    if _module(model, name) is not None:
+        name = f"{name}.weight"
+    owner, _, field = name.rpartition(".")
+    holder = _module(model, owner)
+    part = _PART.fullmatch(name)
+    if part is not None and holder is None:
+        at = slice(int(part[3]), int(part[4])) if part[2] is None else int(part[2])
+        owner, _, field = part[1].rpartition(".")
+        holder = _module(model, owner)
+    if holder is None or not isinstance(getattr(holder, field, None), nn.Parameter):
+        return None
+    return _Place(holder, field, at)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def stored_bias(module: nn.Module, field: str) -> Tensor | None:
+    """The bias that goes with a parameter by its name: ``in_proj_weight`` and ``in_proj_bias``,
+    ``down_proj`` and ``down_proj_bias``, ``weight`` and ``bias``."""
+    found = getattr(module, _Place(module, field, slice(None)).bias, None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def site_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """``(weight_OI, bias_O)`` of a site: views of the model's own tensors.
+
+    Raises :class:`MatchError` where the model has no such weight.
+    """
+    module = _linear(model, site.name)
+    if module is not None:
+        return weight_and_bias(module)
+    place = _place(model, site.name)
+    if place is None:
+        raise MatchError(
+            f"{type(model).__name__} has no weight {site.name!r}: it is not the model that was "
+            "matched"
+        )
+    weight = getattr(place.holder, place.field)[place.at]
+    bias = stored_bias(place.holder, place.field) if site.bias else None
+    weight_OI = weight.t() if site.transposed else weight
+    return weight_OI, None if bias is None else bias[place.at]
+
+
+def substitute(
+    copy: nn.Module,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+) -> None:
+    """Give the sites of a structure copy other weights ``(out, in)`` and biases ``(out,)``, in the
+    dtypes of the old ones; what is not in the mappings stays."""
+    own: set[int] = set()
+    for site in sites:
+        for values, is_weight in ((weights, True), (biases, False)):
+            new = values.get(site.name)
+            if new is None:
+                continue
+            put: nn.Parameter | None = None
+            for call in site.calls:
+                module = _linear(copy, call)
+                if module is None:
+                    turned = new.t() if is_weight and site.transposed else new
+                    _write(copy, call, turned, is_weight, own)
+                    continue
+                field = "weight" if is_weight else "bias"
+                if put is None:
+                    stored = new.t() if is_weight and is_conv1d(module) else new
+                    stored = stored.to(getattr(module, field).dtype).contiguous()
+                    put = nn.Parameter(stored, requires_grad=False)
+                setattr(module, field, put)
+
+
+def _write(copy: nn.Module, name: str, new: Tensor, is_weight: bool, own: set[int]) -> None:
+    """Write into the part of a parameter that a site is, in memory of the copy's own."""
+    place = _place(copy, name)
+    assert place is not None, name
+    field = place.field if is_weight else place.bias
+    parameter = getattr(place.holder, field)
+    if id(parameter) not in own:
+        parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        own.add(id(parameter))
+        setattr(place.holder, field, parameter)
+    parameter.data[place.at] = new.to(parameter)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Module | None:
+    module = _module(model, name)
+    return module if module is not None and is_linear(module) else None

@@ -1,0 +1,113 @@
+"""The sites as a captured graph shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from fxshare.capture import Captured
+from fxshare.matching import Matching
+from fxshare.plans import Site, Skipped
+from passes import LinearCall, UnstackExperts, linear_calls, run, stacks
+
+
+def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
+    """The capture with a linear for each expert that is a site (:class:`passes.UnstackExperts`)."""
+    wanted = {call.rpartition(".")[0] for site in sites for call in site.calls}
+    parameters = tuple(name for name in stacks(captured.graph) if name in wanted)
+    if not parameters:
+        return captured
+    graph, _ = run(captured.graph, [UnstackExperts(parameters=parameters)])
+    return replace(captured, graph=graph)
+
+
+def visible_sites(
+    gm: fx.GraphModule, matching: Matching
+) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+    """The sites that the graph calls; a linear that is never called stays as it is."""
+    called: dict[str, list[LinearCall]] = {}
+    parts: dict[str, list[str]] = {}
+    for call in linear_calls(gm):
+        called.setdefault(call.name, []).append(call)
+        whole, cut, _ = call.name.partition(".rows_")
+        if cut and call.name not in parts.setdefault(whole, []):
+            parts[whole].append(call.name)
+    sites, skipped = [], list(matching.skipped)
+    for site in matching.sites:
+        found = _as_called(site, called, parts, site.name in matching.parameters)
+        if isinstance(found, str):
+            skipped.append(Skipped(name=site.name, type=site.type, reason=found))
+        else:
+            sites.extend(found)
+    return tuple(sites), tuple(skipped)
+
+
+def _as_called(
+    site: Site,
+    called: Mapping[str, Sequence[LinearCall]],
+    parts: Mapping[str, Sequence[str]],
+    is_parameter: bool,
+) -> list[Site] | str:
+    """The site as the graph reads it: under other names, transposed, or in parts, each of which is
+    a site of its own (cross attention reads q from one input, k and v from another)."""
+    if site.name in parts:
+        if site.name in called:
+            return "is read as a whole and in parts"
+        found = [_part_of(site, name, called[name][0]) for name in parts[site.name]]
+        missing = next((one for one in found if isinstance(one, str)), None)
+        return missing or [one for one in found if isinstance(one, Site)]
+    calls = tuple(name for name in site.calls if name in called)
+    if not calls:
+        return "is not called by this graph"
+    if is_parameter:
+        return _turned(site, called[calls[0]][0])
+    return [site if calls == site.calls else _called_as(site, calls)]
+
+
+def _part_of(site: Site, name: str, call: LinearCall) -> Site | str:
+    start, stop = map(int, name.rpartition(".rows_")[2].split("_"))
+    inside = [s for s in site.slices if start <= s.start and s.stop <= stop]
+    if not inside or (inside[0].start, inside[-1].stop) != (start, stop):
+        return f"is read in parts that its slices do not follow (rows {start}:{stop}); split it"
+    update = {
+        "name": name,
+        "calls": (name,),
+        "out_features": stop - start,
+        "slices": tuple(
+            s.model_copy(update={"start": s.start - start, "stop": s.stop - start}) for s in inside
+        ),
+    }
+    found = _turned(site.model_copy(update=update), call)
+    return found if isinstance(found, str) else found[0]
+
+
+def _turned(site: Site, call: LinearCall) -> list[Site] | str:
+    """A parameter's site with the orientation that its call shows; matching takes a matrix for
+    ``(out, in)``."""
+    turned = site
+    if call.transposed and len(site.slices) == 1:
+        update = {
+            "in_features": site.out_features,
+            "out_features": site.in_features,
+            "slices": (site.slices[0].model_copy(update={"stop": site.in_features}),),
+            "transposed": True,
+        }
+        turned = site.model_copy(update=update)
+    if tuple(call.weight_OI.shape) != (turned.out_features, turned.in_features):
+        return f"is read as {tuple(call.weight_OI.shape)}, which its slices do not fit"
+    if call.bias_O is not None and not site.bias:
+        return "is called with a bias that does not go with it by its name"
+    # another `bias` of the module may go with something else
+    return [turned.model_copy(update={"bias": call.bias_O is not None})]
+
+
+def _called_as(site: Site, calls: tuple[str, ...]) -> Site:
+    """The site under the names that the graph knows: torch.export keeps one of several for a tied
+    weight."""
+    name = site.name if site.name in calls else calls[0]
+    slices = tuple(
+        s.model_copy(update={"name": name + s.name.removeprefix(site.name)}) for s in site.slices
+    )
+    return site.model_copy(update={"name": name, "calls": calls, "slices": slices})

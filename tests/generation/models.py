@@ -1,0 +1,96 @@
+"""Causal models of the zoo made ready for long generations, and prompts of different lengths."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxshare
+from tests.zoo.families import FAMILIES, Family, family
+from tests.zoo.written import VOCABULARY
+
+NEW = 64
+LENGTHS = (9, 7, 5)
+NAMES = tuple(f.name for f in FAMILIES if f.causal and f.name != "nanogpt")
+
+
+def prompts() -> dict[str, Tensor]:
+    """Three prompts ``(3, 9)``, padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    longest = max(LENGTHS)
+    ids = torch.randint(3, VOCABULARY, (len(LENGTHS), longest), generator=generator)
+    mask = torch.stack([(torch.arange(longest) >= longest - n).long() for n in LENGTHS])
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def batches() -> list[Tensor]:
+    """What to capture with."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, VOCABULARY, (2, 12), generator=generator)]
+
+
+def causal(name: str, seed: int = 0) -> Any:
+    """A model that makes ``NEW`` tokens, whichever they are: it has positions enough and no end."""
+    model: Any = family(name).model(seed)
+    for path, module in list(model.named_modules()):
+        leaf = path.rpartition(".")[2]
+        if leaf in ("wpe", "embed_positions"):  # learned positions
+            longer = torch.randn(2 * NEW, module.weight.shape[1]) / 2
+            module.weight = nn.Parameter(longer)
+            module.num_embeddings = len(longer)
+    for key in ("n_positions", "max_position_embeddings"):
+        if hasattr(model.config, key):
+            setattr(model.config, key, 2 * NEW - 2)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, bos_token_id=1)
+    return model
+
+
+def compiled(name: str, model: nn.Module, **keys: Any) -> Any:
+    """The model compiled under its family's configuration, with ``keys`` on top."""
+    mode = keys.pop("mode", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxshare.FxShareWarning)
+        return fxshare.compile(
+            model, {**family(name).config, **mode}, **{"calibration": batches(), **keys}
+        )
+
+
+@cache
+def pair(name: str) -> tuple[Any, Any]:
+    """A model and its exact form, shared by tests that change neither."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = causal(name)
+    return model, compiled(name, model)
+
+
+def notes(gm: Any) -> list[str]:
+    """What the record says about steps that no graph runs."""
+    return [note for note in gm.fxshare.report.notes if note.startswith("generate")]
+
+
+def sampled(model: Any, seed: int = 0, **options: Any) -> Any:
+    """A seeded sample at a temperature that visits many tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        given = {**prompts(), "max_new_tokens": NEW, "do_sample": True, "temperature": 1.5}
+        return model.generate(**{**given, **options})
+
+
+__all__ = [
+    "LENGTHS",
+    "NAMES",
+    "NEW",
+    "Family",
+    "batches",
+    "causal",
+    "compiled",
+    "notes",
+    "pair",
+    "prompts",
+    "sampled",
+]
