@@ -43,6 +43,7 @@ from fxshare.source import Source
 from fxshare.spectra import Spectra
 from fxshare.verifying import verify
 from fxshare.visible import unstacked, visible_sites
+from fxshare.weights import quantisation_of, refusal_of_quantised
 from passes import (
     Applied,
     Pass,
@@ -226,9 +227,7 @@ def _budgeted(
     )
 
 
-def _config(
-    model: nn.Module, cfg: ConfigSource | Sequence[ConfigSource] | None
-) -> ShareConfig:
+def _config(model: nn.Module, cfg: ConfigSource | Sequence[ConfigSource] | None) -> ShareConfig:
     return init(model) if cfg is None else load_config(cfg)
 
 
@@ -382,6 +381,9 @@ def _check_module(model: object) -> None:
         raise ConfigError(
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
         )
+    method = quantisation_of(getattr(model, "config", None))
+    if method is not None:
+        raise MatchError(refusal_of_quantised(type(model).__name__, method))
 
 
 def _peek(

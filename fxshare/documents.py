@@ -21,11 +21,11 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def text_blocks(path: Path, key: str | None, size: int) -> Iterator[str]:
-    """The text of a file in blocks of at least ``size`` characters, the last one excepted.
+    """The text of a file in blocks of ``size`` characters and up to twice as many, the last one
+    excepted.
 
     Put one after the other they are the file's text; that of rows is joined by an empty line.
-    Blocks end at a line's end where a line ends in the last megabyte read, so that a tokenizer
-    sees words as a whole.
+    Blocks end where a line does, or a word in a line that is longer than a block.
 
     Raises :class:`DataError` where the file is not UTF-8, not JSON, or has no text under ``key``
     (``text`` where None).
@@ -38,10 +38,15 @@ def text_blocks(path: Path, key: str | None, size: int) -> Iterator[str]:
         length += len(piece)
         if length < size:
             continue
-        text = "".join(held)
-        end = text.rfind("\n", size) + 1 or text.find("\n") + 1 or len(text)
-        yield text[:end]
-        held, length = [text[end:]], len(text) - end
+        text, start = "".join(held), 0
+        while len(text) - start >= size:
+            end = text.find("\n", start + size - 1, start + 2 * size) + 1
+            if not end and len(text) - start < 2 * size:
+                break
+            end = end or text.rfind(" ", start + size, start + 2 * size) + 1 or start + 2 * size
+            yield text[start:end]
+            start = end
+        held, length = [text[start:]], len(text) - start
     rest = "".join(held)
     if rest:
         yield rest

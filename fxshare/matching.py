@@ -388,6 +388,7 @@ def _every_type_has_sites(
     modules: Mapping[str, nn.Module],
 ) -> None:
     linears = [name for name, module in modules.items() if is_linear(module)]
+    empty: dict[str, str] = {}
     for type_name, spec in cfg.weight_types.items():
         if any(site.type == type_name for site in sites):
             continue
@@ -397,10 +398,20 @@ def _every_type_has_sites(
                 f"weight type {type_name!r}: pattern {spec.pattern!r} matches {len(refused)} "
                 f"modules and none can be rewritten; {refused[0].name!r} {refused[0].reason}"
             )
-        raise MatchError(
-            f"weight type {type_name!r}: pattern {spec.pattern!r} matches no module "
-            f"(re.match on the qualified name, from its start); {_nearest(spec.pattern, linears)}"
-        )
+        empty[type_name] = spec.pattern
+    if not empty:
+        return
+    listed = "; ".join(
+        f"weight type {t!r}: pattern {p!r} matches no module" for t, p in empty.items()
+    )
+    family = ""
+    if len(empty) == len(cfg.weight_types):
+        family = "; the configuration seems to be for another family of models"
+    raise MatchError(
+        f"{listed} (re.match on the qualified name, from its start); "
+        f"{_nearest(next(iter(empty.values())), linears)}{family}; 'fxshare init MODEL -o cfg.yaml' "
+        "writes a configuration for a model"
+    )
 
 
 def _nearest(pattern: str, linears: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""A model by its name, as the command line and scripts give it; nothing is ever downloaded."""
+"""A model by its name, as the command line and scripts give it; downloaded only where the name is
+a hub id."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.errors import ConfigError, DataError, FxShareError, FxShareWarning
+from fxshare.hub import is_hub_id, snapshot
+from fxshare.pretrained import MODEL_TYPE
 from fxshare.record import Record
 from fxshare.source import EMBEDDED, USER
 from fxshare.text import TextTokenizer
+from fxshare.weights import check_weights, quantisation_of, refusal_of_quantised
 
 Kind = Literal["saved", "transformers", "factory", "embedded"]
 
@@ -41,12 +45,14 @@ _IDS = ("input_ids", "idx", "ids", "tokens", "token_ids")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, what kind of name it was loaded by, and its tokenizer where it came with one."""
+    """A model, what kind of name it was loaded by, its tokenizer where it came with one, and the
+    folder of its files."""
 
     name: str
     kind: Kind
     model: nn.Module
     tokenizer: TextTokenizer | None = None
+    folder: Path | None = None
 
 
 def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
@@ -58,7 +64,8 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
         One of: a folder that :func:`fxshare.save` wrote; a transformers folder (``config.json`` and
         weights); ``package.module:factory``, an ``nn.Module`` or a callable without arguments that
         returns one, imported with the current folder on the Python path; ``embedded``, the demo's
-        model (a folder of that name is ``./embedded``).
+        model (a folder of that name is ``./embedded``); ``owner/name`` on the Hugging Face hub,
+        where there is no folder ``owner`` here, from the cache or downloaded.
     original
         The model that a saved folder was made from; used where the folder cannot tell its class.
 
@@ -67,7 +74,8 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
     ConfigError
         The name is none of these; the message says what was tried.
     DataError
-        A folder without weights, or one that transformers cannot read.
+        A folder without weights, with weights that are incomplete or quantised, or one that
+        transformers cannot read; a hub id that is neither cached nor to be had.
     StoreError
         A saved folder that is damaged or needs ``original``.
     """
@@ -76,8 +84,10 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
 
         return LoadedModel(name, "embedded", load_embedded(), load_tokenizer())
     folder = Path(name)
+    if not folder.exists() and is_hub_id(name):
+        folder = snapshot(name)
     if folder.is_dir():
-        if is_saved(name):
+        if is_saved(str(folder)):
             return _saved(name, folder, original)
         if (folder / "config.json").is_file():
             return _transformers(name, folder)
@@ -93,8 +103,8 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
     raise ConfigError(
         f"{name!r} is not a model: expected a folder written by fxshare.save or a transformers "
         f"folder ({file}), package.module:factory (no ':' with names on both sides), or "
-        f"'embedded'.{' Did you mean embedded?' if near else ''} Nothing is downloaded: fetch a "
-        "model first and give its folder"
+        f"'embedded', or owner/name on the Hugging Face hub."
+        f"{' Did you mean embedded?' if near else ''}"
     )
 
 
@@ -121,16 +131,26 @@ def _saved(name: str, folder: Path, original: nn.Module | None) -> LoadedModel:
         from fxshare.demo import load_tokenizer
 
         tokenizer = load_tokenizer()
-    return LoadedModel(name, "saved", model, tokenizer)
+    return LoadedModel(name, "saved", model, tokenizer, folder)
 
 
 def _transformers(name: str, folder: Path) -> LoadedModel:
-    architectures = _config_of(folder).get("architectures") or []
+    config = _config_of(folder)
+    architectures = config.get("architectures") or []
+    if config.get("model_type") == MODEL_TYPE:
+        raise DataError(
+            f"{name}: config.json is that of a folder of fxshare.save, but fxshare.json is missing;"
+            " copy the whole folder"
+        )
+    method = quantisation_of(config)
+    if method is not None:
+        raise DataError(refusal_of_quantised(name, method))
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise DataError(
             f"{name}: expected weights ({' or '.join(_WEIGHTS)}) beside config.json, found "
             f"{_contents(folder)}"
         )
+    check_weights(folder)
     transformers = _import_transformers(name)
     causal = any(str(a).endswith(_CAUSAL) for a in architectures)
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -151,7 +171,7 @@ def _transformers(name: str, folder: Path) -> LoadedModel:
             FxShareWarning,
             stacklevel=3,
         )
-    return LoadedModel(name, "transformers", model, _tokenizer(folder))
+    return LoadedModel(name, "transformers", model, _tokenizer(folder), folder)
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

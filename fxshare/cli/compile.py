@@ -19,8 +19,11 @@ from fxshare.cli.options import (
     MaxBytes,
     MaxLoss,
     Model,
+    Padded,
+    Samples,
     Seed,
     Sets,
+    TextKey,
     Tokens,
     budget_overrides,
     calibration_batches,
@@ -47,6 +50,9 @@ def compile_model(
     ] = None,
     calibration: Calibration = None,
     tokens: Tokens = None,
+    samples: Samples = None,
+    text_key: TextKey = None,
+    padded: Padded = False,
     length: Length = None,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
@@ -85,7 +91,15 @@ def compile_model(
     _check_free(output, force)
     loaded = load_model(model)
     batches = calibration_batches(
-        loaded, calibration, tokens=tokens, length=length, batch_size=batch_size, seed=seed
+        loaded,
+        calibration,
+        tokens=tokens,
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+        samples=samples,
+        text_key=text_key,
+        padded=padded,
     )
     note(f"compiling {model} ({type(loaded.model).__name__})")
     gm = fxshare.compile(
@@ -127,8 +141,6 @@ def _check_free(output: Path | None, force: bool) -> None:
 def _save(gm: Any, loaded: LoadedModel, output: Path, force: bool) -> None:
     from fxshare.store import save
 
-    save(gm, output, force=force)
-    # transformers' tokenizers are files; the demo's comes with this package
-    keep = getattr(loaded.tokenizer, "save_pretrained", None)
-    if keep is not None:
-        keep(output)
+    # the files as they are; the demo's tokenizer comes with this package
+    tokenizer = loaded.folder if loaded.tokenizer is not None else None
+    save(gm, output, force=force, tokenizer=tokenizer)

@@ -12,17 +12,16 @@ import typer
 from fxshare.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fxshare.config import ShareConfig
     from fxshare.models import LoadedModel
+    from fxshare.sampling import Batch
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder that fxshare saved, a transformers folder, package.module:factory, or "
-        "'embedded' (the demo's model).",
+        help="A folder that fxshare saved, a transformers folder, package.module:factory, "
+        "'embedded' (the demo's model), or owner/name on the Hugging Face hub.",
     ),
 ]
 Configs = Annotated[
@@ -76,8 +75,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
-        help="Data to gather statistics on: FILE.txt, FILE.jsonl[:KEY], FILE.npy, "
-        "FILE.safetensors[:NAME], stdlib, stdlib:held-out. Without it: plain SVD; a "
+        help="Data to gather statistics on: FILE.txt, FILE.jsonl[:KEY], FILE.parquet[:KEY], "
+        "FILE.npy, FILE.safetensors[:NAME], stdlib, stdlib:held-out. Without it: plain SVD; a "
         "budget needs it.",
     ),
 ]
@@ -85,6 +84,29 @@ Tokens = Annotated[
     int | None,
     typer.Option(
         min=1, metavar="N", help="Use about N tokens: a random choice of windows. Default: all."
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Use N samples (windows, or with --padded documents) chosen by the seed. Default: "
+        "all, of more than 64 MiB of text 1024.",
+    ),
+]
+TextKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Where the text is in the rows of .jsonl and .parquet. Default: text."
+    ),
+]
+Padded = Annotated[
+    bool,
+    typer.Option(
+        "--padded",
+        help="One document a sample, filled up to the longest of its batch and masked. Default: "
+        "packed, windows over all documents one after the other.",
     ),
 ]
 Length = Annotated[
@@ -172,28 +194,56 @@ def calibration_batches(
     length: int | None,
     batch_size: int,
     seed: int,
-) -> list[Tensor] | None:
+    samples: int | None = None,
+    text_key: str | None = None,
+    padded: bool = False,
+) -> list[Batch] | None:
     """The batches that ``--calibration`` and its options describe; None without it."""
-    import torch
-
     from fxshare.models import vocabulary_of
-    from fxshare.text import load_tokens
+    from fxshare.sampling import Sampling, sample_batches
 
+    options = {
+        "--tokens": tokens,
+        "--samples": samples,
+        "--length": length,
+        "--text-key": text_key,
+        "--padded": padded or None,
+    }
     if spec is None:
-        for option, value in (("--tokens", tokens), ("--length", length)):
+        for option, value in options.items():
             if value is not None:
+                given = option if value is True else f"{option} {value}"
                 raise ConfigError(
-                    f"{option} {value}: has no effect without data; give --calibration SPEC, or "
-                    f"leave {option} out"
+                    f"{given}: has no effect without data; give --calibration SPEC, or leave "
+                    f"{option} out"
                 )
         return None
+    if tokens is not None and samples is not None:
+        raise ConfigError(
+            f"--tokens {tokens} and --samples {samples} both say how much data to use; leave one "
+            "out"
+        )
+    if padded:
+        _check_takes_mask(loaded)
     size = window_length(loaded, length)
-    windows = load_tokens(
+    if tokens is not None:
+        samples = max(1, -(-tokens // size))
+    return sample_batches(
         spec,
+        Sampling(length=size, count=samples, padded=padded, batch_size=batch_size, seed=seed),
         tokenizer=loaded.tokenizer,
-        length=size,
-        count=None if tokens is None else max(1, -(-tokens // size)),
-        seed=seed,
         vocabulary=vocabulary_of(loaded.model),
+        key=text_key,
     )
-    return list(torch.split(windows, batch_size))
+
+
+def _check_takes_mask(loaded: LoadedModel) -> None:
+    import inspect
+
+    names = inspect.signature(loaded.model.forward).parameters
+    if not {"input_ids", "attention_mask"} <= set(names):
+        raise ConfigError(
+            f"--padded: expected a model that takes input_ids and attention_mask, but "
+            f"{type(loaded.model).__name__}.forward takes {', '.join(names)}; without a mask the "
+            "filling would count as text, leave --padded out"
+        )

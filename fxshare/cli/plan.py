@@ -22,8 +22,11 @@ from fxshare.cli.options import (
     MaxBytes,
     MaxLoss,
     Model,
+    Padded,
+    Samples,
     Seed,
     Sets,
+    TextKey,
     Tokens,
     budget_overrides,
     calibration_batches,
@@ -68,6 +71,9 @@ def plan_model(
     ] = None,
     calibration: Calibration = None,
     tokens: Tokens = None,
+    samples: Samples = None,
+    text_key: TextKey = None,
+    padded: Padded = False,
     length: Length = None,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
@@ -94,7 +100,15 @@ def plan_model(
     _check_first(cfg, draw, sweep, picture, calibration)
     loaded = load_model(model)
     batches = calibration_batches(
-        loaded, calibration, tokens=tokens, length=length, batch_size=batch_size, seed=seed
+        loaded,
+        calibration,
+        tokens=tokens,
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+        samples=samples,
+        text_key=text_key,
+        padded=padded,
     )
     note(f"planning {model} ({type(loaded.model).__name__})")
     found = survey(

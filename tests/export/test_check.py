@@ -289,3 +289,19 @@ def test_lowering_first(gm: Any, original: nn.Module, tmp_path: Path) -> None:
         state[name] = load_file(path)
     # products of the same numbers, rounded once, whatever module they are in
     assert worst(state["a"], state["b"]).relative <= torch.finfo(torch.float32).eps
+
+
+def test_half_precision_is_held_to_its_own_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm = build.compiled(build.model(dtype=torch.bfloat16), **build.SHARING)
+    done = fxshare.export(gm, tmp_path / "m", to="py")
+    assert done.limit < 0.1 < tolerance(torch.bfloat16, 17)  # which would pass everything
+
+    def damaged(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        name = next(n for n in tensors if n.startswith("basis_fc"))
+        save_file({**tensors, name: tensors[name] * 1.3}, path, **options)
+
+    monkeypatch.setattr(py, "save_file", damaged)
+    with pytest.raises(CheckFailed, match="py export of GPT differs"):
+        fxshare.export(gm, tmp_path / "other", to="py")
