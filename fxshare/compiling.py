@@ -24,7 +24,7 @@ from fxshare.generation import keep_structure
 from fxshare.knowing import init
 from fxshare.losses import Loss
 from fxshare.lowering import lower_module, with_lowered
-from fxshare.matching import Matching, dense_weights, match
+from fxshare.matching import dense_weights, match
 from fxshare.original import keep_original
 from fxshare.planned import (
     Alternative,
@@ -53,7 +53,6 @@ from passes import (
     SplitSite,
     default_passes,
     derive_gathers,
-    linear_calls,
     run,
     structure_copy,
 )
@@ -243,8 +242,8 @@ def make_plan_for(
     """The plan of a compilation without carrying it out (``fxshare.plan``).
 
     ``cfg`` as in :func:`compile`. In exact and sharing mode nothing of the model is run, so a model
-    on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan has uniform ranks, each
-    slice for itself, and says sizes and FLOPs only.
+    on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan
+    has uniform ranks, each slice for itself, and says sizes and FLOPs only.
     """
     config = _config(model, cfg)
     _check_module(model)

@@ -42,6 +42,7 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
     Raises :class:`MatchError` for a pattern that matches no linear (with the nearest names), a
     module matched by two types, a layer number that cannot be found, heads that do not divide.
     """
+    _refuse_quantised(model)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     types = _types(modules, cfg)
     owners = _owners(model)
@@ -73,6 +74,19 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
             parameters.update(site.name for site in found)
     _every_type_has_sites(cfg, sites, skipped, modules)
     return Matching(tuple(sites), tuple(skipped), frozenset(parameters))
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    method = method or getattr(found, "quant_method", type(found).__name__)
+    raise MatchError(
+        f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights are "
+        "integers with scales, which cannot be factorised. Load the original in floating point, "
+        "compile that, and quantise the result (torchao does it)"
+    )
 
 
 def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]:
@@ -409,8 +423,8 @@ def _every_type_has_sites(
         family = "; the configuration seems to be for another family of models"
     raise MatchError(
         f"{listed} (re.match on the qualified name, from its start); "
-        f"{_nearest(next(iter(empty.values())), linears)}{family}; 'fxshare init MODEL -o cfg.yaml' "
-        "writes a configuration for a model"
+        f"{_nearest(next(iter(empty.values())), linears)}{family}; 'fxshare init MODEL -o "
+        "cfg.yaml' writes a configuration for a model"
     )
 
 

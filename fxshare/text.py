@@ -6,10 +6,10 @@ Legend for shapes: T tokens of a stream, N windows, L tokens per window, V ids o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ def read_stream(
         ids = token_rows(path, key).flatten().to(torch.int64)
         check_ids(ids, vocabulary, name=spec)
         return TokenStream(spec, ids)
-    parts, size = [], 0
+    parts: list[tuple[Tensor, bool]] = []
+    size = 0
     for block in text_blocks(path, key, _BLOCK):
         ids = encode(needed(spec, tokenizer), block, first=not parts)
         check_fit(ids, tokenizer, vocabulary, name=spec)
@@ -168,8 +169,9 @@ def file_and_key(spec: str, key: str | None = None) -> tuple[Path, str | None]:
 
 def encode(tokenizer: TextTokenizer, text: str, *, first: bool = True) -> Tensor:
     """The ids of ``text`` (T,) int64; what a tokenizer puts before a text only at the ``first``."""
-    if not first and hasattr(tokenizer, "build_inputs_with_special_tokens"):
-        return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+    of_transformers: Any = tokenizer
+    if not first and hasattr(tokenizer, "save_pretrained"):
+        return torch.tensor(of_transformers.encode(text, add_special_tokens=False)).long()
     return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
 
 
@@ -184,7 +186,7 @@ def check_fit(
     """Raise :class:`DataError` where the tokenizer gives ids that the model does not know."""
     if vocabulary is None or ids.numel() == 0 or int(ids.max()) < vocabulary:
         return
-    size = f" of {len(tokenizer)} ids" if hasattr(tokenizer, "__len__") else ""
+    size = f" of {len(tokenizer)} ids" if isinstance(tokenizer, Sized) else ""
     raise DataError(
         f"{name}: the tokenizer{size} does not fit the model: expected ids of 0 to "
         f"{vocabulary - 1}, found {int(ids.max())}; put the files of this model's own tokenizer "

@@ -103,8 +103,8 @@ def _bits(content: Mapping[str, Any]) -> str | None:
 def refusal_of_quantised(name: str, method: str) -> str:
     """Why a quantised model is not compiled, and what to do."""
     return (
-        f"{name}: its weights are quantised ({method}), and codes cannot be factorised; compile the "
-        "model in float16, bfloat16 or float32 and quantise the result "
+        f"{name}: its weights are quantised ({method}), and codes cannot be factorised; compile "
+        "the model in float16, bfloat16 or float32 and quantise the result "
         "(docs/how-to/quantise-and-tune.md)"
     )
 

@@ -3,7 +3,8 @@
 Widths decide, with the number of heads that the attention module or a configuration states: a
 weight of ``(heads + 2 · key heads) · head width`` rows beside an output projection that reads
 ``heads · head width`` is fused, whatever it is called. Only the order inside is not in the widths:
-blocks ``[q | k | v]``, or ``[q k v]`` per head.
+blocks ``[q | k | v]``, or ``[q k v]`` per head. A captured graph shows it
+(:mod:`fxshare.knowing.rows`); without one the name of the weight decides.
 
 Legend: D head width.
 """
@@ -12,17 +13,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
+from fxshare.knowing.rows import Rows
 from fxshare.knowing.weights import Weight
 
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "heads", "encoder_attention_heads")
+_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "num_heads",
+    "n_heads",
+    "heads",
+    "encoder_attention_heads",
+)
 _DECODER_HEADS = ("decoder_attention_heads",)
 _ATTENTION = re.compile(r"attn|attention|qkv|query_key_value", re.IGNORECASE)
-# Megatron's name and layout, which GPT-NeoX, BLOOM, Falcon and Persimmon took over together
+# Megatron's name and order of rows, which GPT-NeoX, BLOOM, Falcon and Persimmon took over together
 _PER_HEAD = re.compile(r"query_key_value$")
 
 Kind = Literal["qkv", "gate_up", "one"]
@@ -30,16 +39,20 @@ Kind = Literal["qkv", "gate_up", "one"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of a weight. ``heads`` is None where nothing tells them; ``source`` says what did."""
+    """The rows of a weight. ``heads`` is None where nothing tells them; ``source`` says what
+    did."""
 
     kind: Kind = "one"
     heads: int | None = None
     kv_heads: int | None = None
     interleaved: bool = False
+    order: str = "qkv"
     source: str = ""
+    seen: bool = False
+    """Whether a graph showed the order of the rows."""
 
     @property
-    def keys(self) -> dict[str, str | int | bool]:
+    def keys(self) -> dict[str, Any]:
         """The keys of a weight type that describe it."""
         if self.kind == "gate_up":
             return {"split": "gate_up"}
@@ -47,9 +60,9 @@ class Layout:
             return {}
         if self.heads is None:
             return {"split": "qkv"}
-        found: dict[str, str | int | bool] = {
+        found: dict[str, Any] = {
             "split": "heads",
-            "qkv_order": "qkv",
+            "qkv_order": self.order,
             "n_head": self.heads,
         }
         if self.kv_heads != self.heads:
@@ -60,8 +73,11 @@ class Layout:
         return found
 
 
-def layout_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> Layout:
-    """The rows of ``weight``; ``beside`` are the weights of the same layer, itself included."""
+def layout_of(
+    model: nn.Module, weight: Weight, beside: Sequence[Weight], together: Sequence[Rows] = ()
+) -> Layout:
+    """The rows of ``weight``; ``beside`` are the weights of the same layer, itself included, and
+    ``together`` the sets of its rows that one operation reads in a graph."""
     owner, _, field = weight.name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, nn.MultiheadAttention):
@@ -71,7 +87,9 @@ def layout_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> Lay
         return Layout()
     siblings = [w for w in beside if w is not weight and w.name.startswith(f"{owner}.")]
     if _is_attention(model, owner, field):
-        return _fused(model, weight, siblings)
+        return _fused(model, weight, siblings, together)
+    if getattr(module, "is_concatenated", True) is False:
+        return Layout()  # gate and up alternate row by row (GPT-OSS): no two halves
     # the way back: reads half of the rows, where no other reads them all
     back = [w for w in siblings if w.matrices == weight.matrices]
     back = [w for w in back if w.out_features == weight.in_features]
@@ -81,7 +99,7 @@ def layout_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> Lay
 
 
 def heads_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> tuple[int, int] | None:
-    """``(heads, D)`` of a separate q, k or v projection; None where it is none, or nothing tells."""
+    """``(heads, D)`` of a separate q, k or v projection; None where it is none, or nothing says."""
     owner, _, field = weight.name.rpartition(".")
     stated = _stated(model, owner)
     if stated is None or not _is_attention(model, owner, field):
@@ -105,7 +123,9 @@ def _is_attention(model: nn.Module, owner: str, field: str) -> bool:
     return bool(_ATTENTION.search(type(module).__name__)) or _attribute(module, _HEADS) is not None
 
 
-def _fused(model: nn.Module, weight: Weight, siblings: Sequence[Weight]) -> Layout:
+def _fused(
+    model: nn.Module, weight: Weight, siblings: Sequence[Weight], together: Sequence[Rows]
+) -> Layout:
     rows = weight.out_features
     if weight.matrices != 1 or any(w.in_features == rows for w in siblings):
         return Layout()
@@ -126,8 +146,37 @@ def _fused(model: nn.Module, weight: Weight, siblings: Sequence[Weight]) -> Layo
         size = width // heads
         kv_heads, rest = divmod(rows - width, 2 * size)
         if rest == 0 and kv_heads and heads % kv_heads == 0:
-            return Layout("qkv", heads, kv_heads, per_head, source)
+            named = Layout("qkv", heads, kv_heads, per_head, source=source)
+            return _shown(named, size, together)
     return Layout()
+
+
+def _shown(named: Layout, size: int, together: Sequence[Rows]) -> Layout:
+    """The order of rows that ``together`` shows, else the one that the name promised."""
+    orders = [named, replace(named, interleaved=not named.interleaved)]
+    if named.heads != named.kv_heads:  # of equal height, their order is no more than their names
+        orders += [replace(named, interleaved=False, order=order) for order in ("kvq", "kqv")]
+    fitting = [o for o in orders if all(_within_one(rows, o, size) for rows in together)]
+    if not together or not fitting:
+        return named
+    return replace(fitting[0], seen=len(fitting) < len(orders))
+
+
+def _within_one(rows: Rows, layout: Layout, size: int) -> bool:
+    """Whether rows are all of q, all of k or all of v under a layout with heads of ``size``."""
+    parts = parts_of(layout)
+    return len({parts[row // size] for row in rows}) == 1
+
+
+def parts_of(layout: Layout) -> str:
+    """``q``, ``k`` or ``v`` of every head's rows, in the order of the rows."""
+    assert layout.heads is not None
+    assert layout.kv_heads is not None
+    count = {"q": layout.heads, "k": layout.kv_heads, "v": layout.kv_heads}
+    if not layout.interleaved:
+        return "".join(part * count[part] for part in layout.order)
+    group = "".join(part * (count[part] // layout.kv_heads) for part in layout.order)
+    return group * layout.kv_heads
 
 
 def _stated(model: nn.Module, owner: str) -> tuple[int, str] | None:

@@ -44,6 +44,10 @@ def _patterns(weights: Sequence[Weight]) -> Iterator[str]:
         if steps[-count] != "#":
             yield r".*\." + r"\.".join(own[-count:]) + "$"
     yield r"\.".join(own) + "$"
+    first = weights[0]
+    if first.stack is not None:  # another container has weights of this name: not its numbers
+        inside = [r"\d+" if s == "#" else re.escape(s) for s in first.kind.split(".") if s]
+        yield r"\.".join([re.escape(first.stack), r"\d+", *inside]) + "$"
 
 
 def block_pattern_of(weights: Iterable[Weight]) -> str | None:
@@ -53,7 +57,7 @@ def block_pattern_of(weights: Iterable[Weight]) -> str | None:
     stacks = list(dict.fromkeys(w.stack for w in placed if w.stack is not None))
     if not stacks:
         return None
-    last = list(dict.fromkeys(re.escape(stack.rpartition(".")[2]) for stack in stacks))
+    last = list(dict.fromkeys(_tail(stack) for stack in stacks))
     whole = [re.escape(stack) for stack in stacks]
     for choices, start in ((last, ""), (last, r"(?:^|\.)"), (whole, "^")):
         name = choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
@@ -62,6 +66,14 @@ def block_pattern_of(weights: Iterable[Weight]) -> str | None:
         if all(f is not None and int(f[1]) == w.layer for f, w in zip(found, placed, strict=True)):
             return pattern
     return None
+
+
+def _tail(stack: str) -> str:
+    """The end of a container's name from its last word on: ``stages.3`` is ``stages\\.\\d+``."""
+    steps = stack.split(".")
+    words = [i for i, step in enumerate(steps) if not step.isdecimal()]
+    tail = steps[words[-1] if words else 0 :]
+    return r"\.".join(r"\d+" if step.isdecimal() else re.escape(step) for step in tail)
 
 
 def type_names(groups: Sequence[Sequence[Weight]]) -> list[str]:

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from fxshare.capture import Captured, capture
 from fxshare.config import ShareConfig, WeightType
-from fxshare.errors import ConfigError, MatchError
+from fxshare.errors import CaptureError, ConfigError, MatchError
 from fxshare.knowing.layout import Layout, heads_of, layout_of
 from fxshare.knowing.patterns import block_pattern_of, matchable, pattern_of, type_names
+from fxshare.knowing.rows import Rows, rows_read_together
 from fxshare.knowing.same_input import Groups, seen_in_graph, told_by_names
 from fxshare.knowing.weights import Weight, alike, total_numbers, weights_of
 from fxshare.matching import match
@@ -100,10 +102,15 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
     groups, left_out = _worth(model, alike(weights), total)
     named = dict(zip(type_names(groups), groups, strict=True))
     names = matchable(model)
+    captured = None if example is None else _captured(model, example)
+    together: Mapping[str, list[Rows]] = {}
+    if isinstance(captured, Captured):
+        together = rows_read_together(captured, [group[0].name for group in groups])
     specs, layouts = {}, {}
     for name, group in named.items():
-        beside = [w for w in weights if (w.stack, w.layer) == (group[0].stack, group[0].layer)]
-        layouts[name] = layout_of(model, group[0], beside)
+        first = group[0]
+        beside = _same_layer(first, weights)
+        layouts[name] = layout_of(model, first, beside, together.get(first.name, ()))
         specs[name] = WeightType(pattern=pattern_of(group, names), **layouts[name].keys)
     refused = _refused(model, specs)
     left_out += [_left_out(named.pop(name), reason) for name, reason in refused.items()]
@@ -113,18 +120,33 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         weight_types={name: specs[name] for name in named},
         block_pattern=block_pattern_of(w for group in named.values() for w in group),
     )
-    groups_seen = None if example is None else seen_in_graph(model, named, example)
-    seen = isinstance(groups_seen, tuple)
     return Proposal(
         model=type(model).__name__,
         parameters=total,
         config=config,
         types=_counted(model, config, named, layouts, weights),
         left_out=tuple(left_out),
-        same_input=groups_seen if isinstance(groups_seen, tuple) else told_by_names(named),
-        seen=seen,
-        unseen=groups_seen if isinstance(groups_seen, str) else "",
+        same_input=seen_in_graph(captured, named)
+        if isinstance(captured, Captured)
+        else told_by_names(named),
+        seen=isinstance(captured, Captured),
+        unseen=captured if isinstance(captured, str) else "",
     )
+
+
+def _captured(model: nn.Module, example: object) -> Captured | str:
+    """A graph of the model, or why there is none."""
+    try:
+        captured = capture(model, example)
+    except CaptureError as error:
+        return str(error).splitlines()[0]
+    if captured.front_end == "modules":
+        return captured.notes[0] if captured.notes else "captured module by module only"
+    return captured
+
+
+def _same_layer(weight: Weight, weights: Sequence[Weight]) -> list[Weight]:
+    return [w for w in weights if (w.stack, w.layer) == (weight.stack, weight.layer)]
 
 
 def _worth(
@@ -205,7 +227,7 @@ def _counted(
     found: list[ProposedType] = []
     for name, group in named.items():
         own = [site for site in sites if site.type == name]
-        beside = [w for w in weights if (w.stack, w.layer) == (group[0].stack, group[0].layer)]
+        beside = _same_layer(group[0], weights)
         values: dict[str, Any] = {
             "sites": len(own),
             "slices": sum(len(site.slices) for site in own),

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
-from fxshare.capture import capture
-from fxshare.errors import CaptureError
+from fxshare.capture import Captured
 from fxshare.knowing.weights import Weight
 from passes import linear_calls
 
@@ -21,17 +18,8 @@ _TOGETHER = (
 )
 
 
-def seen_in_graph(
-    model: nn.Module, types: Mapping[str, Sequence[Weight]], example: object
-) -> Groups | str:
-    """Types whose weights have one node for an input in every layer; why not, where no graph
-    could be captured."""
-    try:
-        captured = capture(model, example)
-    except CaptureError as error:
-        return str(error).splitlines()[0]
-    if captured.front_end == "modules":
-        return "the model could be captured module by module only"
+def seen_in_graph(captured: Captured, types: Mapping[str, Sequence[Weight]]) -> Groups:
+    """Types whose weights have one node for an input, in the order of ``types``."""
     type_of = {w.name: (name, w.layer) for name, weights in types.items() for w in weights}
     readers: defaultdict[str, dict[str, set[int | None]]] = defaultdict(dict)
     for call in linear_calls(captured.graph):
@@ -43,14 +31,11 @@ def seen_in_graph(
         in_order = tuple(name for name in types if name in types_here)
         if len(in_order) > 1:
             groups[in_order] = None
-    largest = [g for g in groups if not any(set(g) < set(other) for other in groups)]
-    taken: set[str] = set()
-    disjoint = []
-    for group in largest:
-        if not taken & set(group):
+    disjoint: list[tuple[str, ...]] = []
+    for group in sorted(groups, key=len, reverse=True):
+        if not any(set(group) & set(other) for other in disjoint):
             disjoint.append(group)
-            taken |= set(group)
-    return tuple(disjoint)
+    return tuple(sorted(disjoint, key=lambda group: list(types).index(group[0])))
 
 
 def told_by_names(types: Mapping[str, Sequence[Weight]]) -> Groups:

@@ -36,8 +36,9 @@ def _lines(proposal: Proposal) -> Iterator[str]:
     for one in proposal.types:
         yield from _comment(_told(one, proposal.parameters), indent=4)
         yield from _entry(one.name, one.spec)
-    if proposal.config.block_pattern is not None:
-        yield f"block_pattern: {_quoted(proposal.config.block_pattern)} # group 1 is the layer number"
+    layers = proposal.config.block_pattern
+    if layers is not None:
+        yield f"block_pattern: {_quoted(layers)} # group 1 is the layer number"
     yield from _reading(proposal)
     if proposal.left_out:
         yield from _comment("Left as they are:")
@@ -50,7 +51,9 @@ def _told(one: ProposedType, total: int) -> str:
     shape = f"{first.in_features} → {first.out_features}"
     what = f"{one.sites} of {shape}"
     if first.matrices > 1:
-        what = f"{len(one.weights)} stacks of {first.matrices} experts, {one.sites} matrices {shape}"
+        what = (
+            f"{len(one.weights)} stacks of {first.matrices} experts, {one.sites} matrices {shape}"
+        )
     parts = [what + _layers(one.layers), f"{one.numbers / total:.1%} of the parameters"]
     layout = one.layout
     if layout.kind == "gate_up":
@@ -62,6 +65,7 @@ def _told(one: ProposedType, total: int) -> str:
         keys = layout.heads if layout.kv_heads is None else layout.kv_heads
         kv = "" if keys == layout.heads else f", {keys} key {'head' if keys == 1 else 'heads'}"
         rows = "rows per head" if one.spec.interleaved else "rows in blocks"
+        rows += ", seen in the captured graph" if layout.seen else ""
         parts.append(
             f"q, k and v of {layout.heads} heads{kv} in one weight ({layout.source}), {rows}: "
             f"{one.slices} slices"
@@ -91,9 +95,7 @@ def _reading(proposal: Proposal) -> Iterator[str]:
 def _missed(left: LeftOut, total: int) -> str:
     matrices, rows, columns = left.shape
     stacked = f"{matrices} × " if matrices > 1 else ""
-    return (
-        f"  {left.name} ({stacked}{columns} → {rows}, {left.numbers / total:.1%}): {left.reason}"
-    )
+    return f"  {left.name} ({stacked}{columns} → {rows}, {left.numbers / total:.1%}): {left.reason}"
 
 
 def _layers(layers: Sequence[int]) -> str:

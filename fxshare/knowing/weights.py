@@ -77,7 +77,8 @@ def _candidates(model: nn.Module) -> Iterator[Weight]:
         if name and is_linear(module):
             weight_OI, _ = weight_and_bias(module)
             if isinstance(module.weight, nn.Parameter) and weight_OI.is_floating_point():
-                yield Weight(name, id(module.weight), *weight_OI.shape, inside=name)
+                rows, columns = weight_OI.shape
+                yield Weight(name, id(module.weight), rows, columns, inside=name)
             continue
         if isinstance(module, _LOOKED_UP):
             continue

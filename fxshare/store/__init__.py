@@ -25,6 +25,7 @@ from fxshare.config import ShareConfig, dump_config, load_config
 from fxshare.errors import FxShareError, FxShareWarning, StoreError
 from fxshare.numerics import tolerance
 from fxshare.plans import Plan
+from fxshare.pretrained import write_hf_configs
 from fxshare.record import Record, attach, graph_sha256, record_of, slices_of
 from fxshare.report import Report
 from fxshare.source import Source
@@ -47,7 +48,6 @@ from fxshare.store.manifest import (
     versions,
     write_manifest,
 )
-from fxshare.pretrained import write_hf_configs
 from fxshare.store.probe import Probe, distance, take
 from fxshare.store.rebuild import decode_inputs, encode_inputs, rebuild
 from fxshare.store.skeleton import ModelSource, skeleton
@@ -204,7 +204,7 @@ def load(
 
 def _source_now(gm: nn.Module, record: Record) -> Source:
     """The source with the defaults of ``generate`` as the user may have changed them."""
-    generation = getattr(gm, "generation_config", None)
+    generation: Any = getattr(gm, "generation_config", None)
     if record.source.generation_config is None or not hasattr(generation, "to_dict"):
         return record.source
     return replace(record.source, generation_config=generation.to_dict())

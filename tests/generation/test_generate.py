@@ -15,8 +15,17 @@ from fxshare.errors import FxShareError
 from fxshare.generation.module_form import module_form
 from fxshare.numerics import tolerance, worst
 from fxshare.record import record_of
-from tests.generation.models import NAMES, NEW, batches, causal, compiled, notes, pair, prompts
-from tests.generation.models import sampled
+from tests.generation.models import (
+    NAMES,
+    NEW,
+    batches,
+    causal,
+    compiled,
+    notes,
+    pair,
+    prompts,
+    sampled,
+)
 from tests.toys import NANOGPT
 from tests.zoo.families import family
 

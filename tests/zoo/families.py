@@ -27,6 +27,7 @@ from tests.zoo.written import (
     PlainTransformer,
 )
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -70,12 +71,15 @@ class Family:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.make().eval()
+            convolutions = {id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     centre = 0.5 if float(parameter.detach().mean()) > 0.5 else 0.0
                     nn.init.normal_(parameter, centre, 0.2)
                 else:
-                    nn.init.normal_(parameter, 0.0, parameter[0].numel() ** -0.5)
+                    of_kernel = id(parameter) in convolutions
+                    inputs = parameter[0].numel() if of_kernel else parameter.shape[-1]
+                    nn.init.normal_(parameter, 0.0, inputs**-0.5)
         return model
 
     def call(self, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Any]:
@@ -384,6 +388,24 @@ FAMILIES = (
         num_experts=5,
         num_experts_per_tok=2,
     ),
+    _causal(
+        "gpt_oss",
+        "GptOss",
+        {
+            **_ATTENTION,
+            # gate and up alternate, row by row: no two halves
+            "experts_gate_up": r".*\.experts\.gate_up_proj$",
+            "experts_down": r".*\.experts\.down_proj$",
+        },
+        _LAYERS,
+        **_COMMON,
+        **_TOKENS,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        sliding_window=8,
+    ),
     Family(
         "bert",
         _bert,
@@ -430,7 +452,7 @@ FAMILIES = (
     ),
     Family(
         "nanogpt",
-        lambda: NanoGPT(block_size=LONGEST),
+        lambda: NanoGPT(LAYERS, block_size=LONGEST),
         {
             "attn": {"pattern": r".*\.attn\.c_attn$", **_BY_HEAD},
             "proj": r".*\.attn\.c_proj$",

@@ -44,6 +44,7 @@ class Subject:
     other: Mapping[str, Any]
     batches: list[Mapping[str, Any]]
     prompt: Tensor | None = None
+    strategy: str = "layers"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def measure(subject: Subject, *, everything: bool = True) -> Row:
     """Measure one subject; ``everything`` takes in torch.compile and export, which are slow."""
     exact = compiled(subject)
     report, plan = exact.fxshare.report, exact.fxshare.plan
-    sharing, planned = weighted_errors(subject)
+    statistics = gathered(subject)
+    sharing, planned = (loss(subject.model, gm, statistics) for gm in both(subject))
     return Row(
         name=subject.name,
         front_end=report.front_end,
@@ -174,20 +176,14 @@ def reason(attempt: Callable[[], None]) -> str:
     return ""
 
 
-def weighted_errors(subject: Subject) -> tuple[float, float]:
-    """What Basis Sharing and the planner lose at the same stored numbers.
-
-    The second-order increase of the loss per token, of the weights and biases as they came out:
-    ``½ Σ E[δᵀ(ΔW x + Δb)]²`` over slices, with the covariances of ``x`` and ``δ`` taken as
-    independent (K-FAC). Both are weighed with the same statistics, those of the dense model.
-    """
+def both(subject: Subject) -> tuple[Any, Any]:
+    """The model compressed by Basis Sharing, and by the planner at the same stored numbers."""
     shared = compiled(subject, **SHARING)
     kept = shared.fxshare.plan.stored_numbers / shared.fxshare.plan.dense_numbers
-    planner = {"search": "off", "strategy": "layers"}
+    planner = {"search": "off", "strategy": subject.strategy}
     planned = compiled(subject, budget={"params_kept": kept}, planner=planner)
     assert planned.fxshare.plan.stored_numbers <= shared.fxshare.plan.stored_numbers
-    statistics = gathered(subject)
-    return tuple(loss(subject.model, gm, statistics) for gm in (shared, planned))  # type: ignore[return-value]
+    return shared, planned
 
 
 def gathered(subject: Subject) -> Statistics:
@@ -202,12 +198,16 @@ def gathered(subject: Subject) -> Statistics:
 
 
 def loss(model: nn.Module, gm: Any, statistics: Statistics) -> float:
-    """See :func:`weighted_errors`."""
+    """The second-order increase of the loss per token, of weights and biases as they came out:
+    ``½ Σ E[δᵀ(ΔW x + Δb)]²`` over slices, the moments of ``x`` and ``δ`` taken as independent
+    (K-FAC). Every result is weighed with the same statistics, those of the dense model."""
     plan = gm.fxshare.plan
     total = 0.0
     dense = dense_sites(gm, plan)
     for site in plan.sites:
-        weight_OI, bias_O = (t if t is None else t.detach().double() for t in site_tensors(model, site))
+        weight_OI, bias_O = (
+            t if t is None else t.detach().double() for t in site_tensors(model, site)
+        )
         found_O = site_bias(gm, site)
         gap_OI = dense[site.name].double() - weight_OI
         gap_O = torch.zeros(site.out_features, dtype=torch.float64)
@@ -225,3 +225,48 @@ def loss(model: nn.Module, gm: Any, statistics: Statistics) -> float:
             block = error_OO[s.start : s.stop, s.start : s.stop]
             total += 0.5 * rows * float((moment_OO * block).sum())
     return total
+
+
+_SEVEN_BILLION: Mapping[str, tuple[str, dict[str, int]]] = {
+    "Llama-2-7B": ("Llama", {}),
+    "Qwen3-8B": (
+        "Qwen3",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 12288,
+            "head_dim": 128,
+        },
+    ),
+    "Gemma-7B": ("Gemma", {}),
+    "Phi-3-mini": ("Phi3", {"pad_token_id": 0}),
+    "GPT-NeoX, 6.9 B (Pythia)": (
+        "GPTNeoX",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 16384,
+        },
+    ),
+}
+
+
+def capture_seconds() -> list[tuple[str, float, float]]:
+    """Name, parameters and CPU seconds of capture for shapes of about 7 billion parameters."""
+    import transformers
+
+    found = []
+    for name, (kind, sizes) in _SEVEN_BILLION.items():
+        with torch.device("meta"):
+            config = getattr(transformers, f"{kind}Config")(**sizes)
+            model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+        start = time.process_time()
+        capture(model, ids, mode="fx")
+        seconds = time.process_time() - start
+        found.append((name, float(sum(p.numel() for p in model.parameters())), seconds))
+    return found

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH, HEADS, HIDDEN, LAYERS, LONGEST = 97, 32, 4, 64, 3, 64
+VOCABULARY, WIDTH, HEADS, HIDDEN, LAYERS, LONGEST = 97, 32, 4, 64, 2, 64
 
 
 class PlainTransformer(nn.Module):
