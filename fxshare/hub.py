@@ -33,7 +33,6 @@ def snapshot(name: str, **options: Any) -> Path:
             f"({error}); pip install 'fxshare[hf]', or give a folder"
         ) from error
     options = {key: value for key, value in options.items() if value is not None}
-    options.pop("force_download", None) if not options.get("force_download") else None
     try:
         return Path(
             huggingface_hub.snapshot_download(name, allow_patterns=list(_PATTERNS), **options)

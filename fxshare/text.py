@@ -141,7 +141,7 @@ def read_stream(
         size += len(block.encode("utf-8"))
         parts.append((ids, bool(block.strip())))
     if not any(has_text for _, has_text in parts):
-        raise no_text(spec, size)
+        raise no_text(spec, path.stat().st_size)
     ids = torch.cat([ids for ids, _ in parts])
     return TokenStream(spec, ids, size / max(len(ids), 1))
 

@@ -72,7 +72,7 @@ def operand_of(gm: fx.GraphModule, argument: object) -> Operand | None:
 def product_of(node: fx.Node) -> tuple[Any, Any, bool] | None:
     """``(x, weight, by_rows)`` where the node multiplies the last dimension of ``x`` by a weight
     with ``@``, ``matmul`` or ``einsum``; ``by_rows`` says that the weight is ``(out, in)``."""
-    if node.op == "call_method" and node.target == "matmul" or _is(node, _MATMULS):
+    if (node.op == "call_method" and node.target == "matmul") or _is(node, _MATMULS):
         if len(node.args) == 2 and not node.kwargs:
             return node.args[0], node.args[1], False
     elif _is(node, _EINSUMS) and not node.kwargs:
@@ -109,7 +109,7 @@ def _einsum(equation: str) -> bool | None:
     if not arrow or not comma or len(weight) != 2 or "," in weight:
         return None
     batch, i = x[:-1], x[-1:]
-    for by_rows, (o, contracted) in ((True, weight), (False, weight[::-1])):
+    for by_rows, o, contracted in ((True, weight[0], weight[1]), (False, weight[1], weight[0])):
         if contracted == i and o not in x and output == batch + o and len(set(weight)) == 2:
             return by_rows
     return None

@@ -22,7 +22,7 @@ from fxshare.errors import CheckFailed, MatchError
 from fxshare.matching import match
 from fxshare.plans import Site
 from passes.graph import is_linear
-from tests.toys import ENCODER
+from tests import toys
 from tests.zoo.families import family, transformers_model
 from tests.zoo.written import LAYERS, LONGEST, VOCABULARY
 
@@ -113,7 +113,8 @@ CASES = (
         "encoder",
         beside=("head",),
         graph=True,
-        make=ENCODER.model,
+        counts=toys.LAYERS,
+        make=toys.ENCODER.model,
         like_init=False,
     ),
 )

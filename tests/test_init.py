@@ -22,7 +22,7 @@ from fxshare.knowing.patterns import matchable, pattern_of
 from fxshare.knowing.weights import weights_of
 from fxshare.matching import match
 from tests.zoo.families import FAMILIES, Family, family, transformers_model
-from tests.zoo.written import HEADS, WIDTH
+from tests.zoo.written import HEADS, LAYERS, WIDTH
 
 
 def proposed(name: str, *, seen: bool = False) -> Proposal:
@@ -59,11 +59,13 @@ def test_each_family_is_matched_and_cut_as_written_by_hand(one: Family) -> None:
 def test_counts_are_of_what_matching_finds() -> None:
     found = proposed("gpt2")
     attention = next(t for t in found.types if t.name == "c_attn")
-    assert (attention.sites, attention.slices, attention.layers) == (3, 36, (0, 1, 2))
-    assert attention.numbers == 3 * 3 * WIDTH * WIDTH
-    assert "3 of 32 → 96 in layers 0 to 2" in found.text
+    slices = LAYERS * 3 * HEADS
+    assert (attention.sites, attention.slices) == (LAYERS, slices)
+    assert attention.layers == tuple(range(LAYERS))
+    assert attention.numbers == LAYERS * 3 * WIDTH * WIDTH
+    assert f"{LAYERS} of 32 → 96 in layers 0 to {LAYERS - 1}" in found.text
     assert "q, k and v of 4 heads in one weight" in found.text
-    assert "36 slices" in found.text
+    assert f"{slices} slices" in found.text
 
 
 def test_heads_of_separate_projections_are_told() -> None:
@@ -173,7 +175,6 @@ def test_what_reads_one_activation() -> None:
         ("q_proj", "k_proj", "v_proj"),
         ("gate_proj", "up_proj"),
     )
-    assert proposed("llama", seen=True).same_input == proposed("llama").same_input
     # only the graph tells that attention and feed-forward are side by side
     assert proposed("falcon").same_input == ()
     assert proposed("falcon", seen=True).same_input == (("query_key_value", "dense_h_to_4h"),)
@@ -185,7 +186,7 @@ def test_what_a_graph_says_can_be_used_as_it_stands() -> None:
     text = text.replace("# planner: ", "planner: ")
     cfg = ShareConfig(**yaml.safe_load(text))
     assert cfg.mode == "planned"
-    assert cfg.planner.may_share == found.same_input
+    assert cfg.planner.may_share == found.same_input == proposed("llama").same_input
 
 
 # What is left out, and why
@@ -275,6 +276,36 @@ def test_stages_are_not_layers() -> None:
     assert found.config.block_pattern == r"stages\.\d+\.(\d+)"
     patterns = [t.spec.pattern for t in found.types]
     assert patterns == [rf"stages\.{n}\.\d+\.fc$" for n in (0, 1)]
+
+
+def test_containers_in_containers() -> None:
+    """Between the stages stands what is in none of their blocks."""
+
+    class Stage(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Blocks(lambda: nn.Linear(width, width)) for _ in range(3))
+            self.down = nn.Linear(width, 2 * width)
+
+    found = fxshare.propose(_stages(Stage))
+    sites = {s.name: (s.type, s.layer) for s in match(_stages(Stage), found.config).sites}
+    assert sites["layers.1.blocks.2.blocks.1"][1] == 2  # not the blocks inside the block
+    assert sites["layers.1.down"][1] == 1
+    assert len({type_ for type_, _ in sites.values()}) == len(found.types)
+
+
+def _stages(stage: Callable[[int], nn.Module]) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([stage(8), stage(16)])})
+
+
+def test_a_matrix_with_columns_in_heads_is_no_stack_of_experts() -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(WIDTH, HEADS, 8))
+            self.o = nn.Linear(WIDTH, WIDTH)
+
+    assert list(fxshare.init(Blocks(Einsum)).weight_types) == ["o"]
 
 
 @pytest.mark.parametrize(
@@ -391,7 +422,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rows in blocks, seen in the captured graph" in written
     assert yaml.safe_load(written) == yaml.safe_load(printed)
     assert main(["validate", model, "-c", str(file)]) == 0
-    assert "3,072" in capsys.readouterr().out  # weights of attn_c_proj
+    assert f"{LAYERS * WIDTH * WIDTH:,}" in capsys.readouterr().out  # weights of attn_c_proj
 
 
 def test_the_command_does_not_overwrite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,6 +435,13 @@ def test_the_command_does_not_overwrite(folder: Path, capsys: pytest.CaptureFixt
     assert main([*command, "--force"]) == 0
     assert "weight_types:" in file.read_text(encoding="utf-8")
     assert main(["init", str(folder / "model"), "--force"]) == 2
+
+
+def test_the_command_wants_the_original(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = family("gpt2")
+    fxshare.save(fxshare.compile(one.model(), capture="modules"), folder / "saved")
+    assert main(["init", str(folder / "saved")]) == 2
+    assert "expected an original model, found one that fxshare" in capsys.readouterr().err
 
 
 def test_the_command_as_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

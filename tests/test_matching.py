@@ -115,6 +115,66 @@ def test_interleaved_rows_are_q_k_v_per_head() -> None:
     }  # fmt: skip
 
 
+def test_interleaved_groups_are_their_q_heads_k_and_v() -> None:
+    keys = {"split": "heads", "qkv_order": "qkv", "interleaved": True}
+    site = one(16, **keys, n_head=4, n_kv_head=2)
+    assert rows_of(site) == {
+        "q.0": (0, 2), "q.1": (2, 4), "k.0": (4, 6), "v.0": (6, 8),
+        "q.2": (8, 10), "q.3": (10, 12), "k.1": (12, 14), "v.1": (14, 16),
+    }  # fmt: skip
+    text = refusal(OneLinear(18), None, w={"pattern": "qkv$", **keys, "n_head": 5, "n_kv_head": 2})
+    assert "the 5 heads of 'qkv' do not divide by 2" in text
+
+
+def test_gate_and_up_are_halves() -> None:
+    assert rows_of(one(12, split="gate_up")) == {"gate": (0, 6), "up": (6, 12)}
+    text = refusal(OneLinear(13), None, w={"pattern": "qkv$", "split": "gate_up"})
+    assert "the 13 rows of 'qkv' do not divide by 2 (gate and up)" in text
+
+
+def test_multi_query_has_one_key_head_whatever_the_config_counts() -> None:
+    # Falcon's: num_kv_heads says 4 where all heads read one
+    config = {"num_attention_heads": 4, "num_kv_heads": 4, "multi_query": True}
+    site = one(12, config, split="heads", qkv_order="qkv")
+    assert list(rows_of(site)) == ["q.0", "q.1", "q.2", "q.3", "k.0", "v.0"]
+
+
+# Parameters that are not the weight of a linear module
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Module() for _ in range(2))
+        for layer in self.layers:
+            layer.in_proj_weight = nn.Parameter(torch.randn(12, 4))
+            layer.in_proj_bias = nn.Parameter(torch.randn(12))
+            layer.stack = nn.Parameter(torch.randn(3, 8, 4))
+            layer.embed = nn.Embedding(5, 4)
+
+
+def test_a_parameter_is_matched_by_its_own_name() -> None:
+    found = matched(Bare(), w={"pattern": r".*in_proj_weight$", "split": "qkv"})
+    assert [site.name for site in found.sites] == [f"layers.{i}.in_proj_weight" for i in range(2)]
+    assert {site.bias for site in found.sites} == {True}
+    assert found.parameters == {site.name for site in found.sites}
+
+
+def test_each_matrix_of_a_stack_is_a_site() -> None:
+    model = Bare()
+    sites = matched(model, w={"pattern": r".*\.stack$", "split": "gate_up"}).sites
+    assert [site.name for site in sites[:3]] == [f"layers.0.stack.{e}" for e in range(3)]
+    assert [s.label for s in sites[1].slices] == ["gate.1", "up.1"]
+    assert [s.name for s in sites[1].slices] == ["layers.0.stack.1.gate", "layers.0.stack.1.up"]
+    weights = dense_weights(model, sites)
+    assert torch.equal(weights["layers.1.stack.2"], model.layers[1].stack[2])
+
+
+def test_an_embedding_is_refused_with_the_reason() -> None:
+    text = refusal(Bare(), w=r".*\.embed\.weight$")
+    assert "belongs to a Embedding, which looks up" in text
+
+
 # Heads from the model's own config
 
 

@@ -135,9 +135,10 @@ def _root(
     fxshare compile MODEL -c gpt2.yaml -o out/      rewrite, check, report, save
     fxshare eval out/ --against MODEL --data x.txt  perplexity side by side
 
-    A MODEL is a folder that fxshare saved, a transformers folder, package.module:factory, or
-    'embedded'. Nothing is downloaded. Exit codes: 0 done, 1 error, 2 wrong command line or
-    configuration, 3 a numerical check failed, 130 interrupted.
+    A MODEL is a folder that fxshare saved, a transformers folder, package.module:factory,
+    'embedded', or owner/name on the Hugging Face hub, the only name that is downloaded. Exit codes:
+    0 done, 1 error, 2 wrong command line or configuration, 3 a numerical check failed,
+    130 interrupted.
     """
     del version
 

@@ -49,7 +49,7 @@ def init_config(
     del debug, as_json
     from fxshare.knowing import propose
     from fxshare.knowing.examples import made_up_call
-    from fxshare.models import load_model
+    from fxshare.models import is_saved, load_model
     from fxshare.writing import write_text
 
     if force and output is None:
@@ -57,6 +57,11 @@ def init_config(
     if output is not None and output.exists() and not force:
         raise ConfigError(
             f"-o {output}: there is such a file; --force overwrites it, or give another name"
+        )
+    if is_saved(model):
+        raise ConfigError(
+            f"{model}: expected an original model, found one that fxshare compiled; 'fxshare "
+            "inspect' shows its configuration"
         )
     loaded = load_model(model)
     note(f"looking at {model} ({type(loaded.model).__name__})")

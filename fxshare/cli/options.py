@@ -161,7 +161,10 @@ def config_of(configs: list[Path], sets: list[str] | None, more: Sequence[str] =
     from fxshare.config import load_config
 
     if not configs:
-        raise ConfigError("expected a configuration; give it with -c FILE.yaml")
+        raise ConfigError(
+            "expected a configuration; give it with -c FILE.yaml "
+            "('fxshare init MODEL -o FILE.yaml' writes one)"
+        )
     return load_config(configs, overrides=[*(sets or ()), *more])
 
 

@@ -33,6 +33,7 @@ _DECODER_HEADS = ("decoder_attention_heads",)
 _ATTENTION = re.compile(r"attn|attention|qkv|query_key_value", re.IGNORECASE)
 # Megatron's name and order of rows, which GPT-NeoX, BLOOM, Falcon and Persimmon took over together
 _PER_HEAD = re.compile(r"query_key_value$")
+_SEPARATE = re.compile(r"w?(q|k|v|query|key|value)(?:_?(?:proj|lin|linear|projection))?")
 
 Kind = Literal["qkv", "gate_up", "one"]
 
@@ -104,12 +105,13 @@ def heads_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> tupl
     stated = _stated(model, owner)
     if stated is None or not _is_attention(model, owner, field):
         return None
-    if re.search(r"(^|_)(q|k|v|query|key|value)(_|$)|^[qkv]$", field) is None:
+    if _SEPARATE.fullmatch(field) is None:
         return None
     width = _number(model, owner, ("head_dim", "d_kv", "attention_head_size"))
     if width is None:
-        queries = [w for w in beside if re.search(r"^(q|query)(_|$)", w.name.rpartition(".")[2])]
-        widths = {w.out_features for w in queries if w.name.startswith(owner)}
+        named = [(w, _SEPARATE.fullmatch(w.name.rpartition(".")[2])) for w in beside]
+        queries = [w for w, found in named if found is not None and found[1][0] == "q"]
+        widths = {w.out_features for w in queries if w.name.startswith(f"{owner}.")}
         if len(widths) != 1 or min(widths) % stated[0]:
             return None
         width = min(widths) // stated[0]

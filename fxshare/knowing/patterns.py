@@ -58,8 +58,10 @@ def block_pattern_of(weights: Iterable[Weight]) -> str | None:
     if not stacks:
         return None
     last = list(dict.fromkeys(_tail(stack) for stack in stacks))
-    whole = [re.escape(stack) for stack in stacks]
-    for choices, start in ((last, ""), (last, r"(?:^|\.)"), (whole, "^")):
+    # the innermost first: a container's name is the beginning of the names of those inside it
+    whole = sorted((re.escape(stack) for stack in stacks), key=len, reverse=True)
+    # ".*" finds the last of several, where one container stands in another
+    for choices, start in ((last, ""), (last, r"(?:^|\.)"), (last, r".*\b"), (whole, "^")):
         name = choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
         pattern = rf"{start}{name}\.(\d+)"
         found = [re.search(pattern, w.name) for w in placed]
@@ -92,8 +94,11 @@ def type_names(groups: Sequence[Sequence[Weight]]) -> list[str]:
         for i in longer:
             lengths[i] += 1
     names = [_shortened(p, n, parts) for p, n in zip(parts, lengths, strict=True)]
-    # nothing but the shapes tells these apart
-    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    # numbers tell stages apart, and where they do not, nothing but the shapes does
+    stages = [re.findall(r"\b\d+\b", group[0].stack or "") for group in groups]
+    numbered = ["_".join([n, *s]) for n, s in zip(names, stages, strict=True)]
+    names = [n if names.count(n) == 1 else m for n, m in zip(names, numbered, strict=True)]
+    return [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
 
 
 def _shortened(own: Sequence[str], length: int, all_parts: Sequence[Sequence[str]]) -> str:

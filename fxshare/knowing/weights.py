@@ -8,6 +8,7 @@ that repeats counts: sharing is across layers, not across the experts of one.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from passes.graph import is_linear, weight_and_bias
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,27 @@ def _candidates(model: nn.Module) -> Iterator[Weight]:
             continue
         for field, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{field}" if name else field
-            shape = _matrices(module, field, parameter)
+            shape = _matrices(name, module, field, parameter)
             if shape is not None:
                 experts, rows, columns = shape
                 yield Weight(full, id(parameter), rows, columns, experts, inside=full)
 
 
-def _matrices(module: nn.Module, field: str, parameter: Tensor) -> tuple[int, int, int] | None:
+def _matrices(
+    name: str, module: nn.Module, field: str, parameter: Tensor
+) -> tuple[int, int, int] | None:
     """``(matrices, out, in)`` of a bare parameter that is multiplied by; None for any other.
 
-    Any matrix could be a table or a linear. Only what its owner tells is taken: the projections of
-    ``nn.MultiheadAttention``, and stacks of matrices, which nothing looks up.
+    Any matrix could be a table or a linear, and any stack one matrix with its columns in heads
+    (XLNet). Only what names tell is taken: the projections of ``nn.MultiheadAttention``, and stacks
+    of experts.
     """
     if not parameter.is_floating_point():
         return None
     if isinstance(module, nn.MultiheadAttention) and field in _ATTENTION_WEIGHTS:
         return 1, *parameter.shape
-    if parameter.ndim != 3 or min(parameter.shape) < 2:
+    named = f"{name}.{field}.{type(module).__name__}"
+    if parameter.ndim != 3 or min(parameter.shape) < 2 or not _EXPERTS.search(named):
         return None
     experts, rows, columns = parameter.shape
     if getattr(module, "is_transposed", False) is True:

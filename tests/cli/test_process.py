@@ -85,7 +85,17 @@ def test_help_is_light(folder: Path) -> None:
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    for command in ["demo", "validate", "plan", "compile", "verify", "inspect", "eval", "schema"]:
+    for command in [
+        "demo",
+        "init",
+        "validate",
+        "plan",
+        "compile",
+        "verify",
+        "inspect",
+        "eval",
+        "schema",
+    ]:
         assert re.search(rf"^ *│? *{command} ", ran.stdout, re.MULTILINE)
 
 
@@ -98,7 +108,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "validate", "plan", "compile", "verify", "inspect", "eval", "schema"]
+    "command",
+    ["demo", "init", "validate", "plan", "compile", "verify", "inspect", "eval", "schema"],
 )
 def test_every_command_has_an_example_and_json(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -30,7 +30,7 @@ def prompts() -> dict[str, Tensor]:
 def batches() -> list[Tensor]:
     """What to capture with."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.randint(3, VOCABULARY, (2, 12), generator=generator)]
+    return [torch.randint(3, VOCABULARY, (2, 12), generator=generator) for _ in range(2)]
 
 
 def causal(name: str, seed: int = 0) -> Any:

@@ -87,12 +87,15 @@ def measure(subject: Subject, *, everything: bool = True) -> Row:
     """Measure one subject; ``everything`` takes in torch.compile and export, which are slow."""
     exact = compiled(subject)
     report, plan = exact.fxshare.report, exact.fxshare.plan
+    start = time.process_time()
+    capture(subject.model, subject.example)
+    seconds = time.process_time() - start
     statistics = gathered(subject)
     sharing, planned = (loss(subject.model, gm, statistics) for gm in both(subject))
     return Row(
         name=subject.name,
         front_end=report.front_end,
-        seconds=report.seconds["capture"],
+        seconds=seconds,
         matched=len(plan.sites),
         missed=missed(subject.model, plan),
         ulps=ulps(subject, exact),
@@ -137,7 +140,13 @@ def generates(subject: Subject, gm: Any, tokens: int = 8) -> str:
     """Empty where greedy generation gives the original's tokens, ``–`` where there is none."""
     if subject.prompt is None or not hasattr(gm, "generate"):
         return "–"
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(subject.prompt),
+    }
 
     def try_it() -> None:
         model: Any = subject.model
@@ -205,14 +214,12 @@ def loss(model: nn.Module, gm: Any, statistics: Statistics) -> float:
     total = 0.0
     dense = dense_sites(gm, plan)
     for site in plan.sites:
-        weight_OI, bias_O = (
-            t if t is None else t.detach().double() for t in site_tensors(model, site)
-        )
+        weight_OI, bias_O = site_tensors(model, site)
         found_O = site_bias(gm, site)
-        gap_OI = dense[site.name].double() - weight_OI
+        gap_OI = dense[site.name].double() - weight_OI.detach().double()
         gap_O = torch.zeros(site.out_features, dtype=torch.float64)
         if bias_O is not None and found_O is not None:
-            gap_O = found_O.detach().double() - bias_O
+            gap_O = found_O.detach().double() - bias_O.detach().double()
         mean_I, gram_II = statistics.mean(site.name), statistics.gram(site.name)
         cross_OO = torch.outer(gap_OI @ mean_I, gap_O)
         error_OO = gap_OI @ gram_II @ gap_OI.T + cross_OO + cross_OO.T + torch.outer(gap_O, gap_O)

@@ -26,9 +26,9 @@ _STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 _HEAD = """\
 # Supported models
 
-Written by `python -m tests.zoo.support`, from the code that the tests of `tests/zoo/` run; edit that
-and not this page. Families are small models with random weights, two layers of width 32, built from
-their transformers class or written in `tests/zoo/written.py`.
+Written by `python -m tests.zoo.support`, from the code that the tests of `tests/zoo/` run; edit
+that and not this page. Families are small models with random weights, two layers of width 32, built
+from their transformers class or written in `tests/zoo/written.py`.
 
 """
 
@@ -37,15 +37,16 @@ _COLUMNS = """
   a projection that cross attention reads in parts is one for each part. What is missing is listed
   below.
 * **exact, ulps**: largest difference of exact mode from the original, on a call that it was not
-  captured with, in units of the last place of the largest value; in brackets what rounding explains.
+  captured with, in units of the last place of the largest value; in brackets what rounding
+  explains.
 * **generate**: 8 greedy tokens of two prompts are those of the original; – where there is none.
 * **compile**: `torch.compile(fullgraph=True, dynamic=True)` with all but the code generator
   (`aot_eager`), compared at two shapes. **export**: `fxshare.export(to="pt2")`, read back and
   compared.
-* **loss, BS** and **planned**: predicted loss increase (second order, K-FAC, statistics of the dense
-  model) of Basis Sharing at {kept:.0%} of the numbers in groups of two layers, and of the planner at
-  the numbers that Basis Sharing stores.
-* **capture**: seconds of capture with its self-check, on one thread of the machine below.
+* **loss, BS** and **planned**: predicted loss increase per token (second order, K-FAC, statistics
+  of the dense model) of Basis Sharing at {kept:.0%} of the numbers in groups of two layers, and of
+  the planner without a search at the numbers that Basis Sharing stores.
+* **capture**: CPU seconds of capture with its self-check, on one thread.
 """
 
 

@@ -197,6 +197,50 @@ def test_saving_and_loading_experts_and_in_proj(tmp_path: Any) -> None:
                 assert torch.equal(left[1], right[1])
 
 
+# Parameters and output heads
+
+
+class _Columns(nn.Module):
+    """Multiplies by parameters ``(in, out)``, which only the graph tells from ``(out, in)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ParameterList(torch.randn(16, 24) / 4 for _ in range(4))
+            self.square = nn.Parameter(torch.randn(24, 24) / 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.tanh(x @ w) for w in self.layers]
+        return torch.einsum("...i,io->...o", torch.stack(parts).sum(0), self.square)
+
+
+@pytest.mark.parametrize("mode", [{}, SHARING, {"budget": {"params_kept": 0.6}}])
+def test_parameters_of_either_orientation_in_every_mode(mode: dict[str, Any]) -> None:
+    model = _Columns()
+    types = {"w": {"pattern": r"layers\.\d+$"}}
+    config = {"weight_types": types, "block_pattern": r"layers\.(\d+)"}
+    x = torch.randn(8, 12, 16, generator=torch.Generator().manual_seed(1))
+    gm = fxshare.compile(model, [config, mode], calibration=[x, x * 0.5])
+    assert {(s.in_features, s.out_features) for s in gm.fxshare.plan.sites} == {(16, 24)}
+    assert all(site.transposed for site in gm.fxshare.plan.sites)
+    assert fxshare.verify(model, gm, [x]).ok
+    if mode:
+        stored = sum(p.numel() for p in gm.parameters())
+        assert stored < sum(p.numel() for p in model.parameters())
+
+
+def test_an_untied_head_is_rewritten_and_a_tied_one_is_not() -> None:
+    head = {"weight_types": {"head": {"pattern": "lm_head$"}}, "group_size": 1}
+    subject = family("llama").subject()
+    assert not subject.model.config.tie_word_embeddings
+    gm = compiled(subject, **head, compression_rate=0.5)
+    assert "lm_head" in [site.name for site in gm.fxshare.plan.sites]
+    assert fxshare.verify(subject.model, gm, [subject.other]).ok
+    with pytest.raises(fxshare.FxShareError, match=r"tied to 'transformer\.wte\.weight'"):
+        compiled(family("gpt2").subject(), **head, compression_rate=0.5)
+
+
 # Implementations that cannot be traced, and models that cannot be rewritten
 
 
