@@ -2,8 +2,8 @@
 
 A *linear call* is one node that computes ``x @ W.T + b`` with a weight that the module owns. It has
 two dialects: ``call_module`` of ``nn.Linear`` or ``Conv1D`` (the fx tracer), and a function over
-``get_attr`` nodes: ``F.linear``, ``addmm``, ``@`` or ``einsum`` (``torch.export``, parameters that a
-model multiplies by itself).
+``get_attr`` nodes: ``F.linear``, ``addmm``, ``@`` or ``einsum`` (``torch.export``, parameters that
+a model multiplies by itself).
 
 Legend for shapes: I input features, O output features, R rank.
 """
@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.errors import RequiresError
 from passes.operands import operand_of, product_of
@@ -72,30 +73,31 @@ def is_linear(module: nn.Module) -> bool:
 def _acts_like_linear(module: nn.Linear) -> bool:
     if module._buffers or module._modules or set(module._parameters) != {"weight", "bias"}:
         return False
-    # with weights of its own, because those of the module may be huge, or zero, or have no values
-    generator = torch.Generator().manual_seed(0)
-    weight_OI, bias_O, x = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((3, 2), (3,), (4, 5, 2))
-    )
-    bias = None if module.bias is None else bias_O
-    expected = F.linear(x, weight_OI, bias)
-    for training in (False, True):
-        double = copy.copy(module)
-        double.__dict__["_parameters"] = {
-            "weight": nn.Parameter(weight_OI),
-            "bias": None if bias is None else nn.Parameter(bias),
-        }
-        double.__dict__["training"] = training
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    # values of our own, because those of the module may be huge, or zero, or none at all; on the
+    # side of whatever mode the caller is in, such as fake tensors
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        generator = torch.Generator().manual_seed(0)
+        weight_OI, bias_O, x = (
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+            for shape in ((3, 2), (3,), (4, 5, 2))
+        )
+        bias = None if module.bias is None else bias_O
+        expected = F.linear(x, weight_OI, bias)
+        for training in (False, True):
+            double = copy.copy(module)
+            double.__dict__["_parameters"] = {
+                "weight": nn.Parameter(weight_OI),
+                "bias": None if bias is None else nn.Parameter(bias),
+            }
+            double.__dict__["training"] = training
+            try:
                 found = type(module).forward(double, x)
-        except Exception:  # whatever it is, it is no linear
-            return False
-        if not isinstance(found, Tensor) or found.shape != expected.shape:
-            return False
-        if not torch.allclose(found, expected, rtol=1e-12, atol=1e-12):
-            return False
+            except Exception:  # whatever it is, it is no linear
+                return False
+            if not isinstance(found, Tensor) or found.shape != expected.shape:
+                return False
+            if not torch.allclose(found, expected, rtol=1e-12, atol=1e-12):
+                return False
     return True
 
 

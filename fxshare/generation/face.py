@@ -84,12 +84,14 @@ class GenerationFace:
         if not self.can_generate():
             raise FxShareError(_refusal(self))
         try:
-            from fxshare.generation.shell import shell_of
+            import transformers  # noqa: F401 - to say what is missing
         except ImportError as error:
             raise FxShareError(
                 f"generate() needs transformers, which cannot be imported ({error}); "
                 "pip install 'fxshare[hf]'"
             ) from error
+        from fxshare.generation.shell import shell_of
+
         return shell_of(self).generate(*args, **kwargs)
 
 

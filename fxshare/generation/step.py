@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from fxshare.capture.call import MASK
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 Values: TypeAlias = "dict[str, Any]"
 """Arguments of one call by name; an argument that is a dictionary is one for each of its entries,
 ``attention_mask__full_attention``."""
 
 CACHE = "past_key_values"
+# by name, because only these are known to be told apart by their class and their layers
+_CACHES = ("DynamicCache", "StaticCache")
 _LITERALS = (bool, int, float, str)
 
 
@@ -71,8 +75,8 @@ def with_mask(values: Values) -> Values:
     differ between the first step and the others."""
     ids = values.get("input_ids")
     known = any(name.partition("__")[0] == MASK for name in values)
-    cache = values.get(CACHE)
-    if known or not isinstance(ids, Tensor) or not isinstance(cache, Cache):
+    cache: Any = values.get(CACHE)
+    if known or not isinstance(ids, Tensor) or type(cache).__name__ not in _CACHES:
         return values
     length = ids.shape[1] + int(cache.get_seq_length())
     mask = torch.ones(ids.shape[0], length, dtype=torch.long, device=ids.device)
@@ -81,8 +85,8 @@ def with_mask(values: Values) -> Values:
 
 def kind_of(values: Values) -> Kind | None:
     """The kind of a call; None where it has something that no graph takes, or no cache."""
-    cache = values.get(CACHE)
-    if not isinstance(cache, Cache) or type(cache).__name__ not in ("DynamicCache", "StaticCache"):
+    cache: Any = values.get(CACHE)
+    if type(cache).__name__ not in _CACHES:
         return None
     tensors, constants = [], []
     for name in sorted(values):

@@ -48,12 +48,12 @@ def test_exact_mode_equals_the_original(one: Family) -> None:
     left = {name.rpartition(".")[2] for name in missed(subject.model, gm.fxshare.plan)}
     # heads and poolers, and the gate that decides how much of the shared expert counts
     assert left <= {"lm_head", "decoder", "dense", "proj_out", "head", "shared_expert_gate"}
-    # it can fail: one slice that is off by a fiftieth shows
-    linear = gm.get_submodule(gm.meta["slices"][gm.fxshare.plan.sites[-1].slices[0].name].module)
+    # it can fail: one slice whose rows are off by one shows
+    places = gm.meta["slices"]
+    linear = gm.get_submodule(places[gm.fxshare.plan.sites[-1].slices[0].name].module)
     with torch.no_grad():
-        whole, linear.weight = linear.weight, nn.Parameter(linear.weight * 1.02)
-        assert ulps(subject, gm) > limit / torch.finfo(torch.float32).eps
-        linear.weight = whole
+        linear.weight = nn.Parameter(linear.weight.roll(1, 0))
+    assert ulps(subject, gm) > limit / torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("one", _modes())
