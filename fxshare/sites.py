@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxshare.errors import MatchError
 from fxshare.plans import Site
-from passes.graph import is_conv1d, is_linear, weight_and_bias
+from passes.graph import is_conv1d, is_linear, linear_calls, weight_and_bias
 
 _PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
 
@@ -94,6 +94,10 @@ def substitute(
     """Give the sites of a structure copy other weights ``(out, in)`` and biases ``(out,)``, in the
     dtypes of the old ones; what is not in the mappings stays."""
     own: set[int] = set()
+    # a Conv1D is not a module in a captured graph, which multiplies by its weight (in, out)
+    turned = set[str]()
+    if isinstance(copy, fx.GraphModule):
+        turned = {call.name for call in linear_calls(copy) if call.transposed}
     for site in sites:
         for values, is_weight in ((weights, True), (biases, False)):
             new = values.get(site.name)
@@ -103,8 +107,8 @@ def substitute(
             for call in site.calls:
                 module = _linear(copy, call)
                 if module is None:
-                    turned = new.t() if is_weight and site.transposed else new
-                    _write(copy, call, turned, is_weight, own)
+                    turn = is_weight and (site.transposed or call in turned)
+                    _write(copy, call, new.t() if turn else new, is_weight, own)
                     continue
                 field = "weight" if is_weight else "bias"
                 if put is None:

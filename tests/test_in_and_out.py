@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -619,6 +620,8 @@ def _peaks(tmp_path: Path, config: Any, shard: int, reading: str) -> tuple[int, 
     size = _make_folder(tmp_path / "model", config, shard)
     out = _run("-m", "tests.peak", str(tmp_path / "model"), str(tmp_path / "out"), reading)
     found: dict[str, int] = json.loads(out.splitlines()[-1])
+    for path in tmp_path.iterdir():  # pytest keeps the folders of the last runs
+        shutil.rmtree(path)
     return size, found
 
 
