@@ -29,7 +29,7 @@ from tests.planner.models import (
     stored_bytes,
 )
 from tests.strategies import GPT, Sizes, gpt_config, no_warnings_of_ours, token_batches
-from tests.toys import LLAMA_LIKE, same_tensors, tensors_of
+from tests.toys import GPT2, LLAMA_LIKE, same_tensors, tensors_of
 
 OFF = {"search": "off"}
 HALF = {"params_kept": 0.5}
@@ -446,3 +446,18 @@ def test_what_was_tried_is_told_and_the_best_is_kept() -> None:
     assert all(trial.cost <= outlook.budget for trial in outlook.trials)
     assert outlook.bound >= 0
     assert all(a.name != b.name for a, b in itertools.combinations(plan.groups, 2))
+
+
+def test_a_conv1d_is_judged_the_right_way_round() -> None:
+    """GPT-2 keeps its weights (in, out), and square ones among them do not show it by shape."""
+    model = GPT2.make()
+    cfg = {
+        "weight_types": {"proj": {"pattern": r".*\.attn\.c_proj$"}},
+        "block_pattern": r"h\.(\d+)",
+    }
+    plans = {
+        mode: compiled(model, {**cfg, "capture": mode}, {"params_kept": 0.6}, {"remeasure": 0})
+        for mode in ("fx", "modules")
+    }
+    measured = [gm.fxshare.plan.outlook.measured for gm in plans.values()]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
