@@ -28,7 +28,6 @@ from fxshare.verifying import evaluated
 from passes import (
     Materialise,
     Origin,
-    Prefer,
     Slice,
     derive_gathers,
     derived_buffers,
@@ -40,6 +39,7 @@ from passes import (
     slices,
     structure_copy,
 )
+from passes.pipeline import Prefer
 
 
 @torch.inference_mode(False)  # what is made under it could never be trained

@@ -25,8 +25,9 @@ from fxshare.plans import Plan, Site
 from fxshare.pretrained import SavingFace, save_pretrained
 from fxshare.report import Report
 from fxshare.source import Source
-from passes import Origin, Prefer, derived_buffers
+from passes import Origin, derived_buffers
 from passes.graph import weight_and_bias
+from passes.pipeline import Prefer
 from passes.slices import Slice, basis_of, rows_of
 
 Step = Literal["memory", "speed", "readable"]

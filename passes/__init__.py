@@ -25,7 +25,7 @@ from passes.merge_slices import MergeSlices
 from passes.observe import ObserveInputs, observed
 from passes.observe_gradients import ObserveGradients, tapped
 from passes.origins import Origin, forget_origins, original, origins
-from passes.pipeline import Prefer, default_passes, lowering_passes
+from passes.pipeline import default_passes, lowering_passes
 from passes.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.reuse_basis import ReuseBasis
 from passes.runner import Applied, equal_outputs, run
@@ -55,7 +55,6 @@ __all__ = [
     "PassError",
     "PivotBasis",
     "PivotedGroup",
-    "Prefer",
     "RequiresError",
     "ReuseBasis",
     "Rows",
