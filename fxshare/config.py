@@ -344,8 +344,8 @@ class WeightType(_Section):
             )
         if split in (False, "gate_up"):
             raise ValueError(
-                "found true without a split into heads, where it has no effect: add `split: heads` and "
-                "`qkv_order: qkv`, or remove interleaved"
+                "found true without a split into heads, where it has no effect: add `split: heads` "
+                "and `qkv_order: qkv`, or remove interleaved"
             )
         if info.data.get("qkv_order", "") is None:
             raise ValueError(

@@ -83,8 +83,8 @@ def _refuse_quantised(model: nn.Module) -> None:
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     method = method or getattr(found, "quant_method", type(found).__name__)
     raise MatchError(
-        f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights are "
-        "integers with scales, which cannot be factorised. Load the original in floating point, "
+        f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights "
+        "are integers with scales, which cannot be factorised. Load the original in floating point, "
         "compile that, and quantise the result (torchao does it)"
     )
 
@@ -214,7 +214,7 @@ def _parameter_sites(
         reason = f"is a {type(parameter.data).__name__} of {parameter.dtype}, not floating-point"
         return Skipped(name=name, type=type_name, reason=reason)
     if len(owners[id(parameter)]) > 1:
-        reason = f"is tied to {[n for n in owners[id(parameter)] if n != name][0]!r}"
+        reason = f"is tied to {next(n for n in owners[id(parameter)] if n != name)!r}"
         return Skipped(name=name, type=type_name, reason=reason)
     layer = _layer(cfg, name, type_name)
     spec = cfg.weight_types[type_name]

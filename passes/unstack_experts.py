@@ -26,7 +26,7 @@ def expert_rows(experts: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def joined_rows(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """The inverse of taking ``rows``: ``parts`` ``(·, O)`` in the order of the pairs, ``(S, O)``."""
+    """The inverse of taking ``rows``: ``parts`` ``(·, O)`` in the pairs' order, ``(S, O)``."""
     order = torch.cat(list(rows)).argsort()
     return torch.cat(list(parts)).index_select(0, order)
 

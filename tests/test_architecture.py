@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 CORE = {"torch", "pydantic", "yaml", "networkx", "safetensors", "numpy"}
 # the command line may have its own, but `import fxshare` does not import the command line
 COMMAND_LINE = {"typer", "rich", "click"}
-EXTRAS = ("transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "pyarrow")
+EXTRAS = ("transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "matplotlib")
+EXTRAS += ("pyarrow",)
 
 
 def _files(package: str) -> list[Path]:

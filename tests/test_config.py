@@ -471,8 +471,8 @@ def test_the_fault_is_laid_to_the_source_that_has_it(tmp_path: Path) -> None:
     text = refusal([base, over, {"capture": "x"}], "group_size=true")
     assert sorted(text.splitlines()) == sorted(
         [
-            f"{over}: weight_types.mlp_c_fc.split: expected false, qkv, heads or gate_up (true means qkv); "
-            "found 'haeds' (text). Did you mean 'heads'?",
+            f"{over}: weight_types.mlp_c_fc.split: expected false, qkv, heads or gate_up "
+            "(true means qkv); found 'haeds' (text). Did you mean 'heads'?",
             "the mapping given as source 3: capture: expected one of 'auto', 'fx', 'export' or "
             "'modules'; found 'x' (text)",
             "--set group_size=true: group_size: expected a whole number; found true (a boolean)",

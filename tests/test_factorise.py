@@ -217,7 +217,8 @@ def test_whitening_reports_the_floor() -> None:
     # Nothing to raise: the root is the Gram's own.
     whole = whiten(_gram(0, features))
     assert whole.floored == 0
-    torch.testing.assert_close(_root(whole) @ _root(whole).T, _gram(0, features), rtol=1e-12, atol=0)
+    product = _root(whole) @ _root(whole).T
+    torch.testing.assert_close(product, _gram(0, features), rtol=1e-12, atol=1e-14)
 
 
 def test_a_zero_gram_and_no_gram_give_a_plain_svd() -> None:

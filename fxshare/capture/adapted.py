@@ -68,8 +68,8 @@ def _set(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, list[str]
             if _needs_another(copy, config, name):
                 setattr(config, name, _INSTEAD[name])
     return copy, [
-        f"{_WHAT[name]} {was!r} cannot be traced: the graph has {_INSTEAD[name]!r} (the model keeps "
-        "its own)"
+        f"{_WHAT[name]} {was!r} cannot be traced: the graph has {_INSTEAD[name]!r} (the model "
+        "keeps its own)"
         for name, was in sorted(found)
     ]
 
@@ -82,7 +82,7 @@ def _needs_another(model: nn.Module, config: object, name: str) -> bool:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    # what transformers puts on the classes whose experts it dispatches; convolutions are 3-D as well
+    # what transformers puts on the classes whose experts it dispatches; convolutions are 3-D too
     stacked = any(p.ndim == 3 for p in module._parameters.values() if p is not None)
     return stacked and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
