@@ -84,8 +84,8 @@ def _refuse_quantised(model: nn.Module) -> None:
     method = method or getattr(found, "quant_method", type(found).__name__)
     raise MatchError(
         f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights "
-        "are integers with scales, which cannot be factorised. Load the original in floating point, "
-        "compile that, and quantise the result (torchao does it)"
+        "are integers with scales, which cannot be factorised. Load the original in floating "
+        "point, compile that, and quantise the result (torchao does it)"
     )
 
 
