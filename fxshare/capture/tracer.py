@@ -32,6 +32,7 @@ NumberT = TypeVar("NumberT", bool, int, float)
 _FACTORIES = ("arange", "ones", "zeros", "full", "empty", "tensor")
 # of a cache: what it is, and not what is in it
 _LAYOUT = frozenset({"is_sliding", "is_linear", "is_dummy", "is_compileable"})
+_PLAIN = (getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 # fx would treat them as leaves because torch ships them, but they contain linears of their own
 _CONTAINERS = (
     nn.Transformer,
@@ -213,8 +214,7 @@ class ValueTracer(fx.Tracer):
         if isinstance(proxy, ValueProxy):
             was, self._computing = self._computing, True
             try:
-                with self._mode, torch.no_grad():
-                    proxy.__dict__["_value"] = self._value(kind, target, args, kwargs)
+                proxy.__dict__["_value"] = self._value(kind, target, args, kwargs)
             finally:
                 self._computing = was
             if isinstance(proxy._known, Tensor):
@@ -230,37 +230,33 @@ class ValueTracer(fx.Tracer):
 
         a: Any = map_aggregate(args, known)
         k: Any = map_aggregate(kwargs, known)
+        if kind == "get_attr":
+            return self._fake(operator.attrgetter(target)(self.root))
+        if kind == "call_module":
+            module = self.root.get_submodule(target)
+            if is_linear(module) and len(a) == 1 and not k and _fits(module, a[0]):
+                # most nodes with many operations inside are these; the shape is known without
+                return a[0].new_empty((*a[0].shape[:-1], weight_and_bias(module)[0].shape[0]))
+        elif kind == "call_function" and target in _PLAIN and not isinstance(a[0], Tensor):
+            return target(*a, **k)  # numbers and sizes, which no mode has a say in
+        with self._mode, torch.no_grad():
+            return self._computed(kind, target, a, k)
+
+    def _computed(self, kind: str, target: Any, a: Any, k: Any) -> Any:
         if kind == "placeholder":
             return pytree.tree_map(self._fake, self.values[str(target)])
         if kind == "call_function":
             return target(*a, **k)
         if kind == "call_method":
             return getattr(a[0], target)(*a[1:], **k)
-        if kind == "get_attr":
-            return self._fake(operator.attrgetter(target)(self.root))
         if kind == "call_module":
             module = self.root.get_submodule(target)
-            if is_linear(module) and len(a) == 1 and not k:
-                return self._linear_value(module, a[0])
             state = {
                 name: self._fake(t)
                 for name, t in [*module.named_parameters(), *module.named_buffers()]
             }
             return torch.func.functional_call(module, state, tuple(a), dict(k))
         return None
-
-    def _linear_value(self, module: nn.Module, x: Any) -> Any:
-        """What most nodes with many operations inside are; the shape is known without them."""
-        weight_OI, bias_O = weight_and_bias(module)
-        out_features, in_features = weight_OI.shape
-        if (
-            isinstance(x, Tensor)
-            and x.ndim > 1
-            and (x.shape[-1], x.dtype, x.device) == (in_features, weight_OI.dtype, weight_OI.device)
-        ):
-            return x.new_empty((*x.shape[:-1], out_features))
-        weight_OI, bias_O = self._fake(weight_OI), self._fake(bias_O)
-        return nn.functional.linear(x, weight_OI, bias_O)  # it raises what the model would
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
@@ -300,6 +296,13 @@ class ValueTracer(fx.Tracer):
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
+
+
+def _fits(module: nn.Module, x: Any) -> bool:
+    """Whether a linear would take ``x``; where not, calling it tells why."""
+    weight_OI, _ = weight_and_bias(module)
+    wanted = (weight_OI.shape[1], weight_OI.dtype, weight_OI.device)
+    return isinstance(x, Tensor) and x.ndim > 1 and (x.shape[-1], x.dtype, x.device) == wanted
 
 
 def fake_mode() -> FakeTensorMode:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare import FxShareError, FxShareWarning
@@ -24,7 +24,7 @@ from fxshare.plans import Plan
 from fxshare.record import dense_sites, site_bias
 from fxshare.sites import site_tensors
 from fxshare.visible import unstacked, visible_sites
-from passes import is_linear
+from passes import is_linear, linear_calls
 
 KEPT = 0.7
 SHARING = {"group_size": 2, "compression_rate": KEPT}
@@ -88,8 +88,9 @@ def measure(subject: Subject, *, everything: bool = True) -> Row:
     exact = compiled(subject)
     report, plan = exact.fxshare.report, exact.fxshare.plan
     start = time.process_time()
-    capture(subject.model, subject.example)
+    captured = capture(subject.model, subject.example)
     seconds = time.process_time() - start
+    graph = unstacked(captured, plan.sites).graph
     statistics = gathered(subject)
     sharing, planned = (loss(subject.model, gm, statistics) for gm in both(subject))
     return Row(
@@ -97,7 +98,7 @@ def measure(subject: Subject, *, everything: bool = True) -> Row:
         front_end=report.front_end,
         seconds=seconds,
         matched=len(plan.sites),
-        missed=missed(subject.model, plan),
+        missed=missed(subject.model, plan, graph),
         ulps=ulps(subject, exact),
         limit=tolerance(torch.float32, 2 * len(plan.sites) + 1) / torch.finfo(torch.float32).eps,
         generate=generates(subject, exact),
@@ -123,8 +124,9 @@ def ulps(subject: Subject, gm: Any) -> float:
     return worst(expected, found).relative / torch.finfo(torch.float32).eps
 
 
-def missed(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """The linears that stay as they are, and why."""
+def missed(model: nn.Module, plan: Plan, graph: fx.GraphModule) -> dict[str, str]:
+    """The linears that stay as they are, and why: modules, and parameters that the captured graph
+    multiplies by."""
     known = {call for site in plan.sites for call in site.calls}
     known |= {s.name for s in plan.skipped}
     found = {s.name: s.reason for s in plan.skipped}
@@ -133,6 +135,9 @@ def missed(model: nn.Module, plan: Plan) -> dict[str, str]:
         if is_linear(module) and name not in known:
             tied = id(module.weight) in embeddings
             found[name] = "tied to the embedding" if tied else "no pattern asks for it"
+    for call in linear_calls(graph):
+        if call.name not in known and call.name not in found:
+            found[call.name] = "no pattern asks for it"
     return found
 
 
@@ -234,31 +239,27 @@ def loss(model: nn.Module, gm: Any, statistics: Statistics) -> float:
     return total
 
 
+_QWEN3 = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 12288,
+    "head_dim": 128,
+}
+_PYTHIA = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 16384,
+}
 _SEVEN_BILLION: Mapping[str, tuple[str, dict[str, int]]] = {
     "Llama-2-7B": ("Llama", {}),
-    "Qwen3-8B": (
-        "Qwen3",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 12288,
-            "head_dim": 128,
-        },
-    ),
+    "Qwen3-8B with 32 of its 36 layers": ("Qwen3", {**_QWEN3, "num_hidden_layers": 32}),
+    "Qwen3-8B": ("Qwen3", {**_QWEN3, "num_hidden_layers": 36}),
     "Gemma-7B": ("Gemma", {}),
     "Phi-3-mini": ("Phi3", {"pad_token_id": 0}),
-    "GPT-NeoX, 6.9 B (Pythia)": (
-        "GPTNeoX",
-        {
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "intermediate_size": 16384,
-        },
-    ),
+    "GPT-NeoX of 6.9 B (Pythia)": ("GPTNeoX", _PYTHIA),
 }
 
 
