@@ -303,13 +303,24 @@ def test_what_tracing_swaps_is_restored(model: nn.Module) -> None:
 
 
 def test_a_linear_that_a_function_reads_is_looked_for_with_export() -> None:
-    model = ENCODER.model()
-    for layer in model.encoder.layers:
-        layer.self_attn.add_zero_attn = True  # else the attention is written out for the tracer
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # with zero attention it is not written out for the tracer, as it is otherwise
+            options = {"batch_first": True, "add_zero_attn": True}
+            attentions = (nn.MultiheadAttention(WIDTH, 4, **options) for _ in range(3))
+            self.layers = nn.ModuleList(attentions)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x, x, x, need_weights=False)[0]
+            return x
+
+    model, x = Attends().eval(), torch.randn(2, 8, WIDTH)
     cfg = {"weight_types": {"o": {"pattern": r".*\.out_proj$"}}, "block_pattern": r"layers\.(\d+)"}
     with pytest.raises(CaptureError, match=r"does not show the matched linear '.*out_proj' \(3 in"):
-        fxshare.compile(model, cfg, example=ids(), capture="fx")
-    gm = fxshare.compile(model, cfg, example=ids())
+        fxshare.compile(model, cfg, example=x, capture="fx")
+    gm = fxshare.compile(model, cfg, example=x)
     assert gm.fxshare.front_end == "export"
     assert len(gm.fxshare.plan.sites) == 3
     assert any("out_proj" in note for note in gm.fxshare.report.notes)
