@@ -18,7 +18,8 @@ from fxshare.errors import CheckFailed, ConfigError
 from fxshare.lowering import lower_module, with_lowered
 from fxshare.numerics import tolerance, worst
 from fxshare.record import attach, record_of, slices_of
-from passes import Prefer, linear_calls
+from passes import linear_calls
+from passes.pipeline import Prefer
 from tests.strategies import (
     SHARING,
     Sizes,

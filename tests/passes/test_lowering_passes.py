@@ -20,7 +20,6 @@ from passes import (
     MergeSlices,
     Pass,
     PivotBasis,
-    Prefer,
     ReuseBasis,
     ShareBasis,
     SplitLinear,
@@ -35,6 +34,7 @@ from passes import (
     slices,
 )
 from passes.graph import linear_at
+from passes.pipeline import Prefer
 from passes.slices import set_slices
 from tests.passes.build import (
     Cut,
