@@ -152,7 +152,7 @@ def plan_within_budget(
     if limit is not None and judge is not None:
         best = _within_loss(search, best, slices, limit)
     along = 0.0
-    if judge is not None and best.factors:
+    if judge is not None and not judge.is_distance and best.factors:
         some, tokens = data.some_to_fit(model, captured, statistics)
         fit = Judge(model, captured, sites, some, tokens=tokens, loss=loss)
         along = slope(search, best, fit)

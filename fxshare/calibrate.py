@@ -325,7 +325,6 @@ class _HookStage:
         self.tapped = {name: (name,) for name in slices}
         self.observers: dict[str, InputObserver] = {}
         self.seen: dict[str, tuple[str, ...]] = {}
-        self._by_input: dict[tuple[str, ...], str] = {}
         self._mask: Tensor | None = None
         self._last: tuple[Tensor, str] | None = None
         self._handles: list[RemovableHandle] = []

@@ -139,7 +139,7 @@ class Outlook(_Frozen):
     """Of the second-order model, and the slope."""
     slope: float = 0.0
     """The first-order part: the mean gradient along the change of the weights, on the calibration
-    data; 0 without a search."""
+    data; 0 without a search, and for a loss that is a distance to the dense output."""
     bound: float
     gap: float
     measured: float | None = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fxshare.capture import Call, Captured, quiet
 from fxshare.capture.call import holds_tensor
 from fxshare.errors import FactoriseError, PlanError
-from fxshare.losses import Labels, Loss, default_loss, next_token_logits
+from fxshare.losses import Loss, default_loss, next_token_logits
 from fxshare.numerics import float_leaves
 from fxshare.planned import (
     GroupFactors,
@@ -122,7 +122,6 @@ class Judge:
         *,
         tokens: int,
         loss: Loss | None = None,
-        labels: Labels = "data",
     ) -> None:
         source: nn.Module = model if captured.front_end == "modules" else captured.graph
         self._source = source
@@ -130,10 +129,14 @@ class Judge:
         self._sites = tuple(sites)
         self._calls = list(calls)
         self._loss = loss
-        self._labels = labels
         self.tokens = tokens
         self._dense: dict[int, list[Tensor]] = {}
         self.base = self._run(structure_copy(source))
+
+    @property
+    def is_distance(self) -> bool:
+        """Whether the loss is the distance to the dense output, which has no slope at zero."""
+        return bool(self._dense)
 
     def __call__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
         """Loss per token above the dense model's; infinite where it is not finite."""
@@ -424,7 +427,7 @@ def blend(
         )
     if problem.side_limit is not None and blended.side > problem.side_limit:
         raise PlanError(
-            f"blended ranks take {blended.side:,} FLOPs per token, more than "
+            f"blended ranks take {blended.side:,} of the second limit's unit, more than "
             f"{problem.side_limit:,.0f}"
         )
     return blended

@@ -19,13 +19,6 @@ Threads = Annotated[
 ]
 
 
-def _use(threads: int) -> None:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def compress(
     layers: Annotated[int, typer.Option("--layers", min=1)] = 12,
     width: Annotated[int, typer.Option("--width", min=1)] = 768,
@@ -44,12 +37,13 @@ def compress(
       fxshare bench compress --tokens 8192
     """
     from fxshare.bench.compress import bench_compress, lines
+    from fxshare.bench.device import threads as using
 
     del as_json, debug
-    _use(threads)
-    measured = bench_compress(
-        layers=layers, width=width, heads=heads, tokens=tokens, repeats=repeats, seed=seed
-    )
+    with using(threads):
+        measured = bench_compress(
+            layers=layers, width=width, heads=heads, tokens=tokens, repeats=repeats, seed=seed
+        )
     return Result(measured.to_dict(), "\n".join(lines(measured)))
 
 
@@ -87,12 +81,12 @@ def quality(
       fxshare bench quality --sizes 0.8,0.5
       fxshare bench quality --model ./stories --tokens tokens.safetensors -c llama.yaml
     """
+    from fxshare.bench.device import threads as using
     from fxshare.bench.quality import bench_quality, embedded_case, folder_case
     from fxshare.bench.quality import table as rows_of
     from fxshare.config import load_config
 
     del as_json, debug
-    _use(threads)
     models, files, configs = model or [], tokens or [], config or []
     if not len(models) == len(files) == len(configs):
         raise ConfigError(
@@ -105,7 +99,9 @@ def quality(
             include={"weight_types", "block_pattern"}
         )
         cases.append(folder_case(name, file, types))
-    result = bench_quality(cases, sizes=_sizes(sizes), search=search, seed=seed, say=note)
+    shares = _sizes(sizes)
+    with using(threads):
+        result = bench_quality(cases, sizes=shares, search=search, seed=seed, say=note)
     header, rows = rows_of(result)
     below = [
         f"increase of the loss in nats per token on held-out tokens, no training; seed {seed}",

@@ -57,7 +57,7 @@ class GenerationFace:
     def can_generate(self) -> bool:
         """Whether :meth:`generate` works: the original is a causal language model of transformers.
 
-        Encoder-decoder models can be captured at module granularity only, which keeps their class.
+        Encoder-decoder models generate at module granularity only, which keeps their class.
         """
         assert isinstance(self, nn.Module)
         found = structure_of(self)

@@ -111,9 +111,8 @@ def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
     The dual bound holds for both prices: ``min (loss + λ cost + μ side) − λ budget − μ limit``.
     """
     least = sum(float(problem.candidate(p).curve.loss.max()) for p in problem.singletons())
-    unit = max(least, 1e-30) / max(
-        free.side, 1
-    )  # as if all that can be lost bought all of the side
+    # as if all that can be lost bought all of the side
+    unit = max(least, 1e-30) / max(free.side, 1)
     bound, best = free.bound, None
     low, high = -8.0, 8.0  # decimal exponents of the price, in that unit
     for step in range(14):
