@@ -104,9 +104,8 @@ def test_two_limits_are_both_kept(seed: int, kept: float, share: float, strategy
         assert plan_of(found) == plan_of(free)
     else:
         # spending what is left over can beat the free plan, which need not be the best, but not the
-        # bound on every plan; far below its side the second limit has to cost something
+        # bound on every plan
         assert found.loss >= free.bound * (1 - 1e-9)
-        assert share > 0.9 or found.loss > free.loss
         # one of the two is used up, to the widest step of a rank
         step = 512 * (1 + max(len(c.candidate.slices) for c in found.choices))
         assert found.side > limit - 3 * step or found.cost > budget - step
