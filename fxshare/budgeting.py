@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fxshare.calibrate import Statistics, calibrate
+from fxshare.calibrate import calibrate
 from fxshare.capture import Call, Captured, bind, device_of, dtype_of, to_device
 from fxshare.capture.call import MASK, completed, tensors, without_labels
 from fxshare.config import Budget, Planner, ShareConfig
@@ -33,6 +33,7 @@ from fxshare.plans import Outlook, Plan, Site, Skipped, TrialResult
 from fxshare.search import Effort, Judge, Planned, Search, Trial, slope, substituted, trials
 from fxshare.sites import site_tensors
 from fxshare.spectra import SliceStatistics, Spectra
+from fxshare.statistics import Statistics
 
 _HELD_BACK = 10
 _SLOPE_TOKENS = 32768

@@ -11,7 +11,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +21,25 @@ from fxshare.capture import Captured, bind, device_of, quiet, to_device
 from fxshare.capture.call import MASK, Call, completed, holds_tensor, without_labels
 from fxshare.capture.guards import ones_if_missing
 from fxshare.errors import CalibrationError, FxShareError, FxShareWarning
-from fxshare.gram import GramAccumulator
+from fxshare.gram import DiagonalAccumulator, GramAccumulator
+from fxshare.lookup_statistics import LookedUpSite, LookupStatistics, RowCounter
 from fxshare.losses import Labels, Loss, default_loss
 from fxshare.plans import Site, SliceSpec
 from fxshare.progress import track
-from fxshare.taps import GradientTap
-from passes import ObserveGradients, ObserveInputs, is_linear, observed, run, structure_copy, tapped
+from fxshare.statistics import Statistics
+from fxshare.taps import GradientTap, Moment, is_diagonal
+from passes import (
+    ObserveGradients,
+    ObserveInputs,
+    ObserveLookups,
+    Pass,
+    is_linear,
+    observed,
+    observed_lookups,
+    run,
+    structure_copy,
+    tapped,
+)
 
 _LOG = logging.getLogger("fxshare")
 
@@ -40,6 +52,11 @@ class InputObserver(nn.Module):
         self.gram = GramAccumulator(features)
         self.unmasked = False
 
+    @property
+    def tokens(self) -> int:
+        """Rows that went into the Gram."""
+        return self.gram.tokens
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in ``x`` ``(..., features)``; ``mask`` ``(batch, sequence)`` is 0 at padding."""
         rows = x.numel() // max(x.shape[-1], 1)
@@ -48,73 +65,6 @@ class InputObserver(nn.Module):
             self.unmasked = True
             mask = None
         self.gram.add(x, None if mask is None else mask.bool())
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration gathered.
-
-    ``inputs`` maps a site's name to the accumulators of its inputs (several when the module is
-    called more than once); sites that read the same activation share the same accumulator.
-    """
-
-    inputs: Mapping[str, tuple[GramAccumulator, ...]]
-    batches: int
-    tokens: int
-    bytes: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    gradients: Mapping[str, tuple[GramAccumulator, ...]] = field(default_factory=dict)
-    """Per slice the second moments of its output's gradient, one for each call of its module."""
-    loss: str = ""
-    """The loss whose gradients they are."""
-    mean_loss: float = math.nan
-    """That loss per token on the calibration data."""
-
-    def moment(self, slice_name: str, site: str) -> Tensor:
-        """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token."""
-        parts = self.gradients[slice_name]
-        tokens = self.tokens_of(site)
-        seen = [part for part in parts if part.tokens]
-        if not seen or tokens == 0:
-            raise CalibrationError(
-                f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
-                "data; keep its layer dense (planner: {keep_dense: [...]}) or give another loss"
-            )
-        moments = [part.gram() * (part.tokens / tokens) for part in seen]
-        moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
-        if float(moment.diagonal().sum()) <= 0:
-            raise CalibrationError(
-                f"slice {slice_name!r} gets no gradient: it is zero at every token of the "
-                "calibration data; leave it out of the patterns or give another loss"
-            )
-        return moment
-
-    def mean(self, site: str) -> Tensor:
-        """``E[x]`` ``(in,)`` float64 over all inputs of the site."""
-        parts = [part for part in self.inputs[site] if part.tokens]
-        total = self.tokens_of(site)
-        return torch.stack([part.mean() * (part.tokens / total) for part in parts]).sum(0)
-
-    def gram(self, site: str) -> Tensor:
-        """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens."""
-        parts = self.inputs[site]
-        total = sum(part.tokens for part in parts)
-        if total == 0:
-            raise CalibrationError(
-                f"{site!r} saw no tokens: it never ran on the calibration data, or every token was "
-                "masked; give data that reaches it, or leave it out of the patterns"
-            )
-        weighted = [part.gram() * (part.tokens / total) for part in parts if part.tokens]
-        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
-
-    def tokens_of(self, site: str) -> int:
-        """Rows that went into the site's Gram."""
-        return sum(part.tokens for part in self.inputs[site])
-
-    def key(self, sites: Sequence[str]) -> tuple[int, ...]:
-        """Equal for sets of sites that have the same statistics."""
-        return tuple(id(part) for site in sites for part in self.inputs[site])
 
 
 def calibrate(
@@ -143,12 +93,10 @@ def calibrate(
     (:class:`FxShareWarning`) when a site saw fewer tokens than it has features.
     """
     start = time.perf_counter()
-    names = tuple(name for site in sites for name in site.calls)
-    slices = {name: site.slices for site in sites for name in site.calls} if gradients else {}
     running: _GraphStage | _HookStage = (
-        _HookStage(model, names, slices)
+        _HookStage(model, sites, gradients=gradients)
         if captured.front_end == "modules"
-        else _GraphStage(captured, names, slices)
+        else _GraphStage(captured, sites, gradients=gradients)
     )
     backward = _Backward(running, loss, labels, seed)
     needed = bytes_needed(captured, sites, gradients=gradients)
@@ -175,7 +123,7 @@ def calibrate(
                     f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
                 ) from error
             count += 1
-            tokens = max((o.gram.tokens for o in running.observers.values()), default=0)
+            tokens = max((o.tokens for o in running.counting), default=0)
             if max_tokens is not None and tokens >= max_tokens:
                 break
     finally:
@@ -200,8 +148,9 @@ def calibrate(
         time.perf_counter() - start,
         notes,
         moments,
-        backward.name,
-        backward.total / max(tokens, 1) if gradients else math.nan,
+        _by_lookup(sites, running),
+        loss=backward.name,
+        mean_loss=backward.total / max(tokens, 1) if gradients else math.nan,
     )
 
 
@@ -251,15 +200,23 @@ def _check_loss(value: object) -> None:
 
 def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:
     """Bytes that :func:`calibrate` will hold: one half Gram in float64 per distinct input, and
-    with ``gradients`` one per slice."""
+    with ``gradients`` one per slice; diagonals and counts where rows are looked up."""
     names = {name for site in sites for name in site.calls}
     gm, _ = run(captured.graph, [ObserveInputs(sites=tuple(names), new_observer=_Width)])
     widths = (m.features for m in gm.children() if isinstance(m, _Width))
     held = sum(GramAccumulator.bytes_needed(width) for width in widths)
-    if gradients:
-        outputs = (s.out_features for site in sites for s in site.slices)
-        held += sum(GramAccumulator.bytes_needed(width) for width in outputs)
+    for site in sites:
+        held += 8 * site.out_features * len(site.lookups)
+        if gradients:
+            held += GramAccumulator.bytes_needed(site.in_features) * len(site.lookups)
+            held += sum(_moment_bytes(site, s) for s in site.slices if site.calls)
     return held
+
+
+def _moment_bytes(site: Site, s: SliceSpec) -> int:
+    if is_diagonal(site, s):
+        return DiagonalAccumulator(s.out_features).nbytes
+    return GramAccumulator.bytes_needed(s.out_features)
 
 
 class _Width(nn.Module):
@@ -271,23 +228,42 @@ class _Width(nn.Module):
         """Sees nothing; only counted."""
 
 
+_ROWS = "rows"
+
+
+def _lookup_tap(width: int) -> GradientTap:
+    return GradientTap([SliceSpec(name=_ROWS, start=0, stop=width)])
+
+
+def _tap_of(site: Site) -> GradientTap:
+    diagonal = {s.name for s in site.slices if is_diagonal(site, s)}
+    return GradientTap(site.slices, diagonal)
+
+
 class _GraphStage:
     """The captured graph with observers in it."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        names: tuple[str, ...],
-        slices: Mapping[str, tuple[SliceSpec, ...]],
-    ) -> None:
+    def __init__(self, captured: Captured, sites: Sequence[Site], *, gradients: bool) -> None:
+        called = {name: site for site in sites for name in site.calls}
+        looked_up = tuple(name for site in sites for name in site.lookups)
         nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
         filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
         mask = filled[0] if filled else nodes.get(MASK)
-        observe = ObserveInputs(sites=names, new_observer=InputObserver, mask=mask)
-        tap = ObserveGradients(
-            sites=tuple(slices), new_tap=lambda name: GradientTap(slices[name]), mask=mask
-        )
-        self.gm, _ = run(captured.graph, [observe, tap])
+        stages: list[Pass] = [
+            ObserveInputs(sites=tuple(called), new_observer=InputObserver, mask=mask),
+            ObserveLookups(
+                sites=looked_up,
+                new_counter=RowCounter,
+                new_tap=_lookup_tap if gradients else None,
+                mask=mask,
+            ),
+        ]
+        if gradients:
+            tap = ObserveGradients(
+                sites=tuple(called), new_tap=lambda name: _tap_of(called[name]), mask=mask
+            )
+            stages.append(tap)
+        self.gm, _ = run(captured.graph, stages)
         _eval(self.gm)
         self.seen = observed(self.gm)
         self.tapped = tapped(self.gm)
@@ -296,6 +272,21 @@ class _GraphStage:
         self.observers = {
             name: m for name, m in self.gm.named_children() if isinstance(m, InputObserver)
         }
+        counters = [m for m in self.gm.children() if isinstance(m, RowCounter)]
+        self.counting: list[InputObserver | RowCounter] = [*self.observers.values(), *counters]
+        self.looked_up = {
+            name: tuple(self._lookup(*both) for both in found)
+            for name, found in observed_lookups(self.gm).items()
+        }
+
+    def _lookup(self, counter: str, tap: str | None) -> LookupStatistics:
+        counted = self.gm.get_submodule(counter)
+        assert isinstance(counted, RowCounter)
+        if tap is None:
+            return LookupStatistics(counted, None)
+        gradient = self.taps[tap].grams[_ROWS]
+        assert isinstance(gradient, GramAccumulator)
+        return LookupStatistics(counted, gradient)
 
     def __call__(self, call: Call) -> Any:
         given = {k: v for k, v in call.items() if holds_tensor(v)}
@@ -317,18 +308,22 @@ class _HookStage:
     def __init__(
         self,
         model: nn.Module,
-        names: tuple[str, ...],
-        slices: Mapping[str, tuple[SliceSpec, ...]],
+        sites: Sequence[Site],
+        *,
+        gradients: bool,
     ) -> None:
         self.model = structure_copy(model).eval()
-        self.taps = {name: GradientTap(slices[name]) for name in slices}
-        self.tapped = {name: (name,) for name in slices}
+        called = {name: site for site in sites for name in site.calls}
+        self.taps = {name: _tap_of(site) for name, site in called.items()} if gradients else {}
+        self.tapped = {name: (name,) for name in self.taps}
+        # at this granularity embeddings are no sites
+        self.looked_up: dict[str, tuple[LookupStatistics, ...]] = {}
         self.observers: dict[str, InputObserver] = {}
         self.seen: dict[str, tuple[str, ...]] = {}
         self._mask: Tensor | None = None
         self._last: tuple[Tensor, str] | None = None
         self._handles: list[RemovableHandle] = []
-        for name in names:
+        for name in called:
             module = self.model.get_submodule(name)
             if is_linear(module):
                 hook = self._hook(name)
@@ -359,6 +354,11 @@ class _HookStage:
             self.observers[observer](x, self._mask)
 
         return look
+
+    @property
+    def counting(self) -> list[InputObserver | RowCounter]:
+        """What counts tokens."""
+        return list(self.observers.values())
 
     def __call__(self, call: Call) -> Any:
         mask = call.get(MASK)
@@ -416,7 +416,7 @@ def _by_site(
 
 def _by_slice(
     sites: Sequence[Site], running: _GraphStage | _HookStage
-) -> dict[str, tuple[GramAccumulator, ...]]:
+) -> dict[str, tuple[Moment, ...]]:
     return {
         s.name: tuple(
             running.taps[tap].grams[s.name]
@@ -425,6 +425,18 @@ def _by_slice(
         )
         for site in sites
         for s in site.slices
+    }
+
+
+def _by_lookup(sites: Sequence[Site], running: _GraphStage | _HookStage) -> dict[str, LookedUpSite]:
+    return {
+        site.name: LookedUpSite(
+            site.slices[0].name,
+            site.in_features,
+            tuple(one for name in site.lookups for one in running.looked_up.get(name, ())),
+        )
+        for site in sites
+        if site.lookups
     }
 
 
@@ -437,7 +449,7 @@ def _notes(
     short = [
         (site, count)
         for site in sites
-        if (count := sum(g.tokens for g in inputs[site.name])) < site.in_features
+        if site.calls and (count := sum(g.tokens for g in inputs[site.name])) < site.in_features
     ]
     if short:
         site, count = short[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.budgeting import Budgeted, options_of, plan_within_budget, site_biases
-from fxshare.calibrate import Statistics, calibrate
+from fxshare.calibrate import calibrate
 from fxshare.capture import Captured, Mode, bind, capture, device_of, dtype_of
 from fxshare.capture.call import without_labels
 from fxshare.capture.modules_front_end import put_back
@@ -41,11 +41,13 @@ from fxshare.record import Record, ShareModule, attach
 from fxshare.report import Report, group_reports
 from fxshare.source import Source
 from fxshare.spectra import Spectra
+from fxshare.statistics import Statistics
 from fxshare.verifying import verify
 from fxshare.visible import unstacked, visible_sites
 from fxshare.weights import quantisation_of, refusal_of_quantised
 from passes import (
     Applied,
+    LookedUp,
     Pass,
     PivotedGroup,
     Rows,
@@ -360,7 +362,7 @@ def _prepare(
     _check_module(model)
     matching = match(model, cfg)
     first, batches = _peek(calibration)
-    needs = [name for site in matching.sites for name in site.calls]
+    needs = [name for site in matching.sites for name in site.readers]
     if example is None and first is not None:
         # labels among the data are for training; an example that has them wants the loss
         example = without_labels(model, bind(model, first))
@@ -462,8 +464,15 @@ def rewrite(
     sites = [
         SplitSite(site.calls, tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
         for site in plan.sites
+        if not site.lookups
     ]
-    return run(graph, default_passes(sites, groups, pivots, fuse=fuse, extra=extra))
+    looked_up = [
+        LookedUp(site.slices[0].name, site.lookups, site.calls)
+        for site in plan.sites
+        if site.lookups
+    ]
+    passes = default_passes(sites, groups, pivots, fuse=fuse, extra=extra, looked_up=looked_up)
+    return run(graph, passes)
 
 
 def assemble(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxshare.calibrate import Statistics
 from fxshare.config import ShareConfig
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factorise import Whitening, factorise, identity_whitening, whiten
@@ -19,6 +18,7 @@ from fxshare.planned import GroupFactors, factorise_group, slice_statistics
 from fxshare.plans import Group, Plan
 from fxshare.progress import track
 from fxshare.spectra import Spectra
+from fxshare.statistics import Statistics
 from fxshare.verifying import relative_error
 from passes import PivotedGroup, SharedGroup
 

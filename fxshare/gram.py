@@ -19,6 +19,8 @@ from fxshare.errors import CalibrationError
 
 # Rows per product: bounds the copies made for masks and upcasts, and the length of a float32 sum.
 _MAX_ROWS = 8192
+# Rows of a vocabulary's width that are upcast at a time.
+_MAX_DIAGONAL_ROWS = 512
 
 
 def _strips(features: int) -> list[tuple[int, int]]:
@@ -165,6 +167,40 @@ class GramAccumulator:
     def mean(self) -> Tensor:
         """``E[x]: (features,)``, float64. Raises CalibrationError like :meth:`check_finite`."""
         return self._checked_sum() / self.tokens
+
+
+class DiagonalAccumulator:
+    """Sums ``x²`` over the rows it is given, in float64: the diagonal of a Gram matrix, for
+    features as many as a vocabulary's, of which the whole would be gigabytes."""
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held once the first rows were added."""
+        return 8 * self.features
+
+    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Adds rows ``x: (..., features)``; those where the bool mask ``keep`` is False are left
+        out."""
+        with torch.inference_mode(False), torch.no_grad():
+            rows_TI = x.reshape(-1, self.features)
+            if keep is not None:
+                rows_TI = rows_TI[keep.reshape(-1).to(rows_TI.device)]
+            if self._sum is None:
+                self._sum = torch.zeros(self.features, dtype=torch.float64, device=x.device)
+            self.tokens += len(rows_TI)
+            for part_TI in torch.split(rows_TI, _MAX_DIAGONAL_ROWS):
+                self._sum += part_TI.to(self._sum).square().sum(0)
+
+    def gram(self) -> Tensor:
+        """``E[x²]: (features,)``, float64."""
+        if self._sum is None or not self.tokens:
+            raise CalibrationError(f"{self.features} features: expected at least 1 row, found 0")
+        return self._sum / self.tokens
 
 
 def pooled_gram(grams: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import MatchError
 from fxshare.plans import Site, Skipped, SliceSpec
 from fxshare.sites import site_tensors, stored_bias
-from passes.graph import is_linear, weight_and_bias
+from passes import is_embedding, is_linear, lookup_refusal, weight_and_bias
+from passes.graph import is_conv1d
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_head", "num_kv_heads")
@@ -46,24 +47,27 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     types = _types(modules, cfg)
     owners = _owners(model)
+    alone = _alone(types, modules)
     sites: list[Site] = []
     skipped: list[Skipped] = []
     done: set[int] = set()
     for name, type_name in types.items():
         module = modules[name]
-        reason = _not_rewritable(module)
+        looked_up = cfg.weight_types[type_name].embedding
+        reason = _not_rewritable(module, looked_up=looked_up)
         if reason is None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             if id(weight) in done:
                 continue
             readers = owners[id(weight)]
-            reason = _tie_refusal(name, readers, modules)
+            reason = _tie_refusal(readers, modules, looked_up=looked_up)
         if reason is not None:
             skipped.append(Skipped(name=name, type=type_name, reason=reason))
             continue
         done.add(id(weight))
-        sites.append(_site(model, cfg, name, type_name, module, readers))
+        layer = _layer(cfg, name, type_name, alone=type_name in alone)
+        sites.append(_site(model, cfg, type_name, layer, readers))
     parameters: set[str] = set()
     for name, type_name in _parameter_types(model, modules, cfg).items():
         found = _parameter_sites(model, cfg, name, type_name, owners)
@@ -132,17 +136,23 @@ def _holds_weight(module: nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor)
 
 
-def _not_rewritable(module: nn.Module) -> str | None:
+def _not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
-    if not is_linear(module):
+    if is_embedding(module):
+        if not looked_up:
+            return f"is a {kind}, whose rows are looked up; say `embedding: true` to factorise it"
+        reason = lookup_refusal(module)
+        if reason is not None:
+            return reason
+    elif not is_linear(module):
         return f"is a {kind}, not an nn.Linear or Conv1D"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is not a parameter (weight norm or pruning computes it); make it one"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "has forward hooks or a forward of its own, which rewriting would drop"
-    weight, _ = weight_and_bias(module)
+    weight = module.weight
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
     if type(weight.data) is not Tensor:
@@ -157,42 +167,81 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _tie_refusal(name: str, readers: list[str], modules: Mapping[str, nn.Module]) -> str | None:
-    first, bias = weight_and_bias(modules[name])
-    for reader in readers:
-        owner, _, field = reader.rpartition(".")
-        other = modules.get(owner)
-        if field != "weight" or other is None or not is_linear(other):
+def _alone(types: Mapping[str, str], modules: Mapping[str, nn.Module]) -> set[str]:
+    """The weight types of one weight each."""
+    weights: dict[str, set[int]] = {}
+    for name, type_name in types.items():
+        weights.setdefault(type_name, set()).add(id(modules[name].weight))
+    return {type_name for type_name, found in weights.items() if len(found) == 1}
+
+
+def _tie_refusal(
+    readers: list[str], modules: Mapping[str, nn.Module], *, looked_up: bool
+) -> str | None:
+    """Why the readers of one weight cannot be rewritten together; None where they can."""
+    owners = {reader: modules.get(reader.rpartition(".")[0]) for reader in readers}
+    linears = {r: m for r, m in owners.items() if m is not None and is_linear(m)}
+    first = next(iter(linears.values()), None)
+    for reader, other in owners.items():
+        if not reader.endswith("weight") or other is None or not _holds_weight(other):
             return f"its weight is tied to {reader!r}: rewriting it would store the weight twice"
-        weight, other_bias = weight_and_bias(other)
-        if weight.shape != first.shape or type(other) is not type(modules[name]):
-            return f"its weight is tied to {reader!r}, which reads it another way"
-        if other_bias is not bias:
-            return f"its weight is tied to {reader!r}, which has another bias"
+        if reader in linears:
+            assert first is not None
+            if type(other) is not type(first):
+                return f"its weight is tied to {reader!r}, which reads it another way"
+            if weight_and_bias(other)[1] is not first.bias:
+                return f"its weight is tied to {reader!r}, which has another bias"
+            continue
+        why = lookup_refusal(other) if is_embedding(other) else f"is a {type(other).__name__}"
+        if why is None and not looked_up:
+            why = "looks its rows up; say `embedding: true` to rewrite both"
+        if why is not None:
+            return f"its weight is tied to {reader!r}, which {why}"
+    embedding = next((r for r in owners if r not in linears), None)
+    if embedding is not None and first is not None and is_conv1d(first):
+        return f"its weight is tied to {embedding!r}, which reads it transposed"
     return None
 
 
 def _site(
     model: nn.Module,
     cfg: ShareConfig,
-    name: str,
     type_name: str,
-    module: nn.Module,
+    layer: int | None,
     readers: list[str],
 ) -> Site:
-    weight_OI, bias = weight_and_bias(module)
+    names = [reader.rpartition(".")[0] for reader in readers]
+    modules = {name: model.get_submodule(name) for name in names}
+    calls = tuple(name for name in names if is_linear(modules[name]))
+    lookups = tuple(name for name in names if name not in calls)
+    if calls:
+        weight_OI, bias = weight_and_bias(modules[calls[0]])
+    else:
+        weight_OI, bias = modules[names[0]].get_parameter("weight"), None
     out_features, in_features = weight_OI.shape
-    calls = tuple(reader.rpartition(".")[0] for reader in readers)
+    spec = cfg.weight_types[type_name]
+    slices = _slices(names[0], out_features, spec, type_name, model)
+    if lookups:
+        slices = (SliceSpec(name=_owner_of_rows(names, modules), start=0, stop=out_features),)
     return Site(
-        name=calls[0],
+        name=names[0],
         calls=calls,
         type=type_name,
-        layer=_layer(cfg, name, type_name),
+        layer=layer,
         in_features=in_features,
         out_features=out_features,
         bias=bias is not None,
-        slices=_slices(calls[0], out_features, cfg.weight_types[type_name], type_name, model),
+        slices=slices,
+        lookups=lookups,
     )
+
+
+def _owner_of_rows(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
+    """The name of the rows of an embedding: its own, unless the module holds more than its weight
+    (Gemma's has a scale)."""
+    module = modules[names[0]]
+    more = len(module._parameters) + len(module._buffers) > 1 and not is_linear(module)
+    return f"{names[0]}.rows" if more else names[0]
 
 
 def _parameter_sites(
@@ -209,6 +258,8 @@ def _parameter_sites(
     parameter = getattr(module, field)
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         reason = f"belongs to a {type(module).__name__}, which looks up or convolves"
+        if isinstance(module, nn.Embedding):
+            reason += "; match the module, with `embedding: true`"
         return Skipped(name=name, type=type_name, reason=reason)
     if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
         reason = f"is a {type(parameter.data).__name__} of {parameter.dtype}, not floating-point"
@@ -247,9 +298,11 @@ def _parameter_sites(
     return found
 
 
-def _layer(cfg: ShareConfig, name: str, type_name: str) -> int | None:
+def _layer(cfg: ShareConfig, name: str, type_name: str, *, alone: bool = False) -> int | None:
+    """The layer number in a name; None where there need not be one, as of a weight ``alone`` in its
+    type, which has nothing to share with in any layer."""
     if cfg.block_pattern is None:
-        if cfg.mode == "sharing" and cfg.group_size_of(type_name) > 1:
+        if cfg.mode == "sharing" and not alone and cfg.group_size_of(type_name) > 1:
             raise MatchError(
                 "sharing across layers needs block_pattern, a regular expression whose group 1 is "
                 f"the layer number in names like {name!r}, for example 'h\\.(\\d+)'"
@@ -258,7 +311,7 @@ def _layer(cfg: ShareConfig, name: str, type_name: str) -> int | None:
     found = re.search(cfg.block_pattern, name)
     if found is not None and found.group(1) is not None and found.group(1).isdecimal():
         return int(found.group(1))
-    if cfg.mode == "sharing" and cfg.group_size_of(type_name) == 1:
+    if alone or (cfg.mode == "sharing" and cfg.group_size_of(type_name) == 1):
         return None
     number = re.search(r"(?:^|\.)([A-Za-z_]\w*)\.\d+\.", name)
     hint = f"; for this name try '{number.group(1)}\\.(\\d+)'" if number else ""

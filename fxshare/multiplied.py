@@ -37,7 +37,8 @@ class Products(Mapping[str, Tensor]):
 
 def is_large(model: nn.Module, plan: Plan) -> bool:
     """Whether the products of all sites together would be a burden on memory."""
-    size = next((p.itemsize for p in model.parameters()), 4)
+    # half precision is compared in float32
+    size = max(4, next((p.itemsize for p in model.parameters()), 4))
     return sum(site.out_features * site.in_features for site in plan.sites) * size > LARGE
 
 
@@ -69,7 +70,8 @@ def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) ->
 
 def _is_called(model: nn.Module, site: Site) -> bool:
     try:
-        return all(is_linear(model.get_submodule(name)) for name in site.calls)
+        names = site.readers  # an embedding is not called with a weight to make first
+        return all(is_linear(model.get_submodule(name)) for name in names)
     except AttributeError:
         return False
 

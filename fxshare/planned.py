@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxshare.calibrate import Statistics
 from fxshare.cost_model import SIDE_UNIT, Rates, dense_seconds, time_shares
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.pivoting import Pivoted, pivot
@@ -27,6 +26,7 @@ from fxshare.planner.solve import Choice, Solution, sweep
 from fxshare.planning import named_apart
 from fxshare.plans import Group, Site
 from fxshare.spectra import SliceStatistics, Spectra
+from fxshare.statistics import Statistics
 
 Unit = Literal["numbers", "bytes", "flops"]
 
@@ -64,8 +64,10 @@ def slice_statistics(
     found = {}
     grams: dict[object, Tensor] = {}
     for site in sites:
-        key = (statistics.key([site.name]), centred and site.bias)
-        mean = statistics.mean(site.name) if centred and site.bias else None
+        # what is looked up gets no bias that could take up a mean
+        biased = centred and site.bias and not site.lookups
+        key = (statistics.key([site.name]), biased)
+        mean = statistics.mean(site.name) if biased else None
         if key not in grams:
             gram = statistics.gram(site.name)
             grams[key] = gram if mean is None else gram - torch.outer(mean, mean)
@@ -100,6 +102,8 @@ def nodes_of(sites: Sequence[Site], slices: Mapping[str, SliceStatistics]) -> di
                 in_features=site.in_features,
                 out_features=s.out_features,
                 input=slices[s.name].input,
+                lookups=len(site.lookups),
+                multiplied=bool(site.calls),
             )
     return found
 
@@ -110,7 +114,9 @@ def shape_of(nodes: Mapping[str, Node], part: Part) -> Shape:
     return Shape(
         members[0].in_features,
         sum(node.out_features for node in members),
-        len({node.input for node in members}),
+        len({node.input for node in members if node.multiplied}),
+        sum(node.lookups for node in members),
+        sum(node.out_features for node in members if not node.multiplied),
     )
 
 
@@ -129,7 +135,7 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
         costs, losses, chosen, sides = [], [], [], []
         if not any(nodes[name].layer in options.keep_dense for name in part):
             tails = spectra.tails(part)
-            for storage in options.storages:
+            for storage in ("plain",) if shape.lookups else options.storages:
                 cost = _cost(shape, rank, storage, options)
                 keep = cost < dense[0]
                 costs.append(cost[keep])
@@ -399,7 +405,7 @@ def factorise_group(
     coefficients = {}
     for name, coefficient in zip(names, factors.coefficients, strict=True):
         root = spectra.root(name)
-        coefficients[name] = coefficient if root is None else root.inverse_OO @ coefficient
+        coefficients[name] = coefficient if root is None else root.undo(coefficient)
     made = GroupFactors(
         group,
         factors.basis_RI,
@@ -417,7 +423,7 @@ def factorise_group(
 def quadratic_loss(one: SliceStatistics, product_OI: Tensor) -> float:
     """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of one slice under its own statistics."""
     gap = one.weight_OI.double() - product_OI
-    left = gap if one.moment_OO is None else one.moment_OO.double() @ gap
+    left = one.times_moment(gap)
     return 0.5 * float((left @ one.gram_II.double() * gap).sum())
 
 

@@ -27,7 +27,8 @@ def sharing_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
     groups: list[Group] = []
     for type_name, label, members in _families(cfg, sites):
         size = cfg.group_size_of(type_name)
-        if size == 1:  # one basis per matrix, whatever layer it is in
+        if size == 1 or all(site.layer is None for site, _ in members):
+            # one basis per matrix, whatever layer it is in
             for site in dict.fromkeys(site for site, _ in members):
                 alone = [(x, s) for x, s in members if x is site]
                 groups.append(_group(cfg.compression_rate, type_name, label, alone))
@@ -69,11 +70,12 @@ def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
             continue
         for s in site.slices:
             whole = site.in_features * s.out_features
-            rank = _rank_within(int(kept * whole), site.in_features, s.out_features, pivoted)
+            pivots = pivoted and not site.lookups
+            rank = _rank_within(int(kept * whole), site.in_features, s.out_features, pivots)
             if rank is None:
                 continue
             group = _group(kept, site.type, s.label, [(site, s)])
-            storage: Literal["plain", "pivoted"] = "pivoted" if pivoted else "plain"
+            storage: Literal["plain", "pivoted"] = "pivoted" if pivots else "plain"
             groups.append(group.model_copy(update={"rank": rank, "storage": storage}))
     return Plan(
         mode="planned",

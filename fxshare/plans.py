@@ -53,7 +53,7 @@ class Site(_Frozen):
     name: str
     """Qualified name of the first module that owns the weight."""
     calls: tuple[str, ...]
-    """Every module that reads this parameter, the first included."""
+    """Every module that multiplies by this parameter; none where it is looked up only."""
     type: str
     """The weight type of the configuration that matched."""
     layer: int | None
@@ -64,11 +64,18 @@ class Site(_Frozen):
     """In row order, covering every row once."""
     transposed: bool = False
     """A parameter that stores ``(in, out)``; of modules their class tells."""
+    lookups: tuple[str, ...] = ()
+    """Every embedding that looks rows of this parameter up."""
 
     @property
     def weights(self) -> int:
         """Numbers in the weight, the bias apart."""
         return self.in_features * self.out_features
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Every module that reads this parameter, in either way."""
+        return (*self.calls, *self.lookups)
 
 
 class Skipped(_Frozen):
@@ -185,6 +192,12 @@ class Plan(_Frozen):
         if names and max(names.values()) > 1:
             raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
         for group in self.groups:
+            looked_up = [name for name in group.slices if known[name].lookups]
+            if looked_up and group.storage == "pivoted":
+                raise ValueError(
+                    f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and its "
+                    "basis is stored plain; found storage 'pivoted'"
+                )
             widths = {known[name].in_features for name in group.slices}
             if widths != {group.in_features}:
                 raise ValueError(

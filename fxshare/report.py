@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fxshare.planner.cost import Shape, flops, weights_bytes
-from fxshare.plans import Group, Plan, Skipped
+from fxshare.plans import Group, Plan, Site, Skipped
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def group_reports(
     rows = [
         _group_row(
             group,
-            sites=len({site_of[name].name for name in group.slices}),
+            shape=_shape(group, [site_of[name] for name in group.slices]),
             element_size=element_size,
             error=(errors or {}).get(group.name),
             floored=(floored or {}).get(group.name, 0),
@@ -227,8 +227,8 @@ def group_reports(
                     numbers_after=numbers,
                     bytes_before=numbers * element_size,
                     bytes_after=numbers * element_size,
-                    flops_before=2 * numbers,
-                    flops_after=2 * numbers,
+                    flops_before=2 * numbers if site.calls else 0,
+                    flops_after=2 * numbers if site.calls else 0,
                     weighted_error=None,
                     floored=0,
                     seconds=0.0,
@@ -237,17 +237,28 @@ def group_reports(
     return tuple(rows)
 
 
+def _shape(group: Group, sites: Sequence[Site]) -> Shape:
+    """The shape of a group whose slices are in these sites; each site that multiplies reads the
+    basis with an input of its own."""
+    distinct = {site.name: site for site in sites}.values()
+    return Shape(
+        group.in_features,
+        group.out_features,
+        sum(bool(site.calls) for site in distinct),
+        sum(len(site.lookups) for site in distinct),
+        sum(site.out_features for site in distinct if not site.calls),
+    )
+
+
 def _group_row(
     group: Group,
     *,
-    sites: int,
+    shape: Shape,
     element_size: int,
     error: float | None,
     floored: int,
     seconds: float,
 ) -> GroupReport:
-    # each site reads the basis with an input of its own
-    shape = Shape(group.in_features, group.out_features, sites)
     rank = np.array([group.rank])
     return GroupReport(
         name=group.name,
@@ -263,7 +274,7 @@ def _group_row(
         numbers_after=group.stored_numbers,
         bytes_before=group.dense_numbers * element_size,
         bytes_after=int(weights_bytes(shape, rank, group.storage, element_size)[0]),
-        flops_before=2 * group.dense_numbers,
+        flops_before=shape.dense_flops,
         flops_after=int(flops(shape, rank, group.storage)[0]),
         weighted_error=error,
         floored=floored,

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from fxshare.errors import MatchError
 from fxshare.plans import Site
-from passes.graph import is_conv1d, is_linear, linear_calls, weight_and_bias
+from passes import is_embedding, is_linear, linear_calls, weight_and_bias
+from passes.graph import is_conv1d
 
 _PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
 
@@ -70,9 +71,10 @@ def site_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
 
     Raises :class:`MatchError` where the model has no such weight.
     """
-    module = _linear(model, site.name)
-    if module is not None:
-        return weight_and_bias(module)
+    for name in (site.name, *site.calls):
+        module = _linear(model, name)
+        if module is not None:
+            return weight_and_bias(module)
     place = _place(model, site.name)
     if place is None:
         raise MatchError(
@@ -94,6 +96,10 @@ def substitute(
     """Give the sites of a structure copy other weights ``(out, in)`` and biases ``(out,)``, in the
     dtypes of the old ones; what is not in the mappings stays."""
     own: set[int] = set()
+    holders: dict[tuple[int, str], list[nn.Module]] = {}
+    for holder in copy.modules():
+        for field in ("weight", "bias"):
+            holders.setdefault((id(holder._parameters.get(field)), field), []).append(holder)
     # a Conv1D is not a module in a captured graph, which multiplies by its weight (in, out)
     turned = set[str]()
     if isinstance(copy, fx.GraphModule):
@@ -104,17 +110,20 @@ def substitute(
             if new is None:
                 continue
             put: nn.Parameter | None = None
-            for call in site.calls:
-                module = _linear(copy, call)
+            for call in site.readers if is_weight else site.calls:
+                module = _linear(copy, call) or _embedding(copy, call)
                 if module is None:
                     turn = is_weight and (site.transposed or call in turned)
                     _write(copy, call, new.t() if turn else new, is_weight, own)
                     continue
                 field = "weight" if is_weight else "bias"
+                old = getattr(module, field)
                 if put is None:
                     stored = new.t() if is_weight and is_conv1d(module) else new
-                    stored = stored.to(getattr(module, field).dtype).contiguous()
-                    put = nn.Parameter(stored, requires_grad=False)
+                    put = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=False)
+                    # also where the graph knows a tied weight by one of its names only
+                    for holder in holders.get((id(old), field), ()):
+                        setattr(holder, field, put)
                 setattr(module, field, put)
 
 
@@ -129,6 +138,11 @@ def _write(copy: nn.Module, name: str, new: Tensor, is_weight: bool, own: set[in
         own.add(id(parameter))
         setattr(place.holder, field, parameter)
     parameter.data[place.at] = new.to(parameter)
+
+
+def _embedding(model: nn.Module, name: str) -> nn.Module | None:
+    module = _module(model, name)
+    return module if module is not None and is_embedding(module) else None
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module | None:

@@ -34,8 +34,8 @@ _MOST_WHITENED = 1 << 26
 class SliceStatistics:
     """Everything about one slice that planning and factorising need, in float64.
 
-    ``gram_II`` is shared by slices of the same input. ``moment_OO`` is ``A``; None means the
-    identity (activation error alone).
+    ``gram_II`` is shared by slices of the same input. ``moment_OO`` is ``A``, or ``(O,)`` its
+    diagonal; None means the identity (activation error alone).
     """
 
     weight_OI: Tensor
@@ -44,14 +44,31 @@ class SliceStatistics:
     input: object
     mean_I: Tensor | None = None
 
+    def times_moment(self, gap_OI: Tensor) -> Tensor:
+        """``A gap`` ``(O, I)``."""
+        return gap_OI if self.moment_OO is None else _times(self.moment_OO.double(), gap_OI)
+
+
+def _times(left: Tensor, right_OI: Tensor) -> Tensor:
+    return left[:, None] * right_OI if left.ndim == 1 else left @ right_OI
+
 
 @dataclass(frozen=True, eq=False)
 class OutputRoot:
-    """``A^½`` and its inverse, eigenvalues below ``floor`` raised to it."""
+    """``A^½`` and its inverse, eigenvalues below ``floor`` raised to it; diagonals ``(O,)`` of a
+    diagonal ``A``."""
 
     root_OO: Tensor
     inverse_OO: Tensor
     floored: int
+
+    def apply(self, weight_OI: Tensor) -> Tensor:
+        """``A^½ weight`` ``(O, I)``."""
+        return _times(self.root_OO, weight_OI)
+
+    def undo(self, weight_OI: Tensor) -> Tensor:
+        """``A^-½ weight`` ``(O, I)``."""
+        return _times(self.inverse_OO, weight_OI)
 
 
 def output_root(moment_OO: Tensor, *, relative_floor: float = 1e-8) -> OutputRoot:
@@ -60,13 +77,19 @@ def output_root(moment_OO: Tensor, *, relative_floor: float = 1e-8) -> OutputRoo
     moment = moment_OO.double()
     if not bool(moment.isfinite().all()):
         raise FactoriseError("gradient statistics: expected finite entries, found NaN or infinity")
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    largest = float(values[-1])
+    vectors: Tensor | None = None
+    if moment.ndim == 1:
+        values = moment
+    else:
+        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    largest = float(values.max())
     if largest <= 0:
         raise FactoriseError("gradient statistics are all zero: the loss does not depend on it")
     floor = relative_floor * largest
     floored = int((values < floor).sum())
     scale = values.clamp(min=floor).sqrt()
+    if vectors is None:
+        return OutputRoot(scale, 1 / scale, floored)
     return OutputRoot((vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T, floored)
 
 
@@ -120,7 +143,7 @@ class Spectra:
         whitening = self.whitening(tuple(sorted(names)))
         roots = [self.root(name) for name in names]
         members = [
-            self.slices[name].weight_OI.double() if root is None else root.root_OO @ weight
+            weight if root is None else root.apply(weight)
             for name, root in zip(names, roots, strict=True)
             for weight in (self.slices[name].weight_OI.double(),)
         ]
@@ -146,9 +169,7 @@ class Spectra:
         if name not in self._products:
             one = self.slices[name]
             weight = one.weight_OI.double()
-            self._products[name] = weight.T @ (
-                weight if one.moment_OO is None else one.moment_OO.double() @ weight
-            )
+            self._products[name] = weight.T @ one.times_moment(weight)
         return self._products[name]
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:

@@ -7,23 +7,42 @@ site is on one scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fxshare.gram import GramAccumulator
-from fxshare.plans import SliceSpec
+from fxshare.gram import DiagonalAccumulator, GramAccumulator
+from fxshare.plans import Site, SliceSpec
+
+Moment: TypeAlias = GramAccumulator | DiagonalAccumulator
+"""What sums up a slice's gradients, whole or its diagonal."""
+
+DIAGONAL_ABOVE = 16384
+"""Outputs of a slice above which only the diagonal of its moment is kept: half of a whole one is a
+gigabyte here."""
+
+
+def is_diagonal(site: Site, s: SliceSpec) -> bool:
+    """Whether the moment of a slice is kept as its diagonal: rows that are tokens are many, and
+    their gradients have little in common."""
+    return bool(site.lookups) or s.out_features > DIAGONAL_ABOVE
 
 
 class GradientTap(nn.Module):
-    """The identity; in the backward pass it adds the gradient's rows to one Gram per slice."""
+    """The identity; in the backward pass it adds the gradient's rows to one Gram per slice, or to
+    its diagonal alone for the slices named in ``diagonal``."""
 
-    def __init__(self, slices: Sequence[SliceSpec]) -> None:
+    def __init__(self, slices: Sequence[SliceSpec], diagonal: Container[str] = ()) -> None:
         super().__init__()
         self.slices = tuple(slices)
-        self.grams = {s.name: GramAccumulator(s.out_features) for s in slices}
+        self.grams: dict[str, Moment] = {
+            s.name: DiagonalAccumulator(s.out_features)
+            if s.name in diagonal
+            else GramAccumulator(s.out_features)
+            for s in slices
+        }
         # what makes the tap part of the backward graph although every weight may be frozen
         self.probe = torch.zeros((), requires_grad=True)
         self.finite = True

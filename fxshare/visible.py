@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from torch import fx
@@ -10,7 +11,7 @@ from torch import fx
 from fxshare.capture import Captured
 from fxshare.matching import Matching
 from fxshare.plans import Site, Skipped
-from passes import LinearCall, UnstackExperts, linear_calls, run, stacks
+from passes import LinearCall, UnstackExperts, linear_calls, lookups, run, stacks
 
 
 def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
@@ -29,6 +30,7 @@ def visible_sites(
     """The sites that the graph calls; a linear that is never called stays as it is."""
     called: dict[str, list[LinearCall]] = {}
     parts: dict[str, list[str]] = {}
+    looked_up = {lookup.name for lookup in lookups(gm)}
     for call in linear_calls(gm):
         called.setdefault(call.name, []).append(call)
         whole, cut, _ = call.name.partition(".rows_")
@@ -36,7 +38,10 @@ def visible_sites(
             parts[whole].append(call.name)
     sites, skipped = [], list(matching.skipped)
     for site in matching.sites:
-        found = _as_called(site, called, parts, site.name in matching.parameters)
+        if site.lookups:
+            found = _as_looked_up(site, set(called), looked_up)
+        else:
+            found = _as_called(site, called, parts, site.name in matching.parameters)
         if isinstance(found, str):
             skipped.append(Skipped(name=site.name, type=site.type, reason=found))
         else:
@@ -63,7 +68,23 @@ def _as_called(
         return "is not called by this graph"
     if is_parameter:
         return _turned(site, called[calls[0]][0])
-    return [site if calls == site.calls else _called_as(site, calls)]
+    return [site if calls == site.calls else _called_as(site, calls, calls)]
+
+
+def _as_looked_up(
+    site: Site, called: AbstractSet[str], looked_up: AbstractSet[str]
+) -> list[Site] | str:
+    """The site with the readers that the graph has: torch.export has one name for all of them."""
+    calls = tuple(name for name in site.readers if name in called)
+    lookups = tuple(name for name in site.readers if name in looked_up)
+    if not lookups:
+        return "is not looked up by this graph (capture: modules leaves embeddings as they are)"
+    if not calls and site.calls:
+        return f"is tied to {site.calls[0]!r}, which this graph does not call"
+    found = site.model_copy(update={"calls": calls, "lookups": lookups})
+    if found.name not in found.readers:
+        found = _called_as(found, found.readers, calls)
+    return [found if calls else found.model_copy(update={"bias": False})]
 
 
 def _part_of(site: Site, name: str, call: LinearCall) -> Site | str:
@@ -103,10 +124,10 @@ def _turned(site: Site, call: LinearCall) -> list[Site] | str:
     return [turned.model_copy(update={"bias": call.bias_O is not None})]
 
 
-def _called_as(site: Site, calls: tuple[str, ...]) -> Site:
+def _called_as(site: Site, readers: tuple[str, ...], calls: tuple[str, ...]) -> Site:
     """The site under the names that the graph knows: torch.export keeps one of several for a tied
     weight."""
-    name = site.name if site.name in calls else calls[0]
+    name = site.name if site.name in readers else readers[0]
     slices = tuple(
         s.model_copy(update={"name": name + s.name.removeprefix(site.name)}) for s in site.slices
     )

@@ -18,12 +18,16 @@ from passes.graph import (
     structure_copy,
     weight_and_bias,
 )
+from passes.group_coefficients import GroupCoefficients
 from passes.lay_out import LayOut
+from passes.look_up_rows import LookedUp, LookUpRows
+from passes.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.materialise import Materialise
 from passes.merge_gathers import MergeGathers
 from passes.merge_slices import MergeSlices
 from passes.observe import ObserveInputs, observed
 from passes.observe_gradients import ObserveGradients, tapped
+from passes.observe_lookups import ObserveLookups, observed_lookups
 from passes.origins import Origin, forget_origins, original, origins
 from passes.pipeline import default_passes, lowering_passes
 from passes.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
@@ -34,6 +38,7 @@ from passes.slices import Slice, slice_weight, slices
 from passes.split_linear import Rows, SplitLinear, SplitSite
 from passes.stack_bases import StackBases
 from passes.unstack_experts import UnstackExperts, stacks
+from passes.write_out_pivots import WriteOutPivots
 
 __all__ = [
     "Applied",
@@ -43,13 +48,18 @@ __all__ = [
     "FoldGathers",
     "FuseCoefficients",
     "FxShareError",
+    "GroupCoefficients",
     "LayOut",
     "LinearCall",
+    "LookUpRows",
+    "LookedUp",
+    "Lookup",
     "Materialise",
     "MergeGathers",
     "MergeSlices",
     "ObserveGradients",
     "ObserveInputs",
+    "ObserveLookups",
     "Origin",
     "Pass",
     "PassError",
@@ -66,16 +76,21 @@ __all__ = [
     "SplitSite",
     "StackBases",
     "UnstackExperts",
+    "WriteOutPivots",
     "default_passes",
     "derive_gathers",
     "derived_buffers",
     "equal_outputs",
     "forget_origins",
+    "is_embedding",
     "is_linear",
     "linear_calls",
+    "lookup_refusal",
+    "lookups",
     "lowering_passes",
     "new_linear",
     "observed",
+    "observed_lookups",
     "original",
     "origins",
     "put_module",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from passes.base import Pass
-from passes.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.graph import linear_at, new_linear, put_module
+from passes.lookups import only_called
 from passes.origins import reordered
 from passes.pivot_basis import gathers, set_gathers
 from passes.slices import Slice, gather_order, set_slices, slices
@@ -76,9 +78,9 @@ class FoldGathers(Pass):
     exact: ClassVar[bool] = True
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        calls = only_called(gm)
         once = {name for name, nodes in calls.items() if len(nodes) == 1}
-        whole = _whole_slices(gm)
+        whole = _whole_slices(gm, once)
         count = 0
         for node in list(gm.graph.nodes):
             if node.target is not torch.index_select or len(node.args) != 3:
@@ -91,9 +93,7 @@ class FoldGathers(Pass):
             if len(bases) != 1 or not isinstance(x, fx.Node) or len(x.users) != 1:
                 continue
             producers = _producers(gm, x, node)
-            if not producers or not all(
-                str(p.target) in once and str(p.target) in whole for p in producers
-            ):
+            if not producers or not all(str(p.target) in whole for p in producers):
                 continue
             for producer in producers:
                 _reorder(gm, str(producer.target), whole[str(producer.target)], bases[0])
@@ -109,8 +109,9 @@ class FoldGathers(Pass):
         return count
 
 
-def _whole_slices(gm: fx.GraphModule) -> dict[str, str]:
-    """Linears that hold exactly one slice, in its original order, and that slice's name."""
+def _whole_slices(gm: fx.GraphModule, among: AbstractSet[str]) -> dict[str, str]:
+    """Those ``among`` the linears that hold exactly one slice, in its original order, and that
+    slice's name."""
     held: dict[str, list[str]] = {}
     for name, place in slices(gm).items():
         held.setdefault(place.module, []).append(name)
@@ -118,6 +119,7 @@ def _whole_slices(gm: fx.GraphModule) -> dict[str, str]:
         module: names[0]
         for module, names in held.items()
         if len(names) == 1
+        and module in among
         and slices(gm)[names[0]].folded is None
         and slices(gm)[names[0]].start == 0
         and slices(gm)[names[0]].stop == linear_at(gm, module).out_features

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.graph import (
-    calls_by_target,
     common_parent,
     linear_at,
     new_linear,
     put_module,
 )
+from passes.lookups import only_called
 from passes.origins import moved
 from passes.slices import set_slices, slices
 from passes.writes import is_written
@@ -48,7 +48,7 @@ class FuseCoefficients(Pass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         coefficients = {place.module for place in slices(gm).values() if place.basis}
         readers: dict[fx.Node, list[fx.Node]] = {}
-        for target, nodes in calls_by_target(gm, lambda m: isinstance(m, nn.Linear)).items():
+        for target, nodes in only_called(gm).items():
             for node in nodes if target in coefficients else []:
                 z = node.args[0]
                 assert isinstance(z, fx.Node)
@@ -184,20 +184,25 @@ def fuse_calls(gm: fx.GraphModule, fused: str, sizes: list[int], nodes: list[fx.
 
 def _shorten_cat(user: fx.Node, nodes: list[fx.Node], y: fx.Node) -> None:
     """Replace the run ``nodes`` in ``cat([..., *nodes, ...], dim=-1)`` by ``y``."""
-    if user.op != "call_function" or user.target is not torch.cat or user.kwargs != {"dim": -1}:
-        return
-    parts = user.args[0]
+    if user.op == "call_function" and user.target is torch.cat and user.kwargs == {"dim": -1}:
+        replace_run(user, nodes, y)
+
+
+def replace_run(cat: fx.Node, nodes: Sequence[fx.Node], y: fx.Node) -> None:
+    """Put ``y`` in the place of the first run ``nodes`` among the parts of a ``cat``, if there is
+    one; the ``cat`` of one part is that part."""
+    parts = cat.args[0]
     if not isinstance(parts, (list, tuple)):
         return
     parts = list(parts)
     for at in range(len(parts) - len(nodes) + 1):
-        if parts[at : at + len(nodes)] == nodes:
+        if parts[at : at + len(nodes)] == list(nodes):
             parts[at : at + len(nodes)] = [y]
             break
     else:
         return
     if len(parts) == 1:
-        user.replace_all_uses_with(y)
-        user.graph.erase_node(user)
+        cat.replace_all_uses_with(y)
+        cat.graph.erase_node(cat)
     else:
-        user.args = (parts,)
+        cat.args = (parts,)

@@ -102,10 +102,14 @@ def _acts_like_linear(module: nn.Linear) -> bool:
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """``(weight_OI, bias_O)`` of a linear module; of a ``Conv1D`` a transposed view."""
+    """``(weight_OI, bias_O)`` of a linear module; of a ``Conv1D`` a transposed view.
+
+    Of a linear that no node calls, whose rows are looked up only, fx keeps the weight in a plain
+    module.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return (_transposed(weight) if is_conv1d(module) else weight), bias
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.graph import linear_at, new_linear, put_module
+from passes.lookups import only_called
 from passes.merge_gathers import merge_gathers
 from passes.slices import basis_matrix, set_slices, slices
 from passes.writes import is_written
@@ -41,14 +42,14 @@ class Materialise(Pass):
     margin: float = 1.0
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        calls = only_called(gm)
         coefficients: dict[str, dict[str, bool]] = {}
         for place in slices(gm).values():
             if place.basis is not None and place.basis_rows is None:
                 coefficients.setdefault(place.basis, {})[place.module] = place.pivoted
         count, gone = 0, []
         for basis, modules in coefficients.items():
-            products = [_Product.of(gm, node, modules) for node in calls.get(basis, [])]
+            products = [Product.of(gm, node, modules) for node in calls.get(basis, [])]
             if not products or any(product is None for product in products):
                 continue
             found = [product for product in products if product is not None]
@@ -70,7 +71,7 @@ class Materialise(Pass):
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """One basis product in the graph, and what is made of it."""
 
     basis: fx.Node
@@ -83,7 +84,7 @@ class _Product:
     """Whether the input comes in the pivoted basis' own order."""
 
     @staticmethod
-    def of(gm: fx.GraphModule, node: fx.Node, modules: Iterable[str]) -> _Product | None:
+    def of(gm: fx.GraphModule, node: fx.Node, modules: Iterable[str]) -> Product | None:
         """None where the graph around the product is not as our passes make it."""
         x, product, folded = node.args[0], node, False
         if not isinstance(x, fx.Node):
@@ -106,7 +107,7 @@ class _Product:
             return None
         if is_written(x) or is_written(product):
             return None
-        return _Product(node, x, product, readers, folded)
+        return Product(node, x, product, readers, folded)
 
     def _sizes(self, gm: fx.GraphModule) -> tuple[int, int, int, int]:
         linear = linear_at(gm, str(self.basis.target))
@@ -126,7 +127,7 @@ class _Product:
 
 
 def _multiply_out(
-    gm: fx.GraphModule, basis: str, modules: dict[str, bool], products: list[_Product]
+    gm: fx.GraphModule, basis: str, modules: dict[str, bool], products: list[Product]
 ) -> None:
     folded = products[0].folded
     for name, pivoted in modules.items():
@@ -143,7 +144,7 @@ def _multiply_out(
     for product in products:
         for reader in product.readers:
             reader.replace_input_with(product.sum, product.input)
-        for node in _upwards(product):
+        for node in upwards(product):
             if not node.users:
                 gm.graph.erase_node(node)
 
@@ -164,7 +165,7 @@ def _dense_weight(
     return (weight_OR.double() @ basis_RI).to(weight_OR.dtype)
 
 
-def _upwards(product: _Product) -> list[fx.Node]:
+def upwards(product: Product) -> list[fx.Node]:
     """The nodes that made the product from its input, last first."""
     nodes, stack = [product.sum], [product.sum]
     while stack:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.fuse_coefficients import fuse_calls, fuse_modules, may_fuse
-from passes.graph import calls_by_target, linear_at
+from passes.graph import linear_at
+from passes.lookups import only_called
 from passes.slices import slices
 
 
@@ -37,7 +38,7 @@ class MergeSlices(Pass):
     exact: ClassVar[bool] = True
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        calls = only_called(gm)
         dense = {place.module for place in slices(gm).values() if place.basis is None}
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
         sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}

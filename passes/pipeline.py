@@ -10,7 +10,9 @@ from passes.clean_up import CleanUp
 from passes.drop_cats import DropCats
 from passes.fold_gathers import FoldGathers
 from passes.fuse_coefficients import FuseCoefficients
+from passes.group_coefficients import GroupCoefficients
 from passes.lay_out import LayOut
+from passes.look_up_rows import LookedUp, LookUpRows
 from passes.materialise import Materialise
 from passes.merge_gathers import MergeGathers
 from passes.merge_slices import MergeSlices
@@ -19,6 +21,7 @@ from passes.reuse_basis import ReuseBasis
 from passes.share_basis import ShareBasis, SharedGroup
 from passes.split_linear import SplitLinear, SplitSite
 from passes.stack_bases import StackBases
+from passes.write_out_pivots import WriteOutPivots
 
 Prefer = Literal["memory", "speed"]
 """What a lowered graph is to be: no larger than the readable one, or fast at any size."""
@@ -31,6 +34,7 @@ def default_passes(
     *,
     fuse: bool = True,
     extra: Sequence[Pass] = (),
+    looked_up: Sequence[LookedUp] = (),
 ) -> tuple[Pass, ...]:
     """The passes from a captured graph to the rewritten one.
 
@@ -38,6 +42,8 @@ def default_passes(
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
     """
     return (
+        # before the linears are split: one that is tied to an embedding reads the embedding's
+        *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
         # first, so that every later pass meets one dialect: call_module of nn.Linear, one per slice
         SplitLinear(sites=tuple(sites)),
         *(
@@ -65,12 +71,14 @@ def default_passes(
 def lowering_passes(prefer: Prefer = "memory") -> tuple[Pass, ...]:
     """The passes from a rewritten, readable graph to the fast one.
 
-    All but the first only repack rows: ``passes.origins(gm)`` says where each linear went.
+    All but the first two, for speed, only repack rows: ``passes.origins(gm)`` says where each
+    linear went.
     """
     speed = prefer == "speed"
     return (
         # first: what becomes dense is merged with its neighbours by all that follows
-        *((Materialise(),) if speed else ()),
+        # next, for the same reason: a basis that is written out is stacked with its neighbours
+        *((Materialise(), WriteOutPivots()) if speed else ()),
         # one product for all readers of an input, before anything is merged into it
         ReuseBasis(),
         # `fuse: false` left them apart
@@ -79,6 +87,8 @@ def lowering_passes(prefer: Prefer = "memory") -> tuple[Pass, ...]:
         MergeSlices(),
         # after fusing: a coefficient is told by the product it reads, and that becomes a view
         StackBases(duplicate=speed),
+        # needs the stacked product, and the `cat` that DropCats may take apart
+        GroupCoefficients(),
         # when the parts are as few as they will be
         DropCats(),
         # after materialising, which leaves pieces unread

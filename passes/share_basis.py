@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError, ShapeError
-from passes.graph import calls_by_target, linear_at, linear_input, new_linear, put_module
+from passes.graph import (
+    calls_by_target,
+    linear_at,
+    linear_input,
+    new_linear,
+    put_module,
+    read_instead,
+)
+from passes.lookups import lookups
 from passes.slices import Slice, set_slices, slices
 
 
@@ -43,6 +52,11 @@ class ShareBasis(Pass):
         q0 = getattr(self.h.0.c_attn, 'q')(z0)        # Linear(R, 768): the coefficient, old bias
         z1 = self.basis_q_0_1(x1)
         q1 = getattr(self.h.1.c_attn, 'q')(z1)
+
+    A slice whose rows are looked up (:class:`passes.LookUpRows`) is multiplied afterwards::
+
+        z = torch.nn.functional.embedding(ids, self.wte.weight)   # rows of the coefficient (V, R)
+        e = torch.matmul(z, self.basis_wte.weight)
     """
 
     name: ClassVar[str] = "share-basis"
@@ -85,6 +99,9 @@ class ShareBasis(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        reading: dict[str, list[fx.Node]] = {}
+        for lookup in lookups(gm):
+            reading.setdefault(lookup.name, []).append(lookup.node)
         count = 0
         for group in self.groups:
             trainable = any(linear_at(gm, name).weight.requires_grad for name in group.coefficients)
@@ -111,6 +128,14 @@ class ShareBasis(Pass):
                         z = gm.graph.call_module(group.name, (x,))
                     z.meta.update(node.meta)
                     node.args, node.kwargs = (z,), {}
+                    count += 1
+                for node in reading.get(name, []):
+                    with gm.graph.inserting_after(node):
+                        basis = gm.graph.get_attr(f"{group.name}.weight")
+                    with gm.graph.inserting_after(basis):
+                        rows = gm.graph.call_function(torch.matmul, (node, basis))
+                    rows.meta.update(node.meta)
+                    read_instead(node, rows)
                     count += 1
         return count
 

@@ -128,14 +128,15 @@ def _check_rows(name: str, site: SplitSite, out_features: int) -> None:
 
 def _check_tie(first: LinearCall, other: LinearCall) -> None:
     for what in ("weight_OI", "bias_O"):
-        if not _same_memory(getattr(first, what), getattr(other, what)):
+        if not same_memory(getattr(first, what), getattr(other, what)):
             raise RequiresError(
                 f"split-linear: {first.name!r} and {other.name!r} of one site have not the same "
                 f"{what.partition('_')[0]}; a site is one weight and one bias, make two sites"
             )
 
 
-def _same_memory(left: Tensor | None, right: Tensor | None) -> bool:
+def same_memory(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are views of the same numbers; None is like None only."""
     if left is None or right is None or left is right:
         return left is right
     # two transposed views of one Conv1D weight are different objects

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from passes.base import Pass
 from passes.fuse_coefficients import fused_name, joined, kind_of
-from passes.graph import calls_by_target, linear_at, put_module
+from passes.graph import linear_at, put_module
+from passes.lookups import only_called
 from passes.origins import moved
 from passes.slices import Slice, set_slices, slices
 from passes.writes import is_written
@@ -59,7 +60,7 @@ class StackBases(Pass):
         old = {name: linear_at(gm, name) for names in sets for name in names}
         for names, places in sets.items():
             _stack(gm, names, [old[name] for name in names], places)
-        called = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        called = only_called(gm)
         for name, linear in old.items():
             if name in called:
                 moved(gm, [name], name, [linear.out_features])
@@ -71,7 +72,7 @@ class StackBases(Pass):
 def _basis_calls(gm: fx.GraphModule) -> Mapping[str, list[fx.Node]]:
     """The calls of bases that may be stacked: all of a basis' calls, or none."""
     bases = {p.basis for p in slices(gm).values() if p.basis and not p.pivoted and not p.basis_rows}
-    calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+    calls = only_called(gm)
     return {
         name: nodes
         for name, nodes in calls.items()

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare import FxShareWarning
-from fxshare.calibrate import Statistics, bytes_needed, calibrate
+from fxshare.calibrate import bytes_needed, calibrate
 from fxshare.capture import Captured, bind, capture
 from fxshare.capture.call import without_labels
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
 from fxshare.matching import match
 from fxshare.numerics import worst
+from fxshare.statistics import Statistics
 from tests.strategies import no_warnings_of_ours
 from tests.toys import GPT2, LAYERS, LLAMA, LLAMA_LIKE, NANOGPT, TIED_MLP, VOCABULARY, WIDTH
 

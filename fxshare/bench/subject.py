@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,8 @@ class Settings:
     """How the measured model is compressed: every matrix at the same share of its numbers.
 
     ``basis`` says which slices of a split linear pool into one basis (the configuration's key), and
-    ``group_size`` how many layers share it.
+    ``group_size`` how many layers share it. ``only`` is a pattern that the names of the compressed
+    linears match from their start; the others stay dense.
     """
 
     kept: float = 0.5
@@ -40,6 +42,7 @@ class Settings:
     split: Split = "heads"
     basis: Literal["slice", "part", "site"] = "site"
     group_size: int = 1
+    only: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
@@ -55,6 +58,10 @@ class Settings:
                 raise ConfigError(f"{option}: expected {' or '.join(choices)}; found {value!r}")
         if self.group_size < 1:
             raise ConfigError(f"--group-size: expected at least 1; found {self.group_size}")
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise ConfigError(f"--only: {self.only!r} is not a pattern: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +175,8 @@ def named_subject(
     if loaded.kind == "saved":
         if settings is not None or configs:
             raise ConfigError(
-                f"{name}: is compressed already; --kept, --storage, --split, --basis, --group-size "
-                "and -c are for a model that is not. Leave them out"
+                f"{name}: is compressed already; --kept, --storage, --split, --basis, "
+                "--group-size, --only and -c are for a model that is not. Leave them out"
             )
         return _saved(loaded, source, dtype=dtype, device=device)
     if configs:
@@ -192,6 +199,7 @@ def _compiled(
     vocabulary = vocabulary_of(model)
     if ids is None or vocabulary is None:
         raise ConfigError(f"{name}: expected a model that reads token ids; its forward does not")
+    types = types_of_only(types, model, settings.only)
     cached = takes_cache(model)
     uniform = {"group_size": settings.group_size, "compression_rate": settings.kept}
     if cached:  # a graph of a plain call has no cache; the model's own class keeps its
@@ -210,6 +218,29 @@ def _compiled(
         context=context_of(model),
         kv_cache=cached,
     )
+
+
+def types_of_only(types: dict[str, Any], model: nn.Module, only: str) -> dict[str, Any]:
+    """The weight types with no more than the linears whose names ``only`` matches too.
+
+    Raises :class:`ConfigError` where that is none.
+    """
+    if not only:
+        return types
+    names = [name for name, _ in model.named_modules()]
+    found = {}
+    for key, value in types["weight_types"].items():
+        both = f"(?={only})(?:{value['pattern']})"
+        if any(re.match(both, name) for name in names):
+            found[key] = {**value, "pattern": both}
+    if not found:
+        known = [v["pattern"] for v in types["weight_types"].values()]
+        matched = [n for n in names if any(re.match(p, n) for p in known)]
+        raise ConfigError(
+            f"--only: {only!r} matches none of the linears that the weight types match, such as "
+            f"{', '.join(matched[:4]) or 'none'}"
+        )
+    return {**types, "weight_types": found}
 
 
 def as_pivoted(plan: Plan, kept: float) -> Plan:
@@ -284,11 +315,11 @@ def dense_again(compiled: nn.Module) -> nn.Module:
         else:
             tensor.zero_()
     for site in record.plan.sites:
-        for call in site.calls:
+        for call in site.readers:
             module: Any = model.get_submodule(call)
             weight = weights[site.name]
             module.weight.copy_(weight.t() if module.weight.shape != weight.shape else weight)
             bias = site_bias(compiled, site)
-            if bias is not None:
+            if bias is not None and call in site.calls:
                 module.bias.copy_(bias)
     return model

@@ -36,7 +36,7 @@ from fxshare.capture.guards import hold_guard
 from fxshare.capture.modules_front_end import linears_side_by_side
 from fxshare.errors import CaptureError, GuardError
 from fxshare.numerics import float_leaves, tolerance, worst
-from passes.graph import linear_calls, structure_copy
+from passes import linear_calls, lookups, structure_copy
 
 FrontEnd = Literal["fx", "export", "modules"]
 Mode = Literal["auto", "fx", "export", "modules"]
@@ -187,15 +187,18 @@ def _graph(
 
 
 def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
-    linears = linear_calls(gm)
-    nodes = {call.node for call in linears}
-    hidden = set(names) - {call.name for call in linears}
+    seen = [(call.node, call.name) for call in linear_calls(gm)]
+    seen += [(lookup.node, lookup.name) for lookup in lookups(gm)]
+    nodes = {node for node, _ in seen}
+    hidden = set(names) - {name for _, name in seen}
     called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
     # F.multi_head_attention_forward is one node that reads the weight of out_proj
     read = {
         str(n.target).rpartition(".")[0]
         for n in gm.graph.nodes
-        if n.op == "get_attr" and not nodes.issuperset(n.users)
+        if n.op == "get_attr"
+        and str(n.target).endswith(".weight")
+        and not nodes.issuperset(n.users)
     }
     return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
 
@@ -339,6 +342,8 @@ def _dtype(output: Any) -> torch.dtype:
 
 def erase_guards(gm: fx.GraphModule, numbers: Sequence[int]) -> None:
     """Take guards out of a graph, by their place in :func:`guard_nodes`."""
+    if not numbers:
+        return
     guards = guard_nodes(gm)
     for number in numbers:
         gm.graph.erase_node(guards[number])

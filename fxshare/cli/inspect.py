@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fxshare
 from fxshare.cli.options import AsJson, Configs, Debug, Draw, Original, Sets, config_of
 from fxshare.cli.output import Result, table
 from fxshare.cli.plan import draw_named, plan_text, read_plan
-from fxshare.errors import CaptureError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,7 @@ def inspect_model(
 
     if model.endswith(".json"):
         if config or set_ or original or slices or graph:
-            raise ConfigError(
+            raise fxshare.errors.ConfigError(
                 f"{model}: a plan is shown as it is; leave -c, --set, --original, --slices and "
                 "--graph out"
             )
@@ -78,7 +78,7 @@ def inspect_model(
         return Result({"name": why, "why": lines}, "\n".join([why, *(f"  {x}" for x in lines)]))
     if draw is not None:
         if record is None:
-            raise ConfigError(
+            raise fxshare.errors.ConfigError(
                 f"--draw {draw}: {model} is not compiled and has no plan; draw one with 'fxshare "
                 "plan ... --draw'"
             )
@@ -107,7 +107,7 @@ def _config(config: Any, set_: Any, record: Record | None) -> ShareConfig | None
     if not config and not set_:
         return None if record is None else record.config
     if record is not None:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             "a saved folder is shown under the configuration it was compiled with; leave -c and "
             "--set out"
         )
@@ -123,7 +123,7 @@ def _graph(name: str, model: nn.Module, record: Record | None) -> str:
     if record is None:
         captured = capture(model, example_ids(model))
         if captured.front_end == "modules":
-            raise CaptureError(
+            raise fxshare.errors.CaptureError(
                 f"{name}: no graph of the whole model: {'; '.join(captured.notes)}; only a model "
                 "that reads token ids can be traced without data of yours"
             )
@@ -154,6 +154,7 @@ def _saved(name: str, model: nn.Module, record: Record, slices: bool) -> Result:
             "in_features": site.in_features,
             "out_features": site.out_features,
             "calls": list(site.calls),
+            "lookups": list(site.lookups),
             "slices": [
                 {
                     "slice": s.name,
@@ -184,7 +185,7 @@ def _site_table(sites: list[dict[str, Any]]) -> str:
             f"{s['in_features']}→{s['out_features']}",
             str(len(s["slices"])),
             str(len({p["basis"] for p in s["slices"] if p["basis"]})),
-            str(len(s["calls"])),
+            str(len(s["calls"]) + len(s["lookups"])),
         ]
         for s in sites
     ]

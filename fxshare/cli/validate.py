@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fxshare
 from fxshare.cli.options import AsJson, Configs, Debug, Sets, config_of
 from fxshare.cli.output import Result, table
-from fxshare.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ def validate(
     """
     del debug
     if not config and model is not None and model.endswith((".yaml", ".yml")):
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"{model} stands where the model goes; give a configuration as -c {model}"
         )
     cfg = config_of(config, set_)
@@ -105,7 +105,7 @@ def _type(name: str, cfg: ShareConfig, matching: Matching) -> dict[str, Any]:
         "pattern": cfg.weight_types[name].pattern,
         "split": cfg.weight_types[name].split,
         "sites": len(sites),
-        "modules": sum(len(site.calls) for site in sites),
+        "modules": sum(len(site.readers) for site in sites),
         "slices": sum(len(site.slices) for site in sites),
         "layers": len({site.layer for site in sites if site.layer is not None}),
         "weights": sum(site.weights for site in sites),
@@ -115,7 +115,7 @@ def _type(name: str, cfg: ShareConfig, matching: Matching) -> dict[str, Any]:
 def _unmatched(model: nn.Module, matching: Matching) -> list[str]:
     from passes.graph import is_linear
 
-    known = {call for site in matching.sites for call in site.calls}
+    known = {call for site in matching.sites for call in site.readers}
     known |= {s.name for s in matching.skipped}
     modules = model.named_modules(remove_duplicate=False)
     return [name for name, module in modules if is_linear(module) and name not in known]

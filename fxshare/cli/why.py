@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fxshare.errors import ConfigError
+import fxshare
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ _LISTED = 6
 def explain(
     model: nn.Module, name: str, cfg: ShareConfig | None, record: Record | None
 ) -> list[str]:
-    """Lines about the module or slice ``name``; :class:`ConfigError` if there is none."""
+    """Lines about the module or slice ``name``; a ``ConfigError`` if there is none."""
     plan = _plan(model, cfg, record)
     sites = () if plan is None else plan.sites
     found = [] if plan is None else _planned(plan, name, cfg, record)
@@ -30,12 +30,12 @@ def explain(
         return found
     modules = dict(model.named_modules(remove_duplicate=False))
     if name in modules and name:
-        inside = [call for site in sites for call in site.calls if call.startswith(f"{name}.")]
+        inside = [call for site in sites for call in site.readers if call.startswith(f"{name}.")]
         if inside:
             return [f"not a linear module; rewritten inside it: {', '.join(inside)}"]
         return _untouched(name, modules[name], cfg)
     known = [n for n in modules if n] + [s.name for site in sites for s in site.slices]
-    raise ConfigError(
+    raise fxshare.errors.ConfigError(
         f"--why {name}: the model has no module{' or slice' if sites else ''} of this name."
         f"{_nearest(name, known)}"
     )
@@ -43,14 +43,14 @@ def explain(
 
 def explain_in_plan(plan: Plan, name: str) -> list[str]:
     """Lines about a site, slice, group or skipped module of a plan that was read from a file;
-    :class:`ConfigError` if it has none of this name."""
+    :class:`~fxshare.errors.ConfigError` if it has none of this name."""
     found = _planned(plan, name, None, None)
     if found:
         return found
-    known = [call for site in plan.sites for call in site.calls]
+    known = [call for site in plan.sites for call in site.readers]
     known += [s.name for site in plan.sites for s in site.slices]
     known += [group.name for group in plan.groups] + [s.name for s in plan.skipped]
-    raise ConfigError(
+    raise fxshare.errors.ConfigError(
         f"--why {name}: the plan has no module, slice or group of this name.{_nearest(name, known)}"
     )
 
@@ -63,7 +63,7 @@ def _nearest(name: str, known: list[str]) -> str:
 def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | None) -> list[str]:
     """What a plan says about a name; nothing where it has no such name."""
     for site in plan.sites:
-        if name in site.calls:
+        if name in site.readers:
             return _site(name, site, plan, cfg, record)
         for s in site.slices:
             if name == s.name:
@@ -101,7 +101,7 @@ def _site(
     ]
     if cfg is not None and site.type in cfg.weight_types:
         lines.append(f"matched by the pattern {cfg.weight_types[site.type].pattern}")
-    others = [call for call in site.calls if call != name]
+    others = [call for call in site.readers if call != name]
     if others:
         lines.append(f"one weight with {', '.join(others)}: rewritten together")
     if len(site.slices) == 1:

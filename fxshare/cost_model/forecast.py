@@ -51,6 +51,10 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
                 found.append(Matmul(tokens, site.in_features, site.out_features))
             else:
                 found += _site(site, home, tokens)
+        for _ in site.lookups:
+            group = home.get(site.slices[0].name)
+            if group is not None and not dense:
+                found.append(Matmul(tokens, group.rank, site.in_features))
     return found
 
 
@@ -144,13 +148,14 @@ def product_seconds(
     larger product, so that halves of a weight take half its time each.
     """
     rank = np.asarray(rank, dtype=np.float64)
-    width, height = shape.in_features, shape.out_features
+    width, height = shape.in_features, shape.out_features - shape.idle
     if storage is None:
         return _one(rates, tokens, np.float64(width), np.float64(height), narrowest=width)
     inner = width - rank if storage == "pivoted" else np.full_like(rank, width)
     basis = _one(rates, tokens, inner, rank, narrowest=np.minimum(inner, rank))
-    thin = np.minimum(rank, height / shape.inputs)
+    thin = np.minimum(rank, max(height, 1) / max(shape.inputs, 1))
     found = shape.inputs * basis + _one(rates, tokens, rank, np.float64(height), narrowest=thin)
+    found = found + shape.lookups * _one(rates, tokens, rank, width, narrowest=rank)
     if storage == "pivoted":
         size = 2 * tokens * width * rates.element_size
         found = found + shape.inputs * size / rates.bytes_per_second(size)

@@ -113,7 +113,7 @@ def _values(subject: Subject, names: Original) -> Iterator[tuple[str, Tensor]]:
     for site in subject.record.plan.sites:
         product_OI = torch.cat([slice_product(gm, s.name) for s in site.slices])
         weight_OI = product_OI.to(_dtype_of_site(gm, site))
-        for call in site.calls:
+        for call in site.readers:
             turned = weight_OI.t() if call in names.transposed else weight_OI
             first = names.state.get(f"{call}.weight")
             if first is not None:

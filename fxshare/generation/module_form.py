@@ -63,13 +63,13 @@ def module_form(gm: nn.Module) -> nn.Module:
 
 def _check_linears(model: nn.Module, plan: Plan) -> None:
     linears = {n for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
-    missing = next((c for site in plan.sites for c in site.calls if c not in linears), None)
+    missing = next((c for site in plan.sites for c in site.readers if c not in linears), None)
     if missing is not None:
         raise FxShareError(
-            f"{type(model).__name__} has no module {missing!r} that could be rewritten by itself: "
-            "it is in a parameter with others. The model's own code cannot run it, and no graph "
-            "could be made for this call: generate with the default cache and options, or leave "
-            "it out of the configuration"
+            f"{type(model).__name__} has no linear module {missing!r} that could be rewritten by "
+            "itself: it is an embedding, or in a parameter with others. The model's own code "
+            "cannot run it, and no graph could be made for this call: generate with the default "
+            "cache and options, or leave it out of the configuration"
         )
 
 

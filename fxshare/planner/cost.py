@@ -23,6 +23,10 @@ class Shape:
     out_features: int
     inputs: int = 1
     """Distinct inputs: each is multiplied with the basis once per token."""
+    lookups: int = 0
+    """Embeddings that look rows up: each multiplies one row with the basis per token."""
+    idle: int = 0
+    """Of the output width, rows that are looked up only and never multiplied."""
 
     @property
     def full_rank(self) -> int:
@@ -36,8 +40,9 @@ class Shape:
 
     @property
     def dense_flops(self) -> int:
-        """Floating-point operations per token of the dense weights: 2 a weight."""
-        return 2 * self.dense_numbers
+        """Floating-point operations per token of the dense weights: 2 a weight, none for what is
+        looked up only."""
+        return 2 * self.in_features * (self.out_features - self.idle)
 
     @property
     def break_even_rank(self) -> int:
@@ -61,9 +66,11 @@ def weights_bytes(shape: Shape, rank: Ints, storage: Storage, element_size: int)
 
 
 def flops(shape: Shape, rank: Ints, storage: Storage) -> Ints:
-    """Operations per token: the basis once per distinct input, every coefficient once."""
+    """Operations per token: the basis once per distinct input and per lookup, every coefficient
+    once where it is not looked up only."""
     basis_width = shape.in_features if storage == "plain" else shape.in_features - rank
-    return 2 * rank * (shape.inputs * basis_width + shape.out_features)
+    products = shape.inputs * basis_width + shape.lookups * shape.in_features
+    return 2 * rank * (products + shape.out_features - shape.idle)
 
 
 def ranks(shape: Shape, multiple: int | None = None) -> Ints:

@@ -30,6 +30,10 @@ class Node:
     in_features: int
     out_features: int
     input: Hashable
+    lookups: int = 0
+    """Embeddings that look its rows up."""
+    multiplied: bool = True
+    """Whether anything multiplies by it; not so for an embedding by itself."""
 
     @property
     def family(self) -> tuple[str, str, int]:

@@ -99,7 +99,7 @@ def _dtypes(manifest: Manifest, record: Record) -> dict[str, torch.dtype]:
     then = {manifest.dtype: record.report.dtype}
     found = {name: entry.dtype for name, entry in manifest.tensors.items()}
     for site in record.plan.sites:
-        for call in site.calls:
+        for call in site.readers:
             for leaf in ("weight", "bias"):
                 name = f"{call}.{leaf}"
                 found[name] = manifest.site_dtypes.get(site.name, manifest.dtype)

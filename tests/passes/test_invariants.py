@@ -12,6 +12,8 @@ from torch import fx
 from passes import (
     CleanUp,
     FuseCoefficients,
+    LookedUp,
+    LookUpRows,
     ObserveGradients,
     ObserveInputs,
     Pass,
@@ -21,6 +23,7 @@ from passes import (
     SplitLinear,
     equal_outputs,
     linear_calls,
+    lookups,
     run,
     slice_weight,
     slices,
@@ -46,6 +49,15 @@ def _shared(toy: Toy, cut: Cut, pool: bool) -> list[Pass]:
     return _SHARED[key]
 
 
+def _looked_up(toy: Toy) -> Pass:
+    """Every embedding, with the linears that are tied to it."""
+    gm, found = captured(toy), []
+    for lookup in {lookup.name: lookup for lookup in lookups(gm)}.values():
+        tied = [c.name for c in linear_calls(gm) if c.weight_OI is lookup.weight_VI]
+        found.append(LookedUp(lookup.name, (lookup.name,), tuple(tied)))
+    return LookUpRows(sites=tuple(found))
+
+
 def _pivot(toy: Toy) -> Pass:
     share = _shared(toy, "parts", True)[1]
     assert isinstance(share, ShareBasis)
@@ -63,6 +75,7 @@ class Stage:
 
 STAGES = (
     Stage("split-whole", lambda t: ([], _split(t, "whole"))),
+    Stage("look-up", lambda t: ([], _looked_up(t))),
     Stage("split-parts", lambda t: ([], _split(t, "parts"))),
     Stage("split-heads", lambda t: ([], _split(t, "heads"))),
     Stage("split-uneven", lambda t: ([], _split(t, "uneven"))),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxshare.calibrate import Statistics, calibrate
+from fxshare.calibrate import calibrate
 from fxshare.capture import capture
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
@@ -19,6 +19,7 @@ from fxshare.losses import default_loss
 from fxshare.matching import match
 from fxshare.numerics import worst
 from fxshare.planned import slice_statistics
+from fxshare.statistics import Statistics
 from tests.planner.models import MANY, PLAIN, batches, features, llama, plain_model
 from tests.strategies import no_warnings_of_ours
 from tests.toys import GPT2, NANOGPT, TIED_MLP, VOCABULARY, WIDTH, same_tensors, tensors_of

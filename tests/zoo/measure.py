@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare import FxShareError, FxShareWarning
-from fxshare.calibrate import Statistics, calibrate
+from fxshare.calibrate import calibrate
 from fxshare.capture import Captured, capture
 from fxshare.config import load_config
 from fxshare.matching import match
@@ -23,6 +23,7 @@ from fxshare.numerics import tolerance, worst
 from fxshare.plans import Plan
 from fxshare.record import dense_sites, site_bias
 from fxshare.sites import site_tensors
+from fxshare.statistics import Statistics
 from fxshare.visible import unstacked, visible_sites
 from passes import is_linear, linear_calls
 

@@ -1,0 +1,91 @@
+"""The planner's options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from fxshare.config.section import Section
+from fxshare.config.values import Count, as_list, as_part
+
+
+class Planner(Section):
+    """How a budget is spent."""
+
+    strategy: Literal["auto", "layers", "pairs", "same_input", "agglomerative", "separate"] = Field(
+        default="auto",
+        description="How slices are grouped: layers (runs of consecutive layers, exact), pairs "
+        "(at most two, exact), same_input (slices that read one activation first), agglomerative "
+        "(any group, heuristic), separate (no sharing), or auto (the best of them).",
+    )
+    storage: Literal["auto", "plain", "pivoted"] = Field(
+        default="auto",
+        description="plain (basis and coefficient), pivoted (some inputs kept as they are: fewer "
+        "numbers at the same rank), or auto (whichever is cheaper).",
+    )
+    max_group: Count | None = Field(
+        default=None, description="Most layers that may share one basis."
+    )
+    rank_multiple: Count | None = Field(
+        default=None,
+        description="Ranks are multiples of this (8, 16 or 64 suit accelerators). Not given: 1, "
+        "or a small power of two for large matrices.",
+    )
+    floor: Annotated[float, BeforeValidator(as_part)] = Field(
+        default=0.0, description="Least share of its dense cost that every group keeps."
+    )
+    ceiling: Annotated[float, BeforeValidator(as_part)] = Field(
+        default=1.0,
+        description="Most of its dense cost that a group may keep; below 1 nothing stays dense.",
+    )
+    keep_dense: Annotated[
+        tuple[Annotated[int, Field(strict=True)], ...], BeforeValidator(as_list)
+    ] = Field(default=(), description="Numbers of layers whose weights stay as they are.")
+    may_share: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(as_list)] = Field(
+        default=(),
+        description="Sets of weight types that may meet in one basis, such as [[q, k], [gate, up]]"
+        ". A type may always share with itself.",
+    )
+    tie: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(as_list)] = Field(
+        default=(), description="Sets of slice names that must share one basis."
+    )
+    search: Annotated[
+        Literal["off", "quick", "thorough"],
+        # YAML 1.1 reads a bare off as false
+        BeforeValidator(lambda value: "off" if value is False else value),
+        WithJsonSchema({"enum": ["off", False, "quick", "thorough"]}),
+    ] = Field(
+        default="quick",
+        description="How many plans are tried on held-back calibration data: off (one, not "
+        "measured), quick or thorough.",
+    )
+    remeasure: Annotated[int, Field(strict=True, ge=0)] = Field(
+        default=1,
+        description="How often the statistics are measured again on an intermediate compressed "
+        "model. No effect with `search: off`.",
+    )
+    refit: Annotated[bool | None, Field(strict=True)] = Field(
+        default=None,
+        description="Fit each coefficient to its own layer's inputs. Not given: where it measures "
+        "better.",
+    )
+    bias: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        description="Move the mean of what is lost into the bias, where there is one.",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="Folder in which spectra are kept by content, so that planning the same model "
+        "on the same data again is quick.",
+    )
+    sketch: Count | None = Field(
+        default=None,
+        description="Compute only this many leading eigenvalues of a candidate; what a group loses "
+        "is then an upper bound. Not given: all of them.",
+    )
+    labels: Literal["data", "sampled"] = Field(
+        default="data",
+        description="Next tokens for the gradient statistics: those of the data, or drawn from "
+        "the model (the Fisher matrix proper).",
+    )
