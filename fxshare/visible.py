@@ -11,7 +11,23 @@ from torch import fx
 from fxshare.capture import Captured
 from fxshare.matching import Matching
 from fxshare.plans import Site, Skipped
-from passes import LinearCall, UnstackExperts, linear_calls, lookups, run, stacks
+from passes import (
+    LinearCall,
+    LookedUp,
+    UnstackExperts,
+    linear_calls,
+    lookups,
+    other_reader,
+    run,
+    stacks,
+)
+
+_UNSEEN = "is not called by this graph"
+_NO_MODULE = (
+    "is a parameter that the code of its module reads, which capture: modules keeps as it is: it "
+    "stays dense. A graph shows its calls: give an example of the inputs (calibration data, or "
+    "example=...) and capture: auto or fx"
+)
 
 
 def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
@@ -25,9 +41,12 @@ def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
 
 
 def visible_sites(
-    gm: fx.GraphModule, matching: Matching
+    gm: fx.GraphModule, matching: Matching, *, side_by_side: bool = False
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-    """The sites that the graph calls; a linear that is never called stays as it is."""
+    """The sites that the graph calls; a linear that is never called stays as it is.
+
+    ``side_by_side`` says that the graph is of module granularity, which calls modules alone.
+    """
     called: dict[str, list[LinearCall]] = {}
     parts: dict[str, list[str]] = {}
     looked_up = {lookup.name for lookup in lookups(gm)}
@@ -39,9 +58,11 @@ def visible_sites(
     sites, skipped = [], list(matching.skipped)
     for site in matching.sites:
         if site.lookups:
-            found = _as_looked_up(site, set(called), looked_up)
+            found = _as_looked_up(gm, site, set(called), looked_up)
         else:
             found = _as_called(site, called, parts, site.name in matching.parameters)
+        if found == _UNSEEN and side_by_side and site.name in matching.parameters:
+            found = _NO_MODULE
         if isinstance(found, str):
             skipped.append(Skipped(name=site.name, type=site.type, reason=found))
         else:
@@ -65,14 +86,14 @@ def _as_called(
         return missing or [one for one in found if isinstance(one, Site)]
     calls = tuple(name for name in site.calls if name in called)
     if not calls:
-        return "is not called by this graph"
+        return _UNSEEN
     if is_parameter:
         return _turned(site, called[calls[0]][0])
     return [site if calls == site.calls else _called_as(site, calls, calls)]
 
 
 def _as_looked_up(
-    site: Site, called: AbstractSet[str], looked_up: AbstractSet[str]
+    gm: fx.GraphModule, site: Site, called: AbstractSet[str], looked_up: AbstractSet[str]
 ) -> list[Site] | str:
     """The site with the readers that the graph has: torch.export has one name for all of them."""
     calls = tuple(name for name in site.readers if name in called)
@@ -81,6 +102,9 @@ def _as_looked_up(
         return "is not looked up by this graph (capture: modules leaves embeddings as they are)"
     if not calls and site.calls:
         return f"is tied to {site.calls[0]!r}, which this graph does not call"
+    odd = other_reader(gm, LookedUp(site.name, lookups, calls))
+    if odd is not None:
+        return f"is also read by node {odd.name!r}, which neither looks rows up nor multiplies"
     found = site.model_copy(update={"calls": calls, "lookups": lookups})
     if found.name not in found.readers:
         found = _called_as(found, found.readers, calls)

@@ -20,7 +20,7 @@ from passes.graph import (
 )
 from passes.group_coefficients import GroupCoefficients
 from passes.lay_out import LayOut
-from passes.look_up_rows import LookedUp, LookUpRows
+from passes.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.materialise import Materialise
 from passes.merge_gathers import MergeGathers
@@ -93,6 +93,7 @@ __all__ = [
     "observed_lookups",
     "original",
     "origins",
+    "other_reader",
     "put_module",
     "run",
     "slice_weight",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -82,8 +84,12 @@ class LookUpRows(Pass):
                 )
             if not all(same_memory(calls[0].bias_O, x.bias_O) for x in calls):
                 raise RequiresError(f"{self.name}: the linears of {site.name!r} differ in bias")
-            known = {x.node for x in reading} | {x.node for x in calls}
-            _check_readers(gm, site, known)
+            odd = other_reader(gm, site)
+            if odd is not None:
+                raise RequiresError(
+                    f"{self.name}: the weight of {site.name!r} is also read by node {odd.name!r}, "
+                    "which neither looks rows up nor multiplies; leave the site out"
+                )
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         by_lookup, by_call = _by_name(lookups(gm)), _by_name(linear_calls(gm))
@@ -103,6 +109,8 @@ class LookUpRows(Pass):
                 with gm.graph.inserting_before(call.node):
                     y = gm.graph.call_module(site.name, (x,))
                 _replace(gm.graph, call.node, y, keep=x)
+            for node in _shape_reads(gm, site):
+                _make_constant(node, reading[0].weight_VI.shape)
             count += len(reading) + len(calls)
         return count
 
@@ -137,14 +145,57 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, *, keep: fx.Node) -> N
     erase_dead(graph, dict.fromkeys(operands))
 
 
-def _check_readers(gm: fx.GraphModule, site: LookedUp, known: set[fx.Node]) -> None:
-    """The weight gets another owner: nothing else may read it."""
+def other_reader(gm: fx.GraphModule, site: LookedUp) -> fx.Node | None:
+    """A node that reads the weight of a site, or its shape, in a way that has no counterpart once
+    it is factors; None where there is none."""
+    names = {*site.lookups, *site.calls}
+    known = {x.node for x in lookups(gm) if x.name in names}
+    known.update(x.node for x in linear_calls(gm) if x.name in names)
+    known.update(_shape_reads(gm, site))
+    for node in _weights(gm, site):
+        for user in readers(node):
+            if user not in known:
+                return user
+    return None
+
+
+def _weights(gm: fx.GraphModule, site: LookedUp) -> list[fx.Node]:
     names = {f"{name}.weight" for name in (*site.lookups, *site.calls)}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in names:
-            for user in readers(node):
-                if user not in known:
-                    raise RequiresError(
-                        f"{LookUpRows.name}: {node.target!r} is also read by node {user.name!r}, "
-                        "which neither looks rows up nor multiplies; leave the site out"
-                    )
+    return [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in names]
+
+
+def _shape_reads(gm: fx.GraphModule, site: LookedUp) -> list[fx.Node]:
+    """Reads of the weight's shape, every entry by its number: constants, since weights keep it."""
+    return [
+        user
+        for node in _weights(gm, site)
+        for user in node.users
+        if user.op == "call_method"
+        and user.target == "size"
+        and len(user.args) == 1
+        and all(u.target is operator.getitem and isinstance(u.args[1], int) for u in user.users)
+    ]
+
+
+def _make_constant(size: fx.Node, shape: Sequence[int]) -> None:
+    graph = size.graph
+    for entry in list(size.users):
+        number = entry.args[1]
+        assert isinstance(number, int)
+        _read_number(entry, shape[number])
+        graph.erase_node(entry)
+    operand = size.args[0]
+    graph.erase_node(size)
+    assert isinstance(operand, fx.Node)
+    erase_dead(graph, [operand])
+
+
+def _read_number(entry: fx.Node, number: int) -> None:
+    """Let the readers of ``entry`` have a number in its place."""
+
+    def constant(node: fx.Node) -> Any:
+        return number if node is entry else node
+
+    for reader in list(entry.users):
+        reader.args = fx.node.map_arg(reader.args, constant)
+        reader.kwargs = fx.node.map_arg(reader.kwargs, constant)

@@ -192,13 +192,16 @@ def test_what_a_graph_says_can_be_used_as_it_stands() -> None:
 # What is left out, and why
 
 
-def test_heads_and_embeddings_are_left_out_with_the_reason() -> None:
-    left = {w.name: w.reason for w in proposed("gpt2").left_out}
-    assert left == {
-        "lm_head": "is in no layer: nothing to share with, and its weight is tied to "
-        "'transformer.wte.weight'"
+def test_heads_and_embeddings_are_offered_and_off() -> None:
+    found = proposed("gpt2")
+    assert not found.left_out
+    assert not any(spec.embedding for spec in found.config.weight_types.values())
+    offered = {one.name: one.readers for one in found.optional}
+    assert offered == {
+        "wte": ("transformer.wte", "lm_head"),
+        "wpe": ("transformer.wpe",),
     }
-    assert "lm_head (32 → 97" in proposed("gpt2").text
+    assert "# wte: {pattern: 'transformer\\.wte$', embedding: true}" in found.text
 
 
 def test_gates_of_experts_are_left_out() -> None:

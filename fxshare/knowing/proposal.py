@@ -16,6 +16,7 @@ from fxshare.capture import Captured, capture
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import CaptureError, ConfigError, MatchError
 from fxshare.knowing.layout import Layout, heads_of, layout_of
+from fxshare.knowing.optional import OptionalType, optional_types
 from fxshare.knowing.patterns import block_pattern_of, matchable, pattern_of, type_names
 from fxshare.knowing.rows import Rows, rows_read_together
 from fxshare.knowing.same_input import Groups, seen_in_graph, told_by_names
@@ -65,6 +66,8 @@ class Proposal:
     same_input: Groups
     seen: bool
     unseen: str = ""
+    optional: tuple[OptionalType, ...] = ()
+    """Embeddings and heads: off unless asked for."""
 
     @property
     def text(self) -> str:
@@ -120,17 +123,22 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         weight_types={name: specs[name] for name in named},
         block_pattern=block_pattern_of(w for group in named.values() for w in group),
     )
+    optional: tuple[OptionalType, ...] = ()
+    if config.block_pattern is not None:
+        optional = optional_types(model, named, _WORTH * total)
+    offered = {reader for one in optional for reader in one.readers}
     return Proposal(
         model=type(model).__name__,
         parameters=total,
         config=config,
         types=_counted(model, config, named, layouts, weights),
-        left_out=tuple(left_out),
+        left_out=tuple(one for one in left_out if one.name not in offered),
         same_input=seen_in_graph(captured, named)
         if isinstance(captured, Captured)
         else told_by_names(named),
         seen=isinstance(captured, Captured),
         unseen=captured if isinstance(captured, str) else "",
+        optional=optional,
     )
 
 

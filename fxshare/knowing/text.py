@@ -36,6 +36,7 @@ def _lines(proposal: Proposal) -> Iterator[str]:
     for one in proposal.types:
         yield from _comment(_told(one, proposal.parameters), indent=4)
         yield from _entry(one.name, one.spec)
+    yield from _optional(proposal)
     layers = proposal.config.block_pattern
     if layers is not None:
         yield f"block_pattern: {_quoted(layers)} # group 1 is the layer number"
@@ -44,6 +45,22 @@ def _lines(proposal: Proposal) -> Iterator[str]:
         yield from _comment("Left as they are:")
         for left in proposal.left_out:
             yield from _comment(_missed(left, proposal.parameters), hanging="    ")
+
+
+def _optional(proposal: Proposal) -> Iterator[str]:
+    if not proposal.optional:
+        return
+    yield from _comment(
+        "Off unless asked for, as errors in them reach every token; take the # off:", indent=4
+    )
+    for one in proposal.optional:
+        rows, columns = one.shape
+        share = one.numbers / proposal.parameters
+        what = f"{rows} × {columns}, {share:.1%} of the parameters"
+        if len(one.readers) > 1:
+            what += f", one weight for {', '.join(one.readers)}"
+        yield from (f"    # {line.strip()}" for line in _entry(one.name, one.spec))
+        yield from _comment(f"  {what}", indent=4, hanging="    ")
 
 
 def _told(one: ProposedType, total: int) -> str:
