@@ -75,7 +75,13 @@ def backend(compiled: nn.Module, *, inner: str | Inner = "inductor", check: bool
             "fxshare.compile, or load a folder with fxshare.load, first"
         )
     compiled = getattr(compiled, "_orig_mod", compiled)
-    record_of(compiled)
+    sites = record_of(compiled).plan.sites
+    looked_up = next((site.lookups[0] for site in sites if site.lookups), None)
+    if looked_up is not None:
+        raise FxShareError(
+            f"fxshare.backend rewrites linears, and this plan has the rows that {looked_up!r} looks "
+            "up: run the compiled module itself, torch.compile(gm), or leave the embedding out"
+        )
     return Backend(compiled, _inner(inner), check)
 
 

@@ -306,6 +306,13 @@ def test_embeddings_with_a_behaviour_of_their_own_are_refused(
         )
 
 
+def test_the_backend_says_that_it_leaves_embeddings() -> None:
+    cfg = {"weight_types": TIED, "group_size": 1, "compression_rate": 0.5}
+    gm = fxshare.compile(nanogpt(), cfg, calibration=batches())
+    with pytest.raises(fxshare.FxShareError, match=r"looks up: run the compiled module itself"):
+        fxshare.backend(gm)
+
+
 def test_rows_are_not_split() -> None:
     spec = {"pattern": "embed$", "embedding": True, "split": "heads", "n_head": 4}
     with pytest.raises(ConfigError, match="rows of an embedding are tokens"):

@@ -18,6 +18,7 @@ import fxshare
 from fxshare.numerics import tolerance, worst
 from fxshare.record import slices_of
 from tests.strategies import SHARING, gpt, gpt_config, no_warnings_of_ours, token_batches
+from tests.toys import NANOGPT, VOCABULARY
 
 IDS = token_batches(1, rows=2, length=7, seed=5)[0]
 FRONT_ENDS = ["fx", "modules"]
@@ -75,6 +76,27 @@ def test_torchao_quantises_bases_and_coefficients(front_end: str) -> None:
     # a weight is off by at most half a step of 1/127 of its row's largest, once per product
     close = 0.5 / 127 * (2 * len(gm.fxshare.plan.sites) + 1)
     assert 0 < worst(before, found).relative <= close
+
+
+def test_torchao_quantises_a_tied_embedding_but_for_its_basis() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    cfg = {
+        "weight_types": {"wte": {"pattern": r"transformer\.wte$", "embedding": True}},
+        "group_size": 1,
+        "compression_rate": 0.5,
+    }
+    gm = fxshare.compile(NANOGPT.model(), cfg, calibration=[IDS % VOCABULARY])
+    before = gm(IDS % VOCABULARY)[0].detach()
+    (basis,) = (group.name for group in gm.fxshare.plan.groups)
+    quantization.quantize_(
+        gm,
+        quantization.Int8WeightOnlyConfig(),
+        lambda module, name: isinstance(module, nn.Linear) and name != basis,
+    )
+    assert type(gm.transformer.wte.weight.data) is not Tensor
+    found = gm(IDS % VOCABULARY)[0]
+    # once in the lookup, once in the head; the blocks between are not quantised but follow
+    assert 0 < worst(before, found).relative <= 0.5 / 127 * 6
 
 
 def test_peft_trains_adapters_on_coefficients_and_merges_them() -> None:
