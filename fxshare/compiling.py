@@ -362,13 +362,17 @@ def _prepare(
     _check_module(model)
     matching = match(model, cfg)
     first, batches = _peek(calibration)
-    needs = [name for site in matching.sites for name in site.readers]
+    # an embedding that the graph reads another way is no reason to do without a graph
+    needs = [name for site in matching.sites for name in site.calls]
     if example is None and first is not None:
         # labels among the data are for training; an example that has them wants the loss
         example = without_labels(model, bind(model, first))
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
     captured = unstacked(captured, matching.sites)
-    sites, skipped = visible_sites(captured.graph, matching)
+    side_by_side = captured.front_end == "modules"
+    sites, skipped = visible_sites(captured.graph, matching, side_by_side=side_by_side)
+    if not sites and side_by_side:
+        raise MatchError(f"nothing to rewrite: {skipped[0].name!r} {skipped[0].reason}")
     if not sites:
         raise MatchError(
             f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "

@@ -99,7 +99,10 @@ def _as_looked_up(
     calls = tuple(name for name in site.readers if name in called)
     lookups = tuple(name for name in site.readers if name in looked_up)
     if not lookups:
-        return "is not looked up by this graph (capture: modules leaves embeddings as they are)"
+        return (
+            "no node of this graph looks its rows up (a model may read them another way; "
+            "capture: modules leaves embeddings as they are)"
+        )
     if not calls and site.calls:
         return f"is tied to {site.calls[0]!r}, which this graph does not call"
     odd = other_reader(gm, LookedUp(site.name, lookups, calls))

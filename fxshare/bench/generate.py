@@ -1,7 +1,7 @@
 """``fxshare bench generate``: tokens per second with a cache, by graph and by the model's own code.
 
-A Llama with random weights, because speed does not depend on them, under the same plan in every
-form. One call makes one token and another makes many; their difference is decoding alone.
+A Llama, or a T5, with random weights, because speed does not depend on them, under the same plan in
+every form. One call makes one token and another makes many; their difference is decoding alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ TYPES: dict[str, Any] = {
         for name in ("q", "k", "v", "o", "gate", "up", "down")
     },
     "block_pattern": r"layers\.(\d+)\.",
+}
+# one name for the projections of the encoder, of the decoder and between them
+_T5_TYPES: dict[str, Any] = {
+    "weight_types": {
+        **{name: {"pattern": rf".*Attention\.{name}$"} for name in "qkvo"},
+        **{name: {"pattern": rf".*DenseReluDense\.{name}$"} for name in ("wi", "wo")},
+    },
+    "block_pattern": r"block\.(\d+)\.",
 }
 VARIANTS = ("dense", "modules", "graph", "lowered")
 
@@ -57,12 +65,7 @@ def llama(
     width: int = 512, layers: int = 8, heads: int = 8, ffn: int = 1408, *, seed: int = 0
 ) -> nn.Module:
     """A Llama with random weights; needs the ``hf`` extra."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            "bench generate needs the transformers library: pip install 'fxshare[hf]'"
-        ) from error
+    transformers = _transformers()
     config = transformers.LlamaConfig(
         vocab_size=1024,
         hidden_size=width,
@@ -72,9 +75,39 @@ def llama(
         num_key_value_heads=heads,
         max_position_embeddings=4096,
     )
+    return _random(transformers.LlamaForCausalLM, config, seed)
+
+
+def t5(width: int = 512, layers: int = 8, heads: int = 8, ffn: int = 1408, *, seed: int = 0) -> Any:
+    """A T5 with random weights and as many layers in the encoder as in the decoder; needs the
+    ``hf`` extra."""
+    transformers = _transformers()
+    config = transformers.T5Config(
+        vocab_size=1024,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        decoder_start_token_id=0,
+    )
+    return _random(transformers.T5ForConditionalGeneration, config, seed)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "bench generate needs the transformers library: pip install 'fxshare[hf]'"
+        ) from error
+    return transformers
+
+
+def _random(cls: Any, config: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = transformers.LlamaForCausalLM(config)
+        model: nn.Module = cls(config)
     return model.eval()
 
 
@@ -94,7 +127,12 @@ def bench_generate(
     ids = torch.randint(3, 1000, (1, prompt), generator=generator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxShareWarning)
-        gm = fxshare.compile(model, {**TYPES, **mode}, example=ids.repeat(2, 1))
+        example = {"input_ids": ids.repeat(2, 1)}
+        types = TYPES
+        if getattr(model.config, "is_encoder_decoder", False):
+            types = _T5_TYPES
+            example["decoder_input_ids"] = example["input_ids"][:, 1:]
+        gm = fxshare.compile(model, {**types, **mode}, example=example)
         forms: dict[str, Any] = {
             "dense": model,
             "modules": module_form(gm),

@@ -44,6 +44,8 @@ def export(model: nn.Module, shapes: Shapes) -> fx.GraphModule:
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(gm, fx.GraphModule)
+    for module in gm.modules():
+        module.training = False  # what it computes, whatever torch.export leaves there
     _hold_dtype(gm)
     return gm
 

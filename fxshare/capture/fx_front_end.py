@@ -31,9 +31,9 @@ from fxshare.capture.tracer import (
     Guard,
     ValueTracer,
     failing_line,
-    fake_mode,
     traced_factories,
 )
+from fxshare.capture.values import fake_mode
 from fxshare.errors import CaptureError, FxShareError
 from passes.graph import structure_copy
 

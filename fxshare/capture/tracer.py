@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,21 +17,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from fxshare.capture.multihead import attend, can_attend
+from fxshare.capture.values import FakeValues, changes_in_place
 from fxshare.errors import CaptureError
-from passes.graph import is_linear, weight_and_bias
+from passes.graph import is_linear
 
 NumberT = TypeVar("NumberT", bool, int, float)
 
 # these take plain numbers and do not dispatch on a Proxy
 _FACTORIES = ("arange", "ones", "zeros", "full", "empty", "tensor")
-# of a cache: what it is, and not what is in it
-_LAYOUT = frozenset({"is_sliding", "is_linear", "is_dummy", "is_compileable"})
-_PLAIN = (getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+# of a cache: what it is, and not what is in it; but whether it has the keys of cross attention,
+# which the models set as they go, decides about the path too
+_LAYOUT = frozenset({"is_sliding", "is_linear", "is_dummy", "is_compileable", "is_updated"})
 # fx would treat them as leaves because torch ships them, but they contain linears of their own
 _CONTAINERS = (
     nn.Transformer,
@@ -144,8 +144,10 @@ class ValueProxy(fx.Proxy):
     def __contains__(self, key: object) -> bool:
         return key in self._known
 
+    @property
     def keys(self) -> Any:
-        return self._known.keys()
+        found = self._known.keys  # of a mapping a method, of a cache's layer a tensor
+        return self._node_of("keys") if isinstance(found, Tensor) else found
 
     def __getattr__(self, name: str) -> Any:
         value = self.__dict__.get("_value")
@@ -170,10 +172,8 @@ class ValueTracer(fx.Tracer):
 
     def __init__(self, values: Mapping[str, Any], mode: FakeTensorMode | None = None) -> None:
         super().__init__(param_shapes_constant=False)
-        self.values = values
         self.guards: dict[tuple[fx.Node, str], Guard] = {}
-        self._mode = mode or fake_mode()  # one that the model's own fake tensors belong to
-        self._faked: dict[int, tuple[Tensor, FakeTensor]] = {}
+        self._values = FakeValues(values, mode)
         self._computing = False
         self._names: dict[int, tuple[str, Tensor]] | None = None
         self._thread = threading.get_ident()
@@ -191,14 +191,6 @@ class ValueTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
-
-    def _fake(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-            return value
-        if id(value) not in self._faked:
-            fake = self._mode.from_tensor(value, static_shapes=True)
-            self._faked[id(value)] = (value, fake)  # the real one too: its id must not be reused
-        return self._faked[id(value)][1]
 
     def create_proxy(
         self,
@@ -223,40 +215,18 @@ class ValueTracer(fx.Tracer):
         return proxy
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        changes = changes_in_place(kind, target, kwargs)
+
         def known(argument: Any) -> Any:
-            if isinstance(argument, ValueProxy):
-                return argument._known
-            return self._fake(argument)
+            if not isinstance(argument, ValueProxy):
+                return self._values.fake(argument)
+            if changes:
+                argument.__dict__["_value"] = self._values.unshared(argument._known)
+            return argument._known
 
         a: Any = map_aggregate(args, known)
         k: Any = map_aggregate(kwargs, known)
-        if kind == "get_attr":
-            return self._fake(operator.attrgetter(target)(self.root))
-        if kind == "call_module":
-            module = self.root.get_submodule(target)
-            if is_linear(module) and len(a) == 1 and not k and _fits(module, a[0]):
-                # most nodes with many operations inside are these; the shape is known without
-                return a[0].new_empty((*a[0].shape[:-1], weight_and_bias(module)[0].shape[0]))
-        elif kind == "call_function" and target in _PLAIN and not isinstance(a[0], Tensor):
-            return target(*a, **k)  # numbers and sizes, which no mode has a say in
-        with self._mode, torch.no_grad():
-            return self._computed(kind, target, a, k)
-
-    def _computed(self, kind: str, target: Any, a: Any, k: Any) -> Any:
-        if kind == "placeholder":
-            return pytree.tree_map(self._fake, self.values[str(target)])
-        if kind == "call_function":
-            return target(*a, **k)
-        if kind == "call_method":
-            return getattr(a[0], target)(*a[1:], **k)
-        if kind == "call_module":
-            module = self.root.get_submodule(target)
-            state = {
-                name: self._fake(t)
-                for name, t in [*module.named_parameters(), *module.named_buffers()]
-            }
-            return torch.func.functional_call(module, state, tuple(a), dict(k))
-        return None
+        return self._values.of(self.root, kind, target, a, k)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
@@ -296,18 +266,6 @@ class ValueTracer(fx.Tracer):
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
-
-
-def _fits(module: nn.Module, x: Any) -> bool:
-    """Whether a linear would take ``x``; where not, calling it tells why."""
-    weight_OI, _ = weight_and_bias(module)
-    wanted = (weight_OI.shape[1], weight_OI.dtype, weight_OI.device)
-    return isinstance(x, Tensor) and x.ndim > 1 and (x.shape[-1], x.dtype, x.device) == wanted
-
-
-def fake_mode() -> FakeTensorMode:
-    """A mode to trace in."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fxshare.capture import (
 from fxshare.capture.call import LABELS, MASK
 from fxshare.errors import CaptureError, FxShareError, GuardError
 from fxshare.generation.program import Program
-from fxshare.generation.step import Values, arguments_of, new_cache
+from fxshare.generation.step import Values, arguments_of
 from fxshare.numerics import tolerance, worst
 from fxshare.record import record_of
 from fxshare.verifying import evaluated
@@ -38,22 +38,37 @@ def check_program(program: Program, gm: nn.Module, shell: nn.Module) -> float:
 
     Raises :class:`CaptureError` where rounding does not explain it.
     """
-    limit = tolerance(dtype_of(gm), 2 * len(record_of(gm).plan.sites) + 1)
-    broken: set[fx.Node] = set()
+    broken: set[int] = set()
     error = 0.0
     for rows, splits in _CASES:
-        for expected, found in _compared(program, gm, shell, rows, splits, broken):
-            distance = worst(expected, found)
-            if not distance.relative <= limit:
-                raise CaptureError(
-                    f"self-check: the graph with a cache differs from the plain graph by "
-                    f"{distance}; rounding explains {limit:.1e}"
-                )
-            error = max(error, distance.relative)
-    numbers = [n for n, node in enumerate(guard_nodes(program.graph)) if node in broken]
+        error = max(error, compare(_compared(program, gm, shell, rows, splits, broken), gm))
+    let_go(program, broken)
+    return error
+
+
+def compare(pairs: Iterable[tuple[Tensor, Tensor]], gm: nn.Module) -> float:
+    """The largest relative difference of what was found from what was expected.
+
+    Raises :class:`CaptureError` where rounding does not explain it.
+    """
+    limit = tolerance(dtype_of(gm), 2 * len(record_of(gm).plan.sites) + 1)
+    error = 0.0
+    for expected, found in pairs:
+        distance = worst(expected, found)
+        if not distance.relative <= limit:
+            raise CaptureError(
+                f"self-check: the graph with a cache differs from the plain graph by "
+                f"{distance}; rounding explains {limit:.1e}"
+            )
+        error = max(error, distance.relative)
+    return error
+
+
+def let_go(program: Program, broken: Container[int]) -> None:
+    """Take the guards out that were broken without consequences."""
+    numbers = [n for n in range(len(guard_nodes(program.graph))) if n in broken]
     erase_guards(program.graph, numbers)
     program.forget()
-    return error
 
 
 def _compared(
@@ -62,7 +77,7 @@ def _compared(
     shell: nn.Module,
     rows: tuple[int, ...],
     splits: tuple[int, ...],
-    broken: set[fx.Node],
+    broken: set[int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The logits ``(tokens, vocabulary)`` of each row in each step, by the plain graph and by this
     one; without those of padding."""
@@ -75,7 +90,8 @@ def _compared(
     # a batch of one may be what a guard of the plain graph refuses
     whole = evaluated(gm, False)
     plain = [_plain(whole, r[length - n :].expand(2, n))[0] for r, n in zip(ids, rows, strict=True)]
-    cache = new_cache(program.kind, config, 2 * length)
+    assert program.kind.cache is not None
+    cache = program.kind.cache.new(config, 2 * length)
     at = 0
     for new in splits:
         at += new
@@ -88,8 +104,11 @@ def _compared(
                 yield expected[first - length + n : at - length + n], row[-(at - first) :]
 
 
-def run_unguarded(program: Program, gm: nn.Module, call: Values, broken: set[fx.Node]) -> Tensor:
-    """The logits ``(B, T, vocabulary)`` of one step, and into ``broken`` the guards it breaks."""
+def run_unguarded(
+    program: Program, gm: nn.Module, call: Values, broken: set[int], name: str = "logits"
+) -> Tensor:
+    """One output of a step, such as the logits ``(B, T, vocabulary)``, and into ``broken``
+    the numbers of the guards it breaks."""
     bound = program.bound(gm)
     try:
         output, found = evaluate_unguarded(bound, call)
@@ -98,9 +117,9 @@ def run_unguarded(program: Program, gm: nn.Module, call: Values, broken: set[fx.
         raise CaptureError(
             f"self-check: the graph with a cache fails: {type(error).__name__}: {reason[0]}"
         ) from error
-    broken |= found
-    logits: Tensor = output["logits"]
-    return logits
+    broken |= {n for n, node in enumerate(guard_nodes(bound)) if node in found}
+    found_there: Tensor = output[name]
+    return found_there
 
 
 def _plain(gm: nn.Module, ids: Tensor) -> Tensor:

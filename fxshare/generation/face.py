@@ -55,17 +55,14 @@ class GenerationFace:
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def can_generate(self) -> bool:
-        """Whether :meth:`generate` works: the original is a causal language model of transformers.
-
-        Encoder-decoder models generate at module granularity only, which keeps their class.
-        """
+        """Whether :meth:`generate` works: the original is a model of transformers that generates,
+        causal or encoder and decoder."""
         assert isinstance(self, nn.Module)
         found = structure_of(self)
         return (
             found is not None
             and hasattr(found.model, "generate")
             and bool(found.model.can_generate())
-            and not found.model.config.is_encoder_decoder
         )
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -103,14 +100,9 @@ def _refusal(gm: nn.Module) -> str:
             "of transformers, found that of another model; write the loop over gm(ids) yourself"
         )
     name = type(found.model).__name__
-    if getattr(found.model.config, "is_encoder_decoder", False):
-        return (
-            f"{name} is an encoder-decoder model, whose graph cannot generate; compile it with "
-            "capture='modules', which keeps its class and its generate()"
-        )
     return (
-        f"{name} cannot generate: expected a causal language model, such as the ...ForCausalLM or "
-        "...LMHeadModel class of the same family"
+        f"{name} cannot generate: expected a model with a language head, such as the "
+        "...ForCausalLM, ...LMHeadModel or ...ForConditionalGeneration class of the same family"
     )
 
 

@@ -15,9 +15,11 @@ from torch import fx, nn
 from fxshare.capture import device_of, dtype_of
 from fxshare.errors import CaptureError, FxShareWarning
 from fxshare.generation.check import check_program
+from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
+from fxshare.generation.encoder_decoder import mark_filled, put_encoder
 from fxshare.generation.module_form import module_form
 from fxshare.generation.program import Program, capture_program
-from fxshare.generation.step import CACHE, Kind, flat, kind_of, nested, with_mask
+from fxshare.generation.step import CACHE, Kind, flat, kind_of, with_mask
 from fxshare.generation.structure import Structure, structure_of
 from fxshare.record import record_of
 
@@ -49,13 +51,28 @@ class Steps:
             output = self.run(shell, {**arguments, _KEPT: 0}, options)
             output["logits"] = output["logits"][:, -last:]
             return output
+        kind = None if self.gm.training or CACHE not in values else kind_of(values)
+        graph = None if kind is None else self._graph(shell, kind)
+        if graph is None or kind is None:
+            return self._faster(self._own_code(), options)(**arguments)
+        output = self._faster(graph, options)(**{name: values[name] for name in kind.inputs})
+        if kind.cache is not None and kind.cache.cross is not None and not kind.cache.filled:
+            mark_filled(values[CACHE])
+        return output
+
+    def encode(self, shell: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """What the encoder of an encoder-decoder model makes of its input."""
+        values = flat(arguments)
         kind = None if self.gm.training else kind_of(values)
         graph = None if kind is None else self._graph(shell, kind)
         if graph is None or kind is None:
-            if self.own_code is None:
-                self.own_code = module_form(self.gm)
-            return self._faster(self.own_code, options)(**nested(values))
-        return self._faster(graph, options)(**{name: values[name] for name in kind.inputs})
+            return self._own_code().get_encoder()(**arguments)
+        return graph(**{name: values[name] for name in kind.inputs})
+
+    def _own_code(self) -> Any:
+        if self.own_code is None:
+            self.own_code = module_form(self.gm)
+        return self.own_code
 
     def _graph(self, shell: nn.Module, kind: Kind) -> fx.GraphModule | None:
         if kind in self.ready:
@@ -73,13 +90,26 @@ class Steps:
             # generate() runs under no_grad or inference_mode; tensors made here outlive it
             with torch.inference_mode(False), torch.no_grad():
                 program = capture_program(self.gm, shell, kind)
-                check_program(program, self.gm, shell)
+                self._check(program, shell)
         except CaptureError as error:
             note = f"generate: {kind} runs the model's own code, because no graph does: {error}"
             _add_note(self.gm, note)
             warnings.warn(note, FxShareWarning, stacklevel=2)
             return None
         return program
+
+    def _check(self, program: Program, shell: nn.Module) -> None:
+        cache = program.kind.cache
+        if cache is None:
+            check_encoder(program, self.gm)
+        elif cache.cross is None:
+            check_program(program, self.gm, shell)
+        else:
+            first = program
+            if cache.filled:  # its steps come after one that fills the cache
+                kind = replace(program.kind, cache=replace(cache, filled=False))
+                first = self.programs.get(kind) or capture_program(self.gm, shell, kind)
+            check_decoder(program, first, self.gm, shell)
 
     def _faster(self, module: nn.Module, options: Any) -> Callable[..., Any]:
         if options is None:
@@ -107,6 +137,9 @@ def shell_of(gm: nn.Module) -> Any:
     shell.__dict__ = {**model.__dict__, "_modules": {}, "_parameters": {}, "_buffers": {}}
     shell.__dict__["_steps"] = steps
     shell.__class__ = _shell_class(type(model), structure)
+    if model.config.is_encoder_decoder:
+        shell._modules = dict(model._modules)
+        put_encoder(shell, steps.encode)
     return shell
 
 

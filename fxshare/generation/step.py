@@ -19,32 +19,82 @@ Values: TypeAlias = "dict[str, Any]"
 ``attention_mask__full_attention``."""
 
 CACHE = "past_key_values"
+ENCODED = "encoder_outputs__last_hidden_state"
+DECODER_MASK = "decoder_attention_mask"
 # by name, because only these are known to be told apart by their class and their layers
 _CACHES = ("DynamicCache", "StaticCache")
 _LITERALS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
+class CacheKind:
+    """What of a cache decides about the graph. ``cross`` is that of the encoder's keys, where there
+    is one, and ``filled`` whether they are in it: the first step writes them, later ones read
+    them."""
+
+    cls: type
+    layers: tuple[str, ...]
+    cross: CacheKind | None = None
+    filled: bool = False
+
+    @staticmethod
+    def of(cache: Any) -> CacheKind | None:
+        """The kind of a cache; None where it is one that no graph takes."""
+        if type(cache).__name__ == "EncoderDecoderCache":
+            own = CacheKind.of(cache.self_attention_cache)
+            cross = CacheKind.of(cache.cross_attention_cache)
+            if own is None or cross is None:
+                return None
+            return CacheKind(own.cls, own.layers, cross, any(cache.is_updated.values()))
+        if type(cache).__name__ not in _CACHES:
+            return None
+        return CacheKind(type(cache), tuple([type(layer).__name__ for layer in cache.layers]))
+
+    def new(self, config: Any, length: int, source: int = 0) -> Cache:
+        """An empty cache of this kind; static ones hold ``length`` positions, and ``source`` of
+        the encoder."""
+        config = config.get_text_config(decoder=True)
+        own: Cache = self.cls(config=config, **self._size(length))
+        if self.cross is None:
+            return own
+        from transformers.cache_utils import EncoderDecoderCache
+
+        return EncoderDecoderCache(own, self.cross.new(config, source))
+
+    def _size(self, length: int) -> dict[str, int]:
+        return {"max_cache_len": length} if self.cls.__name__ == "StaticCache" else {}
+
+
+@dataclass(frozen=True)
 class Kind:
-    """What decides which graph a call needs: which tensors it gives, constants, and the cache."""
+    """What decides which graph a call needs: which tensors it gives, constants, and the cache; the
+    encoder has none."""
 
     tensors: tuple[tuple[str, int, torch.dtype], ...]
     constants: tuple[tuple[str, Any], ...]
-    cache: tuple[type, tuple[str, ...]]
+    cache: CacheKind | None
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The inputs of the graph, in order."""
-        return (*(name for name, _, _ in self.tensors), CACHE)
+        names = [name for name, _, _ in self.tensors]
+        return (*names, CACHE) if self.cache is not None else tuple(names)
 
     @property
     def logits(self) -> int:
         """Positions, from the last one back, whose logits the call wants; 0 is all."""
         return int(dict(self.constants).get("logits_to_keep", 0))
 
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of that name is given."""
+        return any(name == given for given, _, _ in self.tensors)
+
     def __str__(self) -> str:
         given = ", ".join(f"{name} ({ndim}-d)" for name, ndim, _ in self.tensors)
-        return f"a step with {given} and a {self.cache[0].__name__}"
+        if self.cache is None:
+            return f"the encoder with {given}"
+        which = "" if self.cache.cross is None else "later " if self.cache.filled else "first "
+        return f"a {which}step with {given} and a {self.cache.cls.__name__}"
 
 
 def flat(arguments: Mapping[str, Any]) -> Values:
@@ -67,27 +117,33 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             result.setdefault(outer, {})[key] = value
         else:
             result[name] = value
+    if "encoder_outputs" in result:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        result["encoder_outputs"] = BaseModelOutput(**result["encoder_outputs"])
     return result
 
 
 def with_mask(values: Values) -> Values:
-    """The call with a mask of ones where none is given: without one the model takes short cuts that
-    differ between the first step and the others."""
-    ids = values.get("input_ids")
-    known = any(name.partition("__")[0] == MASK for name in values)
+    """The call with a mask of ones for the tokens where none is given: without one the model takes
+    short cuts that differ between the first step and the others."""
     cache: Any = values.get(CACHE)
-    if known or not isinstance(ids, Tensor) or type(cache).__name__ not in _CACHES:
+    if ENCODED in values or "decoder_input_ids" in values:
+        ids, name = values.get("decoder_input_ids"), DECODER_MASK
+    else:
+        ids, name = values.get("input_ids"), MASK
+    known = any(given.partition("__")[0] == name for given in values)
+    if known or not isinstance(ids, Tensor) or CacheKind.of(cache) is None:
         return values
     length = ids.shape[1] + int(cache.get_seq_length())
     mask = torch.ones(ids.shape[0], length, dtype=torch.long, device=ids.device)
-    return {**values, MASK: mask}
+    return {**values, name: mask}
 
 
 def kind_of(values: Values) -> Kind | None:
-    """The kind of a call; None where it has something that no graph takes, or no cache."""
+    """The kind of a step, or of a call of the encoder, which has no cache; None where it has
+    something that no graph takes."""
     cache: Any = values.get(CACHE)
-    if type(cache).__name__ not in _CACHES:
-        return None
     tensors, constants = [], []
     for name in sorted(values):
         value = values[name]
@@ -97,20 +153,10 @@ def kind_of(values: Values) -> Kind | None:
             constants.append((name, value))
         elif value is not cache:
             return None
-    layers = tuple(type(layer).__name__ for layer in cache.layers)
-    return Kind(tuple(tensors), tuple(constants), (type(cache), layers))
-
-
-def new_cache(kind: Kind, config: Any, length: int) -> Cache:
-    """An empty cache of that kind; a static one holds ``length`` positions."""
-    cls, _ = kind.cache
-    config = config.get_text_config(decoder=True)
-    made: Cache = cls(config=config, **({"max_cache_len": length} if _is_static(cls) else {}))
-    return made
-
-
-def _is_static(cls: type) -> bool:
-    return cls.__name__ == "StaticCache"
+    found = CacheKind.of(cache)
+    if found is None and cache is not None:
+        return None
+    return Kind(tuple(tensors), tuple(constants), found)
 
 
 def arguments_of(
@@ -120,19 +166,59 @@ def arguments_of(
     ``(B, T)``, of which the others are in the cache; ``mask`` ``(B, T)`` is 0 at padding."""
     loop: Any = shell
     given: dict[str, Any] = {MASK: mask}
-    if any(name == "position_ids" for name, _, _ in kind.tensors):
+    if kind.takes("position_ids"):
         given["position_ids"] = loop._prepare_position_ids_for_generation(ids, given)
-    made = loop.prepare_inputs_for_generation(
-        ids,
-        next_sequence_length=new,
-        past_key_values=cache,
-        is_first_iteration=ids.shape[1] == new,
-        **given,
-        **dict(kind.constants),
-    )
-    call = flat(made)
+    call = _prepared(loop, kind, ids, cache, new, given)
     if any(name == MASK and ndim == 2 for name, ndim, _ in kind.tensors):
         # for a static cache the code above has made the mask ready, unless it found no padding;
         # with_mask put this one in its place
         call = {k: v for k, v in call.items() if k.partition("__")[0] != MASK} | {MASK: mask}
     return call
+
+
+def decoder_arguments(
+    shell: nn.Module, kind: Kind, ids: Tensor, source: Mapping[str, Tensor], cache: Cache, new: int
+) -> Values:
+    """:func:`arguments_of` for the decoder of an encoder-decoder model; ``source`` is what the
+    encoder made, and the mask of what it read where the kind has one."""
+    given = nested(source)
+    mask = torch.ones_like(ids)
+    if kind.takes("decoder_position_ids"):  # they follow from a mask that the user gave
+        given[DECODER_MASK] = mask
+    call = _prepared(shell, kind, ids, cache, new, given)
+    for name, ndim, dtype in kind.tensors:
+        if name == DECODER_MASK and ndim == 2:
+            call[name] = mask
+        elif name == DECODER_MASK and name not in call:
+            # the code above makes one for a static cache, but not for several tokens at the start
+            call[name] = _causal(cache, ids.shape[1] - new, mask[:, -new:], dtype)
+    return call
+
+
+def _causal(cache: Any, old: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask ``(B, 1, T, positions)`` of ``T`` tokens ``like`` ``(B, T)`` after ``old`` ones in a
+    static cache."""
+    rows, new = like.shape
+    at_K = torch.arange(cache.self_attention_cache.layers[0].max_cache_len, device=like.device)
+    seen_TK = at_K <= torch.arange(old, old + new, device=like.device)[:, None]
+    if dtype.is_floating_point:
+        far = torch.finfo(dtype).min
+        seen_TK = torch.zeros(seen_TK.shape, dtype=dtype, device=like.device).masked_fill(
+            ~seen_TK, far
+        )
+    return seen_TK.expand(rows, 1, -1, -1)
+
+
+def _prepared(
+    loop: Any, kind: Kind, ids: Tensor, cache: Cache, new: int, given: Mapping[str, Any]
+) -> Values:
+    return flat(
+        loop.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=new,
+            past_key_values=cache,
+            is_first_iteration=ids.shape[1] == new,
+            **given,
+            **dict(kind.constants),
+        )
+    )

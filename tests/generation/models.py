@@ -1,4 +1,4 @@
-"""Causal models of the zoo made ready for long generations, and prompts of different lengths."""
+"""Models of the zoo made ready for long generations, and prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
-from tests.zoo.families import FAMILIES, Family, family
+from tests.zoo.families import FAMILIES, Family, family, transformers_model
 from tests.zoo.written import VOCABULARY
 
 NEW = 64
@@ -47,6 +47,92 @@ def causal(name: str, seed: int = 0) -> Any:
             setattr(model.config, key, 2 * NEW - 2)
     model.generation_config.update(eos_token_id=None, pad_token_id=0, bos_token_id=1)
     return model
+
+
+def seq2seq(name: str, seed: int = 0) -> Any:
+    """:func:`causal` for a model of encoder and decoder."""
+    if name == "bart":
+        return bart(seed)
+    model: Any = family(name).model(seed)
+    if name == "whisper":
+        decoder = model.model.decoder
+        decoder.embed_positions.weight = nn.Parameter(torch.randn(2 * NEW, 32) / 2)
+        for holder in (model, decoder, model.config):
+            holder.max_target_positions = 2 * NEW
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, bos_token_id=1)
+    return model
+
+
+def bart(seed: int = 0) -> Any:
+    """A BART, whose decoder is deeper than its encoder; learned positions, no position ids."""
+    model: Any = transformers_model(
+        "BartConfig",
+        "BartForConditionalGeneration",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=2 * NEW,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    model.generation_config.update(eos_token_id=None, forced_eos_token_id=None)
+    return model.eval()
+
+
+_BART = {
+    "weight_types": {
+        "attn": {"pattern": r".*layers\.\d+\..*attn\.[qkv]_proj$"},
+        "fc": {"pattern": r".*layers\.\d+\.fc1$"},
+    },
+    "block_pattern": r"layers\.(\d+)",
+}
+
+
+def sources(name: str) -> dict[str, Tensor]:
+    """Three inputs of an encoder; texts of different lengths are padded on the right."""
+    generator = torch.Generator().manual_seed(1)
+    if name == "whisper":
+        return {"input_features": torch.randn(3, 8, 32, generator=generator)}
+    given = prompts()
+    # a model that has seen none must not take the first tokens for padding
+    return {key: value.flip(1) for key, value in given.items()}
+
+
+def compiled_seq2seq(name: str, model: nn.Module, **keys: Any) -> Any:
+    """:func:`compiled` with an example of both inputs, ``mode`` on top of the configuration."""
+    config = _BART if name == "bart" else family(name).config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxshare.FxShareWarning)
+        return fxshare.compile(
+            model, [config, keys.pop("mode", {})], **{"example": example_of(name), **keys}
+        )
+
+
+def example_of(name: str) -> dict[str, Any]:
+    """One call of both inputs."""
+    return family("t5" if name == "bart" else name).call()
+
+
+@cache
+def seq2seq_pair(name: str) -> tuple[Any, Any]:
+    """:func:`pair` for encoder and decoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = seq2seq(name)
+    return model, compiled_seq2seq(name, model)
 
 
 def compiled(name: str, model: nn.Module, **keys: Any) -> Any:
@@ -89,8 +175,13 @@ __all__ = [
     "batches",
     "causal",
     "compiled",
+    "compiled_seq2seq",
+    "example_of",
     "notes",
     "pair",
     "prompts",
     "sampled",
+    "seq2seq",
+    "seq2seq_pair",
+    "sources",
 ]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fxshare.bench.generate import VARIANTS, bench_generate, llama, table
+from fxshare.bench.generate import VARIANTS, bench_generate, llama, t5, table
 from fxshare.cli import main
 
 
@@ -24,3 +24,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["bench", "generate", *sizes, "--json", "--threads", "1"])
     assert code == 0
     assert json.loads(capsys.readouterr().out)["to_modules"]["modules"] == 1.0
+
+
+def test_measures_an_encoder_and_a_decoder() -> None:
+    result = bench_generate(t5(32, 2, 2, 48), shape="32,2,2,48", new=12, prompt=6, repeats=1)
+    assert result.same_tokens
+    assert result.notes == ()

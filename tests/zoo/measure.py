@@ -142,26 +142,49 @@ def missed(model: nn.Module, plan: Plan, graph: fx.GraphModule) -> dict[str, str
     return found
 
 
-def generates(subject: Subject, gm: Any, tokens: int = 8) -> str:
-    """Empty where greedy generation gives the original's tokens, ``–`` where there is none."""
-    if subject.prompt is None or not hasattr(gm, "generate"):
+NEW_TOKENS = 64
+
+
+def generates(subject: Subject, gm: Any, tokens: int = NEW_TOKENS) -> str:
+    """Empty where greedy generation, on graphs, gives the original's tokens; ``–`` where there is
+    none."""
+    given = _prompt(subject)
+    if given is None or not hasattr(gm, "generate"):
         return "–"
+    # models with learned positions have so many
+    longest = getattr(subject.model.config, "max_position_embeddings", None)
+    longest = longest or getattr(subject.model.config, "max_target_positions", None)
+    if longest is not None and not subject.model.config.is_encoder_decoder:
+        tokens = min(tokens, longest - given["input_ids"].shape[1])
+    elif longest is not None:
+        tokens = min(tokens, longest - 1)
     options: dict[str, Any] = {
         "max_new_tokens": tokens,
         "min_new_tokens": tokens,
         "do_sample": False,
         "pad_token_id": 0,
-        "attention_mask": torch.ones_like(subject.prompt),
     }
 
     def try_it() -> None:
         model: Any = subject.model
         with torch.no_grad():
-            expected = model.generate(subject.prompt, **options)
-            found = gm.generate(subject.prompt, **options)
+            expected = model.generate(**given, **options)
+            found = gm.generate(**given, **options)
         assert torch.equal(expected, found), "other tokens"
+        for note in gm.fxshare.report.notes:
+            assert not note.startswith("generate:"), note
 
     return reason(try_it)
+
+
+def _prompt(subject: Subject) -> dict[str, Tensor] | None:
+    """What to generate from: the prompt, or the encoder's part of the example."""
+    if subject.prompt is not None:
+        return {"input_ids": subject.prompt, "attention_mask": torch.ones_like(subject.prompt)}
+    if getattr(getattr(subject.model, "config", None), "is_encoder_decoder", False):
+        example = inputs_of(subject.example)
+        return {name: t for name, t in example.items() if not name.startswith("decoder_")}
+    return None
 
 
 def _compiles(subject: Subject, gm: Any) -> None:

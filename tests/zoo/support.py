@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.zoo.families import FAMILIES, family
-from tests.zoo.measure import KEPT, Row, Subject, capture_seconds, measure
+from tests.zoo.measure import KEPT, NEW_TOKENS, Row, Subject, capture_seconds, measure
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "support.md"
 _STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
@@ -39,7 +39,8 @@ _COLUMNS = """
 * **exact, ulps**: largest difference of exact mode from the original, on a call that it was not
   captured with, in units of the last place of the largest value; in brackets what rounding
   explains.
-* **generate**: 8 greedy tokens of two prompts are those of the original; – where there is none.
+* **generate**: {tokens} greedy tokens, or as many as the model has positions for, of two prompts
+  are those of the original, and graphs made them; – where there is none.
 * **compile**: `torch.compile(fullgraph=True, dynamic=True)` with all but the code generator
   (`aot_eager`), compared at two shapes. **export**: `fxshare.export(to="pt2")`, read back and
   compared.
@@ -103,7 +104,7 @@ def _of_tokens(
 
 def page(rows: Sequence[Row], captures: Sequence[tuple[str, float, float]]) -> str:
     """The page as Markdown."""
-    lines = [_HEAD, _table(rows), _COLUMNS.format(kept=KEPT)]
+    lines = [_HEAD, _table(rows), _COLUMNS.format(kept=KEPT, tokens=NEW_TOKENS)]
     lines.append("\n## What stays as it is\n")
     lines += [f"* **{row.name}**: {_missed(row)}" for row in rows if row.missed]
     lines.append("\n## What the captures say\n")

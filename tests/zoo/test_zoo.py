@@ -18,6 +18,7 @@ from tests.zoo.measure import (
     both,
     compiled,
     gathered,
+    generates,
     inputs_of,
     loss,
     missed,
@@ -304,3 +305,14 @@ def test_reason_is_the_first_line() -> None:
         raise ValueError("first\nsecond")
 
     assert reason(fail) == "ValueError: first"
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_generation_of_an_encoder_and_a_decoder_is_measured(name: str) -> None:
+    subject = family(name).subject()
+    gm = compiled(subject)
+    assert generates(subject, gm) == ""
+    places = gm.meta["slices"]
+    linear = gm.get_submodule(places[gm.fxshare.plan.sites[-1].slices[0].name].module)
+    linear.weight = nn.Parameter(linear.weight.detach().roll(1, 0))
+    assert "other tokens" in generates(subject, gm, 8)

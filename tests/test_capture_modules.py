@@ -1,0 +1,112 @@
+"""At module granularity a weight of no linear module stays dense, and the report says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxshare
+from fxshare.errors import MatchError
+
+WIDTH, EXPERTS, TOKENS = 12, 3, 5
+
+
+class Experts(nn.Module):
+    """transformers' stacked experts, each read through ``F.linear`` and weighed by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH, WIDTH) / 4)
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, 2 * WIDTH) / 4)
+
+    def forward(self, x: Tensor, shares: Tensor) -> Tensor:
+        up = torch.einsum("btd,ehd->bteh", x, self.up_proj)
+        return torch.einsum("bteh,edh,bte->btd", up.relu(), self.down_proj, shares)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = Experts()
+        self.mixing = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mixing(self.experts(x, self.router(x).softmax(-1)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+CONFIG: dict[str, Any] = {
+    "weight_types": {
+        "mixing": {"pattern": r".*\.mixing$"},
+        "in_proj": {"pattern": r".*\.in_proj_weight$", "split": "qkv"},
+        "up": {"pattern": r".*\.experts\.up_proj$"},
+        "down": {"pattern": r".*\.experts\.down_proj$"},
+    },
+    "block_pattern": r"layers\.(\d+)",
+    "group_size": 2,
+    "compression_rate": 0.6,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Model().eval()
+
+
+X = torch.linspace(-1, 1, 2 * TOKENS * WIDTH).reshape(2, TOKENS, WIDTH)
+
+
+def test_what_stays_dense_is_said_with_the_way_out(model: nn.Module) -> None:
+    gm = fxshare.compile(model, CONFIG, example=X, capture="modules")
+    report = gm.fxshare.report
+    assert {site.type for site in gm.fxshare.plan.sites} == {"mixing"}
+    skipped = {s.type: s for s in report.skipped}
+    assert set(skipped) == {"in_proj", "up", "down"}
+    assert len(report.skipped) == 2 * (1 + 2 * EXPERTS)
+    for s in report.skipped:
+        for part in ("capture: modules", "stays dense", "example=", "capture: auto or fx"):
+            assert part in s.reason
+    text = str(report)
+    lines = [line for line in text.splitlines() if "stays dense" in line]
+    assert len(lines) == 4  # two of a kind are listed, and many are one line
+    assert any("layers.0.attention.in_proj_weight (in_proj)" in line for line in lines)
+    assert any("layers.1.experts.up_proj.2 (6 in all) (up)" in line for line in lines)
+
+
+def test_the_way_out_works(model: nn.Module) -> None:
+    cfg = {**CONFIG, "weight_types": {k: CONFIG["weight_types"][k] for k in ("mixing", "in_proj")}}
+    gm = fxshare.compile(model, cfg, example=X, capture="auto")
+    assert gm.fxshare.front_end == "fx"
+    assert {site.type for site in gm.fxshare.plan.sites} == {"mixing", "in_proj"}
+    assert not gm.fxshare.report.skipped
+
+
+@pytest.mark.parametrize("example", [X, None])  # asked for, and what is left without an example
+def test_nothing_but_parameters_is_an_error_that_says_why(
+    model: nn.Module, example: Tensor | None
+) -> None:
+    cfg = {**CONFIG, "weight_types": {"up": CONFIG["weight_types"]["up"]}}
+    with pytest.raises(MatchError) as caught:
+        fxshare.compile(
+            model, cfg, example=example, capture="modules" if example is not None else None
+        )
+    assert "'layers.0.experts.up_proj.0' is a parameter" in str(caught.value)
+    assert "give an example of the inputs" in str(caught.value)
