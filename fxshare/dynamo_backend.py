@@ -79,8 +79,9 @@ def backend(compiled: nn.Module, *, inner: str | Inner = "inductor", check: bool
     looked_up = next((site.lookups[0] for site in sites if site.lookups), None)
     if looked_up is not None:
         raise FxShareError(
-            f"fxshare.backend rewrites linears, and this plan has the rows that {looked_up!r} looks "
-            "up: run the compiled module itself, torch.compile(gm), or leave the embedding out"
+            f"fxshare.backend rewrites linears, and this plan has the rows that {looked_up!r} "
+            "looks up: run the compiled module itself, torch.compile(gm), or leave the embedding "
+            "out"
         )
     return Backend(compiled, _inner(inner), check)
 

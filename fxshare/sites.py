@@ -8,7 +8,7 @@ itself: ``attn.in_proj_weight``, ``attn.in_proj_weight.rows_0_32`` for some of i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -31,8 +31,39 @@ class _Place:
 
     @property
     def bias(self) -> str:
-        stem = self.field.removesuffix("weight")
-        return f"{stem}bias" if self.field.endswith("weight") else f"{self.field}_bias"
+        return _bias_of(self.field)
+
+
+def _bias_of(field: str) -> str:
+    stem = field.removesuffix("weight")
+    return f"{stem}bias" if field.endswith("weight") else f"{field}_bias"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the original's state dict has a site that is a bare parameter: the names of the weight
+    and of a bias, and of which part: the number of a matrix in a stack, or the first row; None is
+    the whole."""
+
+    weight: str
+    bias: str
+    part: int | None = None
+    stacked: bool = False
+
+
+def stored_at(site: Site, known: Container[str]) -> Stored | None:
+    """Where a site is among the ``known`` names of a state dict; None where it is a module's."""
+    if any(f"{reader}.weight" in known for reader in site.readers):
+        return None
+    name, part, stacked = site.name, None, False
+    found = _PART.fullmatch(name)
+    if name not in known and found is not None:
+        name, stacked = found[1], found[2] is not None
+        part = int(found[2] if stacked else found[3])
+        if name not in known:  # rows of a module's weight
+            name = f"{name}.weight"
+    owner, dot, field = name.rpartition(".")
+    return Stored(name, f"{owner}{dot}{_bias_of(field)}", part, stacked)
 
 
 def _place(model: nn.Module, name: str) -> _Place | None:

@@ -21,6 +21,7 @@ from fxshare.export.written import Written
 from fxshare.original import Original, original_of
 from fxshare.plans import Site
 from fxshare.record import site_bias, slice_product, slices_of
+from fxshare.sites import Stored, stored_at
 from fxshare.source import TRANSFORMERS
 from fxshare.store.manifest import SavedSource
 from fxshare.store.skeleton import ModelSource, skeleton
@@ -110,21 +111,42 @@ def _values(subject: Subject, names: Original) -> Iterator[tuple[str, Tensor]]:
     for name, (_, tensor) in tensors_of(gm).items():
         if name in names.state:
             yield names.state[name], tensor.detach()
+    biases: dict[str, dict[Stored, Tensor]] = {}
+    weights: dict[str, dict[Stored, Tensor]] = {}
     for site in subject.record.plan.sites:
         product_OI = torch.cat([slice_product(gm, s.name) for s in site.slices])
         weight_OI = product_OI.to(_dtype_of_site(gm, site))
+        bias = site_bias(gm, site)
+        stored = stored_at(site, names.state)
+        if stored is not None:
+            turned = weight_OI.t() if site.transposed else weight_OI
+            weights.setdefault(stored.weight, {})[stored] = turned
+            if bias is not None:
+                biases.setdefault(stored.bias, {})[stored] = bias
+            continue
         for call in site.readers:
             turned = weight_OI.t() if call in names.transposed else weight_OI
             first = names.state.get(f"{call}.weight")
             if first is not None:
                 yield first, turned
-        bias = site_bias(gm, site)
         if bias is not None:
             for call in site.calls:
                 first = names.state.get(f"{call}.bias")
                 if first is None:
                     raise ExportError(f"{call!r} has a bias that {subject.name} has no place for")
                 yield first, bias
+    for name, found in (*weights.items(), *biases.items()):
+        if name not in names.state:
+            raise ExportError(f"{subject.name} has no {name!r}, which the plan has parts of")
+        yield names.state[name], _joined(found)
+
+
+def _joined(parts: Mapping[Stored, Tensor]) -> Tensor:
+    """A parameter from the sites that are its parts: matrices of a stack, or runs of rows."""
+    in_order = [parts[one] for one in sorted(parts, key=lambda one: one.part or 0)]
+    if next(iter(parts)).stacked:
+        return torch.stack(in_order)
+    return in_order[0] if len(in_order) == 1 else torch.cat(in_order)
 
 
 def _dtype_of_site(gm: nn.Module, site: Site) -> torch.dtype:

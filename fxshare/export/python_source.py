@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxshare.capture.guards import hold_dtype, hold_given, hold_guard, ones_if_missing
 from fxshare.errors import ExportError
+from passes.unstack_experts import expert_rows, joined_rows
 
 _PRELUDE: Mapping[str, str] = {
     "hold_guard": '''
@@ -44,8 +45,27 @@ _PRELUDE: Mapping[str, str] = {
             """Every token counts where no attention mask is given."""
             return torch.ones_like(input_ids) if mask is None else mask
         ''',
+    "expert_rows": '''
+        def _expert_rows(experts, count):
+            """For each of `count` experts the positions in `experts` that name it."""
+            return tuple((experts == number).nonzero().flatten() for number in range(count))
+        ''',
+    "joined_rows": '''
+        def _joined_rows(rows, parts):
+            """The parts of the experts in the order of their positions `rows`."""
+            order = torch.cat(list(rows)).argsort()
+            return torch.cat(list(parts)).index_select(0, order)
+        ''',
 }
-_GUARDS: tuple[Callable[..., Any], ...] = (hold_guard, hold_given, hold_dtype, ones_if_missing)
+_OURS: tuple[Callable[..., Any], ...] = (
+    hold_guard,
+    hold_given,
+    hold_dtype,
+    ones_if_missing,
+    expert_rows,
+    joined_rows,
+)
+"""Functions that graphs call and that the source has a text of its own for."""
 
 _PUT = '''
 def put(root, name, value):
@@ -101,12 +121,12 @@ def source_of(gm: fx.GraphModule, name: str) -> Source:
             tensors[key] = tensor
             first[id(tensor)] = key
     code = gm.graph.python_code("self")
-    body, imports, guards = _names(code.src.strip(), code.globals, name)
+    body, imports, ours = _names(code.src.strip(), code.globals, name)
     blocks = [
         f'"""{name}, rewritten by fxshare; `load()` returns it with its weights."""',
         "\n".join([*imports, "from safetensors.torch import load_file", "from torch import nn"]),
         f"TIED = {tied!r}",
-        *(textwrap.dedent(_PRELUDE[guard]).strip() for guard in guards),
+        *(textwrap.dedent(_PRELUDE[function]).strip() for function in ours),
         _PUT.strip(),
         "class Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         + textwrap.indent("\n".join(lines), " " * 8)
@@ -163,6 +183,8 @@ def _construction(module: nn.Module, target: str, name: str) -> tuple[str, nn.Mo
     if cls.__module__.startswith("torch.nn.") and getattr(nn, cls.__name__, None) is cls:
         options = []
         for key, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue  # nn.Module's own, of classes without a constructor
             value = getattr(module, key, parameter.default)
             value = value is not None if key == "bias" else value
             if parameter.default is inspect.Parameter.empty or value != parameter.default:
@@ -188,21 +210,21 @@ def _described(module: nn.Module) -> object:
 
 
 def _names(code: str, found: Mapping[str, Any], name: str) -> tuple[str, list[str], list[str]]:
-    """The code with short names, the imports that it needs, and the guards that it calls."""
+    """The code with short names, the imports that it needs, and which of ours it calls."""
     imports = {"from pathlib import Path", "import torch"}
-    guards = []
+    ours = []
     for key, value in found.items():
         if not re.search(rf"(?<![\w.]){re.escape(key)}\b", code):
             continue
-        if value in _GUARDS:
+        if value in _OURS:
             # with an underscore: the graph has variables of the plain name
             code = re.sub(rf"\b{re.escape(key)}\b", f"_{value.__name__}", code)
-            guards.append(value.__name__)
+            ours.append(value.__name__)
         else:
             line = _import_line(key, value, name)
             imports |= {line} if line else set()
     plain = sorted(i for i in imports if not i.startswith(("import torch", "from torch")))
-    return code, [*plain, "", *sorted(imports - set(plain))], guards
+    return code, [*plain, "", *sorted(imports - set(plain))], ours
 
 
 def _import_line(key: str, value: Any, name: str) -> str | None:

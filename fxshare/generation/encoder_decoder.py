@@ -123,7 +123,7 @@ def _encoder_class(cls: type) -> type:
 
 
 def part_of_plan(plan: Plan, graph: fx.GraphModule) -> Plan:
-    """What the plan says about the linears and embeddings of a graph that is a part of the model."""
+    """What the plan says about a graph that is a part of the model."""
     called = {call.name for call in linear_calls(graph)}
     looked_up = {lookup.name for lookup in lookups(graph)}
     sites = []
