@@ -7,22 +7,86 @@
     print(gm.fxshare.report)
     fxshare.save(gm, "out/")
     gm = fxshare.load("out/")
+
+Names are loaded when they are first used: ``fxshare --help`` needs no torch, which takes seconds.
 """
 
-from fxshare.compiling import compile
-from fxshare.compiling import make_plan_for as plan
-from fxshare.config import ShareConfig, load_config
-from fxshare.dynamo_backend import backend
-from fxshare.errors import FxShareError, FxShareWarning
-from fxshare.export import export
-from fxshare.knowing import init, propose
-from fxshare.lowering import lower, readable
-from fxshare.plans import Plan
-from fxshare.record import Record, ShareModule
-from fxshare.store import load, save
-from fxshare.verifying import verify
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxshare import errors as errors
+    from fxshare.compiling import compile
+    from fxshare.compiling import make_plan_for as plan
+    from fxshare.config import ShareConfig, load_config
+    from fxshare.dynamo_backend import backend
+    from fxshare.errors import FxShareError, FxShareWarning
+    from fxshare.export import export
+    from fxshare.knowing import init, propose
+    from fxshare.lowering import lower, readable
+    from fxshare.plans import Plan
+    from fxshare.record import Record, ShareModule
+    from fxshare.store import load, save
+    from fxshare.verifying import verify
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FxShareError": "fxshare.errors:FxShareError",
+    "FxShareWarning": "fxshare.errors:FxShareWarning",
+    "Plan": "fxshare.plans:Plan",
+    "Record": "fxshare.record:Record",
+    "ShareConfig": "fxshare.config:ShareConfig",
+    "ShareModule": "fxshare.record:ShareModule",
+    "backend": "fxshare.dynamo_backend:backend",
+    "compile": "fxshare.compiling:compile",
+    "init": "fxshare.knowing:init",
+    "load": "fxshare.store:load",
+    "load_config": "fxshare.config:load_config",
+    "lower": "fxshare.lowering:lower",
+    "plan": "fxshare.compiling:make_plan_for",
+    "propose": "fxshare.knowing:propose",
+    "readable": "fxshare.lowering:readable",
+    "save": "fxshare.store:save",
+    "verify": "fxshare.verifying:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name from its module, or a submodule, loaded now."""
+    if name in _HOMES:
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(import_module(module), attribute)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """``fxshare.export`` is the function, also after ``import fxshare.export``."""
+
+    @property
+    def export(self) -> Any:
+        return import_module(f"{__name__}.export").export
+
+    @export.setter
+    def export(self, package: ModuleType) -> None:
+        """Where the import system would put the subpackage of that name."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "FxShareError",

@@ -12,6 +12,9 @@ import numpy as np
 from fxshare.planner.cost import Shape, flops, weights_bytes
 from fxshare.plans import Group, Plan, Site, Skipped
 
+_LISTED = 4
+"""So many weights that were left alone for one reason have a line each; more are one line."""
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -152,8 +155,13 @@ class Report:
                 f"{most.in_features} eigenvalues were raised to the floor ({most.name})"
             )
         lines += [f"note: {note}" for note in self.notes]
+        alike: dict[tuple[str, str], list[str]] = {}
         for s in self.skipped:
-            lines.append(f"not rewritten: {s.name} ({s.type}): {s.reason}")
+            alike.setdefault((s.type, s.reason), []).append(s.name)
+        for (type_name, reason), names in alike.items():
+            if len(names) > _LISTED:  # the experts of a model are thousands
+                names = [f"{names[0]}, ..., {names[-1]} ({len(names):,} in all)"]
+            lines += [f"not rewritten: {name} ({type_name}): {reason}" for name in names]
         return lines
 
     def to_markdown(self) -> str:

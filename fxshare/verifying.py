@@ -21,6 +21,7 @@ from fxshare.numerics import Distance, tolerance, worst
 from fxshare.plans import Plan
 from fxshare.record import record_of, site_bias, slice_product
 from fxshare.sites import site_tensors
+from fxshare.widening import widen
 from passes.graph import structure_copy
 
 
@@ -196,13 +197,16 @@ def _as_float32(call: Call) -> Call:
 
 
 def evaluated(module: nn.Module, half: bool) -> nn.Module:
-    """A copy in eval mode to run; with ``half`` in float32, graphs included."""
-    copy = structure_copy(module, clone_parameters=half)
+    """A copy in eval mode to run, on the module's own weights; with ``half`` it computes in
+    float32, graphs included, and reads each weight as float32 when it is used."""
+    copy = structure_copy(module)
     for m in copy.modules():
         m.training = False
         if half and isinstance(m, fx.GraphModule):
             _cast_to_float32(m)
-    return copy.float() if half else copy
+    if half:
+        widen(copy)
+    return copy
 
 
 def _own_way(gm: nn.Module) -> bool:

@@ -1,21 +1,30 @@
-"""``python -m tests.peak FOLDER OUT READING``: the memory that compiling a folder takes.
+"""``python -m tests.peak FOLDER OUT READING ...``: the memory that compiling a folder takes.
 
-Prints JSON: bytes of anonymous memory before, and at the peak. The pages of mapped files are not
-counted: they are a cache, which the kernel drops when memory is short. READING ``mapped`` compiles
-the folder as the command line does; ``copied`` copies every weight first, which the test must see.
+Prints JSON: per READING the bytes of anonymous memory at the peak, beyond those before, and of the
+result. The pages of mapped files are not counted: they are a cache, which the kernel drops when
+memory is short. READING ``mapped`` compiles the folder as the command line does. The others waste
+memory, which the test must see: ``copied`` copies every weight first, and ``widened`` verifies on
+float32 copies of half-precision weights.
 """
 
 from __future__ import annotations
 
-import importlib
+import gc
 import json
 import re
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
+
+import fxshare
+from fxshare.models import load_model
+from fxshare.store import save
+from fxshare.widening import widen
 
 CONFIG = {
     "weight_types": {
@@ -60,18 +69,33 @@ class Peak:
         self._thread.join()
 
 
-def main(folder: str, out: str, reading: str) -> None:
-    import fxshare
-    from fxshare.models import load_model
-    from fxshare.store import save
+def _copy_in_float32(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().float())
 
-    torch.set_num_threads(1)
-    # what libraries set up once is not the folder's
-    warm = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    fxshare.compile(
-        warm, {"weight_types": {"a": {"pattern": "0"}}}, example=torch.zeros(2, 4), capture="fx"
+
+def _everything_once(folder: Path, dtype: torch.dtype) -> None:
+    """What libraries load and set up at the first use is not the folder's: a small model first."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=16,
+        dtype=dtype,
     )
-    importlib.import_module("transformers.models.llama.modeling_llama")
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
+    model = load_model(str(folder / "model")).model
+    save(fxshare.compile(model, CONFIG, example=torch.arange(12).view(2, 6)), folder / "out")
+
+
+def _peak(folder: str, out: str, reading: str) -> dict[str, int]:
+    gc.collect()
     before = anonymous()
     with Peak() as peak:
         model = load_model(folder).model
@@ -79,12 +103,22 @@ def main(folder: str, out: str, reading: str) -> None:
             model.load_state_dict(
                 {k: v.clone() for k, v in model.state_dict().items()}, assign=True
             )
-        example = torch.arange(12).view(2, 6)
-        gm = fxshare.compile(model, CONFIG, example=example, check=reading == "mapped")
+        with mock.patch.object(
+            fxshare.verifying, "widen", _copy_in_float32 if reading == "widened" else widen
+        ):
+            example = torch.arange(12).view(2, 6)
+            gm = fxshare.compile(model, CONFIG, example=example, check=reading != "copied")
         if reading == "mapped":
             save(gm, out)
-    stored = sum(p.nbytes for p in gm.parameters())
-    print(json.dumps({"before": before, "peak": peak.bytes, "stored": stored}))
+    return {"peak": peak.bytes - before, "stored": sum(p.nbytes for p in gm.parameters())}
+
+
+def main(folder: str, out: str, *readings: str) -> None:
+    torch.set_num_threads(1)
+    dtype = json.loads(Path(folder, "config.json").read_text())["dtype"]
+    with tempfile.TemporaryDirectory() as small:
+        _everything_once(Path(small), getattr(torch, dtype))
+    print(json.dumps({reading: _peak(folder, out, reading) for reading in readings}))
 
 
 if __name__ == "__main__":

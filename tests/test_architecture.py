@@ -100,7 +100,7 @@ import json, sys, time
 start = time.process_time()
 import torch
 middle = time.process_time()
-import fxshare
+from fxshare import *  # names are loaded when they are used: this uses them all
 end = time.process_time()
 print(json.dumps({"torch": middle - start, "fxshare": end - middle, "modules": list(sys.modules)}))
 """
@@ -119,6 +119,22 @@ def test_importing_is_fast_and_pulls_in_no_extra() -> None:
         if best < 1.0:
             break
     assert best < 1.0, f"importing fxshare takes {best:.2f} s beyond torch"
+
+
+def test_the_package_alone_imports_no_torch_and_knows_its_names() -> None:
+    code = """
+import sys
+import fxshare
+assert "torch" not in sys.modules
+assert set(fxshare.__all__) <= set(dir(fxshare))
+import fxshare.export.program  # the import system would put the subpackage in the function's place
+assert callable(fxshare.export) and fxshare.export is sys.modules["fxshare.export"].export
+homes = {getattr(fxshare, name).__module__.partition(".")[0] for name in fxshare.__all__}
+assert homes == {"fxshare", "passes"}
+assert fxshare.matching.match and not hasattr(fxshare, "nothing") and not hasattr(fxshare, "_home")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _public() -> Iterator[tuple[str, object]]:

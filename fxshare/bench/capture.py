@@ -8,8 +8,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,20 +21,43 @@ from fxshare.capture import capture
 from fxshare.compiling import assemble, rewrite
 from fxshare.config import load_config
 from fxshare.errors import ConfigError
+from fxshare.knowing import init
 from fxshare.matching import match
 from fxshare.planning import make_plan
 from fxshare.plans import Plan
 from passes import SharedGroup
 
-LLAMA_TYPES: dict[str, Any] = {
-    "weight_types": {
-        name: {"pattern": rf".*\.{name}_proj$"}
-        for name in ("q", "k", "v", "o", "gate", "up", "down")
-    },
-    "block_pattern": r"layers\.(\d+)\.",
-    "group_size": 2,
-    "compression_rate": 0.5,
-}
+SHARING = {"group_size": 2, "compression_rate": 0.5}
+
+FAMILIES: Mapping[str, tuple[str, Mapping[str, int]]] = MappingProxyType(
+    {
+        "llama": ("Llama", {}),
+        "qwen3": (
+            "Qwen3",
+            {
+                "num_hidden_layers": 36,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+            },
+        ),
+        "gemma": ("Gemma", {}),
+        "phi3": ("Phi3", {}),
+        "neox": (
+            "GPTNeoX",
+            {
+                "num_hidden_layers": 32,
+                "hidden_size": 4096,
+                "intermediate_size": 16384,
+                "num_attention_heads": 32,
+            },
+        ),
+    }
+)
+"""Names of transformers' classes, and where their defaults are not the published model of about 7B
+parameters (Llama-7B, Qwen3-8B, Gemma-7B, Phi-3-mini, Pythia-6.9B), its sizes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class CaptureBench:
     build_seconds: float
     capture_seconds: float
     rewrite_seconds: float
+    capture_cpu_seconds: float
     cpu_seconds: float
     """Processor time of both, which other work on the machine does not lengthen."""
     imported_bytes: int
@@ -64,38 +89,42 @@ class CaptureBench:
         return {**asdict(self), "seconds": self.seconds}
 
 
-def llama(layers: int = 32, width: int = 4096, ffn: int = 11008, heads: int = 32) -> nn.Module:
-    """A Llama on the meta device, of 7B shape by default; needs the ``hf`` extra."""
+def family(name: str = "llama", layers: int | None = None, **sizes: int) -> nn.Module:
+    """A model of :data:`FAMILIES` on the meta device; needs the ``hf`` extra.
+
+    ``layers`` and ``sizes`` (as the configuration's class names them) replace the family's own.
+    Raises :class:`ConfigError` for a name that is none of them, and without transformers.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"--family: expected one of {', '.join(FAMILIES)}; found {name!r}")
     try:
         import transformers
     except ImportError as error:
         raise ConfigError(
             "bench capture needs the transformers library: pip install 'fxshare[hf]'"
         ) from error
-    config = transformers.LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-    )
+    kind, own = FAMILIES[name]
+    wanted = {**own, **sizes}
+    if layers is not None:
+        wanted["num_hidden_layers"] = layers
+    config = getattr(transformers, f"{kind}Config")(**wanted)
     with torch.device("meta"):
-        model: nn.Module = transformers.LlamaForCausalLM(config)
+        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model.train(False)
 
 
-def bench_capture(make: Callable[[], nn.Module] = llama) -> CaptureBench:
+def bench_capture(make: Callable[[], nn.Module] = family) -> CaptureBench:
     """Capture a model on meta and rewrite it under Basis Sharing, all without weights."""
     start = time.perf_counter()
     model = make()
     built = time.perf_counter()
     before = peak_bytes()
-    cfg = load_config(LLAMA_TYPES)
+    cfg = load_config([init(model), SHARING])
     began, busy = time.perf_counter(), time.process_time()
     matching = match(model, cfg)
     ids = torch.zeros((2, 16), dtype=torch.int64, device="meta")
     captured = capture(model, ids, mode="fx", needs=[n for s in matching.sites for n in s.calls])
-    middle = time.perf_counter()
+    middle, captured_busy = time.perf_counter(), time.process_time() - busy
     plan = make_plan(cfg, matching.sites, matching.skipped)
     rewritten, _ = rewrite(captured.graph, plan, empty_groups(plan), cfg.fuse)
     result = assemble(model, captured, rewritten, plan, copy=False)
@@ -110,6 +139,7 @@ def bench_capture(make: Callable[[], nn.Module] = llama) -> CaptureBench:
         build_seconds=built - start,
         capture_seconds=middle - began,
         rewrite_seconds=end - middle,
+        capture_cpu_seconds=captured_busy,
         cpu_seconds=busy,
         imported_bytes=before,
         peak_bytes=peak_bytes(),
@@ -141,7 +171,7 @@ def lines(result: CaptureBench) -> list[str]:
     return [
         f"{r.model}, {r.parameters / 1e9:.2f} G parameters on meta: {r.sites} sites, {r.groups} "
         "groups of 2 layers",
-        f"capture {r.capture_seconds:6.2f} s",
+        f"capture {r.capture_seconds:6.2f} s, {r.capture_cpu_seconds:.2f} s of the processor",
         f"rewrite {r.rewrite_seconds:6.2f} s",
         f"both    {r.seconds:6.2f} s, {r.cpu_seconds:.2f} s of the processor",
         f"memory  {r.peak_bytes / 1e9:6.2f} GB at most, {r.imported_bytes / 1e9:.2f} GB before",

@@ -1,7 +1,8 @@
 """The command line: ``fxshare COMMAND``, or ``python -m fxshare COMMAND``.
 
 Results go to stdout; messages, warnings and progress to stderr. Each command is a function that
-returns a :class:`~fxshare.cli.output.Result`; what is slow to import is imported inside of it.
+returns a :class:`~fxshare.cli.output.Result`; what is slow to import is imported inside of it, and
+errors are written ``fxshare.errors.X``, since their module brings torch: ``--help`` must not wait.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+import fxshare
 from fxshare.cli.bench import bench_app
 from fxshare.cli.compile import compile_model
 from fxshare.cli.demo import demo
@@ -22,12 +23,11 @@ from fxshare.cli.eval import evaluate_model
 from fxshare.cli.export import export_model
 from fxshare.cli.init import init_config
 from fxshare.cli.inspect import inspect_model
-from fxshare.cli.output import reports, show_error, show_warning
+from fxshare.cli.output import reports, show_error
 from fxshare.cli.plan import plan_model
 from fxshare.cli.schema import schema
 from fxshare.cli.validate import validate
 from fxshare.cli.verify import verify_model
-from fxshare.errors import CheckFailed, ConfigError, FxShareError, FxShareWarning
 
 OK, KNOWN_ERROR, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -43,22 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("FXSHARE_DEBUG", "0") not in ("", "0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", FxShareWarning)
-        warnings.showwarning = show_warning(warnings.showwarning)
-        try:
-            code = make_app()(arguments, prog_name="fxshare", standalone_mode=False)
-            sys.stdout.flush()
-        except (KeyboardInterrupt, typer.Abort):
-            code = INTERRUPTED
-        except BrokenPipeError:
-            # The reader (`| head`) has what it wanted; Python would complain again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return KNOWN_ERROR
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            return _failed(error, debug)
+    try:
+        code = make_app()(arguments, prog_name="fxshare", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return KNOWN_ERROR
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _failed(error, debug)
     if code == INTERRUPTED:  # some versions of typer raise, others return it
         show_error("interrupted")
     return code if isinstance(code, int) else OK
@@ -68,11 +65,11 @@ def _failed(error: Exception, debug: bool) -> int:
     if isinstance(error, _UsageError):
         show_error(error.format_message(), hint=_usage(error))  # type: ignore[attr-defined]
         return USAGE
-    if isinstance(error, FxShareError):
+    if isinstance(error, fxshare.errors.FxShareError):
         show_error(str(error))
-        if isinstance(error, ConfigError):
+        if isinstance(error, fxshare.errors.ConfigError):
             return USAGE
-        return CHECK_FAILED if isinstance(error, CheckFailed) else KNOWN_ERROR
+        return CHECK_FAILED if isinstance(error, fxshare.errors.CheckFailed) else KNOWN_ERROR
     if isinstance(error, OSError):
         show_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
         return KNOWN_ERROR

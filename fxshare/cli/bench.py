@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fxshare
 from fxshare.cli.options import AsJson, Debug, Original, Seed
 from fxshare.cli.output import Result, note, reports, table
-from fxshare.errors import ConfigError
 
 if TYPE_CHECKING:
     from fxshare.bench.subject import Subject
@@ -89,7 +89,7 @@ def quality(
     del as_json, debug
     models, files, configs = model or [], tokens or [], config or []
     if not len(models) == len(files) == len(configs):
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"bench quality: expected one --tokens and one -c for each --model, found "
             f"{len(models)} models, {len(files)} token files, {len(configs)} configurations"
         )
@@ -120,7 +120,7 @@ def _sizes(text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or not all(0 < size <= 1 for size in found):
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"--sizes: expected shares between 0 and 1, comma separated, such as 0.8,0.5; found "
             f"{text!r}"
         )
@@ -150,7 +150,9 @@ def planner(
     try:
         counts = [int(part) for part in layers.split(",")]
     except ValueError:
-        raise ConfigError(f"--layers: expected numbers such as 8,32; found {layers!r}") from None
+        raise fxshare.errors.ConfigError(
+            f"--layers: expected numbers such as 8,32; found {layers!r}"
+        ) from None
     result = bench_planner(counts)
     if plot is not None:
         draw(result, plot)
@@ -221,6 +223,14 @@ def run(
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Layers that share a basis. [1]")
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Compress linears of these names alone. [all]"),
+    ] = None,
+    by_type: Annotated[
+        bool,
+        typer.Option("--by-type", help="Measure the linears of each weight type alone as well."),
+    ] = False,
     variants: Annotated[
         str | None,
         typer.Option(help="dense, exact, exact-lowered, notebook, readable, lowered. [all]"),
@@ -229,6 +239,10 @@ def run(
     compile_mode: Annotated[
         str, typer.Option(help="default, reduce-overhead or max-autotune.")
     ] = "default",
+    compile_repeats: Annotated[
+        int,
+        typer.Option("--compile-repeats", min=1, metavar="N", help="Compilations of each variant."),
+    ] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 7,
     prefill: Annotated[
         int, typer.Option("--prefill", min=2, metavar="T", help="Tokens of the prompt.")
@@ -253,12 +267,13 @@ def run(
     Examples:
       fxshare bench run --threads 1
       fxshare bench run --shape 1024,4,16,4096 --variants lowered --modes compiled --threads 1
+      fxshare bench run --shape 1024,4,16,4096 --only '.*c_attn$' --by-type --threads 1
       fxshare bench run out/ --plot speed.svg
     """
     from fxshare.bench.device import device_of_name, dtype_of_name
     from fxshare.bench.device import threads as using
     from fxshare.bench.run import COMPILE_MODES, MODES, VARIANTS, available, bench_run, chosen
-    from fxshare.bench.speed_table import draw, lines_below
+    from fxshare.bench.speed_table import compile_table, draw, lines_below, type_table
     from fxshare.bench.speed_table import table as rows_of
     from fxshare.bench.subject import GPTShape, Settings, named_subject, shape_subject
     from fxshare.drawing import check_drawable
@@ -276,6 +291,7 @@ def run(
         "split": split,
         "basis": basis,
         "group_size": group_size,
+        "only": only,
     }
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**given)  # type: ignore[arg-type]
@@ -308,6 +324,8 @@ def run(
             repeats=repeats,
             prefill=prefill,
             compile_mode=mode,
+            compile_repeats=compile_repeats,
+            by_type=by_type,
             say=note,
             seed=seed,
         )
@@ -315,35 +333,44 @@ def run(
     if plot is not None:
         draw(result, plot)
         below.append(f"written to {plot}")
-    header, rows = rows_of(result)
-    return Result(result.to_dict(), "\n".join([table(header, rows, left=3), "", *below]))
+    tables = [(*rows_of(result), 3), (*compile_table(result), 2), (*type_table(result), 4)]
+    shown = [table(header, rows, left=left) + "\n" for header, rows, left in tables if rows]
+    return Result(result.to_dict(), "\n".join([*shown, *below]))
 
 
 def _shape_alone(model: str, config: list[Path] | None, original: str | None) -> None:
     for option, value in (("MODEL", model if model != "embedded" else None), ("-c", config)):
         if value:
-            raise ConfigError(
+            raise fxshare.errors.ConfigError(
                 f"--shape: makes a model of its own, found {option} beside it; give one of the two"
             )
     if original is not None:
-        raise ConfigError("--original: names the model that a saved folder was made from")
+        raise fxshare.errors.ConfigError(
+            "--original: names the model that a saved folder was made from"
+        )
 
 
 def capture(
-    layers: Annotated[int, typer.Option("--layers", min=1)] = 32,
+    family: Annotated[
+        str, typer.Option(metavar="NAME", help="llama, qwen3, gemma, phi3 or neox.")
+    ] = "llama",
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Default: the family's own.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
-    """Seconds and memory to capture and rewrite a Llama-7B-shaped model without weights.
+    """Seconds and memory to capture and rewrite a model of 7B shape without weights.
 
     \b
     Example:
-      fxshare bench capture
+      fxshare bench capture --family qwen3
     """
-    from fxshare.bench.capture import bench_capture, lines, llama
+    from fxshare.bench.capture import bench_capture, lines
+    from fxshare.bench.capture import family as model_of
 
     del as_json, debug
-    found = bench_capture(lambda: llama(layers))
+    found = bench_capture(lambda: model_of(family, layers))
     return Result(found.to_dict(), "\n".join(lines(found)))
 
 

@@ -7,55 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxshare.cli.options import (
-    AsJson,
-    BatchSize,
-    Calibration,
-    Capture,
-    Configs,
-    Debug,
-    Keep,
-    Length,
-    MaxBytes,
-    MaxLoss,
-    Model,
-    Padded,
-    Samples,
-    Seed,
-    Sets,
-    TextKey,
-    Tokens,
-    budget_overrides,
-    calibration_batches,
-    config_of,
-)
+import fxshare
+from fxshare.cli.option_groups import Data, Wanted, spread
+from fxshare.cli.options import AsJson, Capture, Debug, Model
 from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
-from fxshare.errors import StoreError
 
 if TYPE_CHECKING:
     from fxshare.models import LoadedModel
 
 
+@spread
 def compile_model(
     model: Model,
-    config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
-    set_: Sets = None,
-    keep: Keep = None,
-    max_bytes: MaxBytes = None,
-    max_loss: MaxLoss = None,
+    *,
+    wanted: Wanted,
     plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Realise this plan (of 'fxshare plan') as it is."),
     ] = None,
-    calibration: Calibration = None,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    text_key: TextKey = None,
-    padded: Padded = False,
-    length: Length = None,
-    batch_size: BatchSize = 4,
-    seed: Seed = 0,
+    data: Data,
     capture: Annotated[
         Capture | None,
         typer.Option(
@@ -74,51 +45,43 @@ def compile_model(
 ) -> Result:
     """Rewrite a model under a configuration, check the result, and print the report.
 
-    Without -o nothing is saved. Without --calibration the weights alone decide (plain SVD).
+    Without -o nothing is saved. Without -c the configuration is what 'fxshare init' finds in the
+    model. Without --calibration the weights alone decide (plain SVD).
 
     \b
-    Example:
+    Examples:
+      fxshare compile path/to/gpt2 --keep 0.8 --calibration wiki.txt -o out/
       fxshare compile path/to/gpt2 -c configs/gpt2.yaml \\
           --set group_size=2 --set compression_rate=0.8 \\
           --calibration wiki.txt --tokens 65536 -o out/
     """
     del as_json, debug
-    import fxshare
     from fxshare.models import example_ids, load_model
 
-    cfg = config_of(config, set_, budget_overrides(keep, max_bytes, max_loss))
+    cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
     _check_free(output, force)
     loaded = load_model(model)
-    batches = calibration_batches(
-        loaded,
-        calibration,
-        tokens=tokens,
-        length=length,
-        batch_size=batch_size,
-        seed=seed,
-        samples=samples,
-        text_key=text_key,
-        padded=padded,
-    )
+    cfg = cfg or wanted.from_model(loaded, model)
+    batches = data.batches(loaded)
     note(f"compiling {model} ({type(loaded.model).__name__})")
     gm = fxshare.compile(
         loaded.model,
         cfg,
         calibration=batches,
-        example=None if batches else example_ids(loaded.model, seed=seed),
+        example=None if batches else example_ids(loaded.model, seed=data.seed),
         plan=made,
         capture=None if capture is None else capture.value,
-        seed=seed,
+        seed=data.seed,
     )
     report = gm.fxshare.report
-    data: dict[str, Any] = {**report.to_dict(), "saved_to": None}
+    found: dict[str, Any] = {**report.to_dict(), "saved_to": None}
     text = str(report)
     if output is not None:
         _save(gm, loaded, output, force)
-        data["saved_to"] = str(output)
+        found["saved_to"] = str(output)
         text += f"\nsaved to {output}"
-    return Result(data, text)
+    return Result(found, text)
 
 
 def _check_free(output: Path | None, force: bool) -> None:
@@ -128,11 +91,13 @@ def _check_free(output: Path | None, force: bool) -> None:
     if output is None or not output.exists():
         return
     if not output.is_dir():
-        raise StoreError(f"{output}: expected a folder to save to, found a file")
+        raise fxshare.errors.StoreError(f"{output}: expected a folder to save to, found a file")
     if not force:
-        raise StoreError(f"{output} exists; choose another folder, or replace it with --force")
+        raise fxshare.errors.StoreError(
+            f"{output} exists; choose another folder, or replace it with --force"
+        )
     if any(output.iterdir()) and not is_saved(str(output)):
-        raise StoreError(
+        raise fxshare.errors.StoreError(
             f"{output} has files and was not written by fxshare; --force replaces only folders "
             "that were. Choose another"
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fxshare
 from fxshare.cli.options import (
     AsJson,
     BatchSize,
@@ -19,7 +20,6 @@ from fxshare.cli.options import (
     window_length,
 )
 from fxshare.cli.output import Result, table
-from fxshare.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ def evaluate_model(
     from fxshare.text import read_stream
 
     if protocol is Protocol.B and tokens is not None:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"--tokens {tokens}: protocol B keeps the short last window of all the data, so a "
             "choice of windows is not it; leave --tokens out or take --protocol A"
         )

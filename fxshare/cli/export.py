@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+import fxshare
 from fxshare.cli.options import AsJson, Debug, Original, Seed
 from fxshare.cli.output import Result, note
-from fxshare.errors import ConfigError
 
 
 class To(str, Enum):
@@ -65,7 +65,7 @@ def export_model(
     from fxshare.models import is_saved, load_model
 
     if not is_saved(folder):
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"{folder}: expected a folder that 'fxshare compile -o' or fxshare.save wrote; an "
             "export is made from a compiled model"
         )

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fxshare
+from fxshare.cli.option_groups import propose_for, refuse_compiled
 from fxshare.cli.options import AsJson, Debug, Model, Seed
-from fxshare.cli.output import Result, note
-from fxshare.errors import ConfigError
+from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
     from fxshare.knowing import Proposal
@@ -47,26 +48,17 @@ def init_config(
       fxshare init mypackage.models:make --no-capture
     """
     del debug, as_json
-    from fxshare.knowing import propose
-    from fxshare.knowing.examples import made_up_call
-    from fxshare.models import is_saved, load_model
+    from fxshare.models import load_model
     from fxshare.writing import write_text
 
     if force and output is None:
-        raise ConfigError("--force: has no effect without -o FILE")
+        raise fxshare.errors.ConfigError("--force: has no effect without -o FILE")
     if output is not None and output.exists() and not force:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"-o {output}: there is such a file; --force overwrites it, or give another name"
         )
-    if is_saved(model):
-        raise ConfigError(
-            f"{model}: expected an original model, found one that fxshare compiled; 'fxshare "
-            "inspect' shows its configuration"
-        )
-    loaded = load_model(model)
-    note(f"looking at {model} ({type(loaded.model).__name__})")
-    example = made_up_call(loaded.model, seed=seed) if capture else None
-    found = propose(loaded.model, example=example)
+    refuse_compiled(model)
+    found = propose_for(load_model(model), model, capture=capture, seed=seed)
     text = found.text
     if output is not None:
         write_text(output, text)

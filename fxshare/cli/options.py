@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxshare.errors import ConfigError
+import fxshare
 
 if TYPE_CHECKING:
     from fxshare.config import ShareConfig
     from fxshare.models import LoadedModel
-    from fxshare.sampling import Batch
 
 Model = Annotated[
     str,
@@ -148,24 +146,16 @@ class Protocol(str, Enum):
     B = "B"
 
 
-def budget_overrides(
-    keep: float | None, max_bytes: int | None, max_loss: float | None
-) -> list[str]:
-    """``--keep`` and its like as ``--set`` writes them."""
-    given = {"params_kept": keep, "max_bytes": max_bytes, "max_loss_increase": max_loss}
-    return [f"budget.{key}={value}" for key, value in given.items() if value is not None]
-
-
-def config_of(configs: list[Path], sets: list[str] | None, more: Sequence[str] = ()) -> ShareConfig:
-    """The configuration that ``-c``, ``--set`` and then ``more`` overrides describe."""
+def config_of(configs: list[Path], sets: list[str] | None) -> ShareConfig:
+    """The configuration that ``-c`` and then ``--set`` describe."""
     from fxshare.config import load_config
 
     if not configs:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             "expected a configuration; give it with -c FILE.yaml "
             "('fxshare init MODEL -o FILE.yaml' writes one)"
         )
-    return load_config(configs, overrides=[*(sets or ()), *more])
+    return load_config(configs, overrides=sets or ())
 
 
 def window_length(loaded: LoadedModel, length: int | None) -> int:
@@ -174,7 +164,7 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
 
     context = context_of(loaded.model)
     if length is None and context is None:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"{loaded.name}: the model does not say how many tokens it reads at once; give "
             "--length L"
         )
@@ -182,71 +172,8 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
         assert context is not None
         return min(context, LONGEST_DEFAULT)
     if context is not None and length > context:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"--length {length}: {loaded.name} was made for at most {context} tokens; give a "
             "smaller length"
         )
     return length
-
-
-def calibration_batches(
-    loaded: LoadedModel,
-    spec: str | None,
-    *,
-    tokens: int | None,
-    length: int | None,
-    batch_size: int,
-    seed: int,
-    samples: int | None = None,
-    text_key: str | None = None,
-    padded: bool = False,
-) -> list[Batch] | None:
-    """The batches that ``--calibration`` and its options describe; None without it."""
-    from fxshare.models import vocabulary_of
-    from fxshare.sampling import Sampling, sample_batches
-
-    options = {
-        "--tokens": tokens,
-        "--samples": samples,
-        "--length": length,
-        "--text-key": text_key,
-        "--padded": padded or None,
-    }
-    if spec is None:
-        for option, value in options.items():
-            if value is not None:
-                given = option if value is True else f"{option} {value}"
-                raise ConfigError(
-                    f"{given}: has no effect without data; give --calibration SPEC, or leave "
-                    f"{option} out"
-                )
-        return None
-    if tokens is not None and samples is not None:
-        raise ConfigError(
-            f"--tokens {tokens} and --samples {samples} both say how much data to use; leave one "
-            "out"
-        )
-    if padded:
-        _check_takes_mask(loaded)
-    size = window_length(loaded, length)
-    if tokens is not None:
-        samples = max(1, -(-tokens // size))
-    return sample_batches(
-        spec,
-        Sampling(length=size, count=samples, padded=padded, batch_size=batch_size, seed=seed),
-        tokenizer=loaded.tokenizer,
-        vocabulary=vocabulary_of(loaded.model),
-        key=text_key,
-    )
-
-
-def _check_takes_mask(loaded: LoadedModel) -> None:
-    import inspect
-
-    names = inspect.signature(loaded.model.forward).parameters
-    if not {"input_ids", "attention_mask"} <= set(names):
-        raise ConfigError(
-            f"--padded: expected a model that takes input_ids and attention_mask, but "
-            f"{type(loaded.model).__name__}.forward takes {', '.join(names)}; without a mask the "
-            "filling would count as text, leave --padded out"
-        )

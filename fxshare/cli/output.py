@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, ParamSpec, TextIO
 import typer
 from rich.console import Console
 
-from fxshare.errors import FxShareWarning
+import fxshare
 
 P = ParamSpec("P")
 ShowWarning = Callable[..., None]
@@ -32,12 +33,15 @@ class Result:
 def reports(command: Callable[P, Result]) -> Callable[P, None]:
     """A command that prints its result at its end.
 
-    Until then stdout is stderr: what a model or a library prints does not get into the result.
+    Until then stdout is stderr: what a model or a library prints does not get into the result; and
+    every warning of ours is shown as a line.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("always", fxshare.errors.FxShareWarning)
+            warnings.showwarning = _show_warning(warnings.showwarning)
             result = command(*args, **kwargs)
         if kwargs.get("as_json"):
             print(json_text(result.data))
@@ -87,7 +91,7 @@ def show_error(message: str, *, hint: str | None = None) -> None:
         _stderr(hint, "")
 
 
-def show_warning(otherwise: ShowWarning) -> ShowWarning:
+def _show_warning(otherwise: ShowWarning) -> ShowWarning:
     """Our warnings as one line ``warning: message`` on stderr; others as they were shown before."""
 
     def show(
@@ -98,7 +102,7 @@ def show_warning(otherwise: ShowWarning) -> ShowWarning:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, FxShareWarning):
+        if issubclass(category, fxshare.errors.FxShareWarning):
             _stderr(f"warning: {message}", "yellow")
         else:
             otherwise(message, category, filename, lineno, file, line)
@@ -109,7 +113,12 @@ def show_warning(otherwise: ShowWarning) -> ShowWarning:
 def note(message: str) -> None:
     """A line on stderr about what is going on; only on a terminal."""
     if sys.stderr.isatty():
-        _stderr(message, "dim")
+        say(message)
+
+
+def say(message: str) -> None:
+    """A line on stderr about what was decided for the user; also in a pipe."""
+    _stderr(message, "dim")
 
 
 def _stderr(text: str, style: str) -> None:

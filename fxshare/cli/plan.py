@@ -10,30 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxshare.cli.options import (
-    AsJson,
-    BatchSize,
-    Calibration,
-    Configs,
-    Debug,
-    Draw,
-    Keep,
-    Length,
-    MaxBytes,
-    MaxLoss,
-    Model,
-    Padded,
-    Samples,
-    Seed,
-    Sets,
-    TextKey,
-    Tokens,
-    budget_overrides,
-    calibration_batches,
-    config_of,
-)
+import fxshare
+from fxshare.cli.option_groups import Data, Wanted, spread
+from fxshare.cli.options import AsJson, Debug, Draw, Model
 from fxshare.cli.output import Result, note, table
-from fxshare.errors import ConfigError, FxShareWarning, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,13 +29,11 @@ _SHARES = tuple(round(0.3 + 0.7 * at / 16, 6) for at in range(17))
 """The budgets of a sweep, as shares of the dense cost."""
 
 
+@spread
 def plan_model(
     model: Model,
-    config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
-    set_: Sets = None,
-    keep: Keep = None,
-    max_bytes: MaxBytes = None,
-    max_loss: MaxLoss = None,
+    *,
+    wanted: Wanted,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as JSON."),
@@ -69,25 +47,19 @@ def plan_model(
             ".png, .pdf), or print them (-). Needs a budget and --calibration.",
         ),
     ] = None,
-    calibration: Calibration = None,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    text_key: TextKey = None,
-    padded: Padded = False,
-    length: Length = None,
-    batch_size: BatchSize = 4,
-    seed: Seed = 0,
+    data: Data,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
     """Show what would share a basis, at which rank, what stays dense and why; nothing is rewritten.
 
-    The JSON of --json or -o can be edited by hand and given to 'fxshare compile --plan'.
+    Without -c the configuration is what 'fxshare init' finds in the model. The JSON of --json or -o
+    can be edited by hand and given to 'fxshare compile --plan'.
 
     \b
     Examples:
       fxshare plan path/to/gpt2 -c configs/gpt2-basis-sharing.yaml -o plan.json
-      fxshare plan embedded -c model.yaml --keep 0.8 --calibration stdlib --draw plan.svg
+      fxshare plan embedded --keep 0.8 --calibration stdlib --draw plan.svg
     """
     del as_json, debug
     from fxshare.capture import dtype_of
@@ -95,28 +67,23 @@ def plan_model(
     from fxshare.models import example_ids, load_model
     from fxshare.writing import write_text
 
-    cfg = config_of(config, set_, budget_overrides(keep, max_bytes, max_loss))
+    cfg = wanted.from_files()
     picture = None if sweep in (None, "-") else Path(str(sweep))
-    _check_first(cfg, draw, sweep, picture, calibration)
+    _check_first(draw, sweep, picture, data)
+    if cfg is not None:
+        _check_budget(cfg, sweep)
     loaded = load_model(model)
-    batches = calibration_batches(
-        loaded,
-        calibration,
-        tokens=tokens,
-        length=length,
-        batch_size=batch_size,
-        seed=seed,
-        samples=samples,
-        text_key=text_key,
-        padded=padded,
-    )
+    if cfg is None:
+        cfg = wanted.from_model(loaded, model)
+        _check_budget(cfg, sweep)
+    batches = data.batches(loaded)
     note(f"planning {model} ({type(loaded.model).__name__})")
     found = survey(
         loaded.model,
         cfg,
         calibration=batches,
-        example=None if batches else example_ids(loaded.model, seed=seed),
-        seed=seed,
+        example=None if batches else example_ids(loaded.model, seed=data.seed),
+        seed=data.seed,
         shares=_SHARES if sweep is not None else (),
     )
     plan = found.plan
@@ -142,27 +109,24 @@ def plan_model(
     return Result(_data(found), "\n".join(blocks))
 
 
-def _check_first(
-    cfg: ShareConfig,
-    draw: Path | None,
-    sweep: str | None,
-    picture: Path | None,
-    calibration: str | None,
-) -> None:
+def _check_first(draw: Path | None, sweep: str | None, picture: Path | None, data: Data) -> None:
     """Refuse before hours of planning what drawing would refuse after them."""
     from fxshare.drawing import check_drawable
 
     for path in (draw, picture):
         if path is not None:
             check_drawable(path)
+    if sweep is not None and data.calibration is None:
+        raise fxshare.errors.ConfigError(
+            f"--sweep {sweep}: losses are predicted from data; add --calibration SPEC"
+        )
+
+
+def _check_budget(cfg: ShareConfig, sweep: str | None) -> None:
     if sweep is not None and cfg.budget is None:
-        raise ConfigError(
+        raise fxshare.errors.ConfigError(
             f"--sweep {sweep}: predicts losses under budgets, and the {cfg.mode} mode has none; "
             "give one, such as --keep 0.8"
-        )
-    if sweep is not None and calibration is None:
-        raise ConfigError(
-            f"--sweep {sweep}: losses are predicted from data; add --calibration SPEC"
         )
 
 
@@ -183,7 +147,7 @@ def _times(plan: Plan, model: nn.Module) -> str:
     found = forecasts(plan, rates, prefill=length, whole=dense_steps(model, length))
     slower = slower_than_dense(found)
     if slower is not None:
-        warnings.warn(slower, FxShareWarning, stacklevel=2)
+        warnings.warn(slower, fxshare.errors.FxShareWarning, stacklevel=2)
     header, rows = time_table(found)
     return table(header, rows, left=3)
 
@@ -213,17 +177,19 @@ def _sweep_text(found: Survey) -> str:
 
 
 def read_plan(path: Path) -> Plan:
-    """A plan from a file; :class:`PlanError` names the file and what is wrong with it."""
+    """A plan from a file; a ``PlanError`` names the file and what is wrong with it."""
     from fxshare.plans import Plan
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+        raise fxshare.errors.PlanError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise PlanError(f"{path}: expected JSON in UTF-8; byte {error.start} is not") from error
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise fxshare.errors.PlanError(
+            f"{path}: expected JSON in UTF-8; byte {error.start} is not"
+        ) from error
+    except fxshare.errors.PlanError as error:
+        raise fxshare.errors.PlanError(f"{path}: {error}") from error
 
 
 def plan_text(

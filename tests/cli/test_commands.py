@@ -64,8 +64,8 @@ def test_a_configuration_in_the_place_of_the_model(fxshare: Run) -> None:
     assert "-c sharing.yaml" in ran.err
 
 
-def test_no_configuration_at_all(fxshare: Run) -> None:
-    ran = fxshare("plan", "cli_toy:make")
+def test_validating_no_configuration(fxshare: Run) -> None:
+    ran = fxshare("validate", "cli_toy:make")
     assert ran.code == 2
     assert "give it with -c FILE.yaml" in ran.err
 

@@ -1,0 +1,224 @@
+"""Options that come together, each group with what it stands for.
+
+A command takes a group as one keyword-only parameter, and :func:`spread` puts its options there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+import fxshare
+from fxshare.cli.options import (
+    BatchSize,
+    Calibration,
+    Configs,
+    Keep,
+    Length,
+    MaxBytes,
+    MaxLoss,
+    Padded,
+    Samples,
+    Seed,
+    Sets,
+    TextKey,
+    Tokens,
+    window_length,
+)
+from fxshare.cli.output import note, say
+
+if TYPE_CHECKING:
+    from fxshare.config import ShareConfig
+    from fxshare.knowing import Proposal
+    from fxshare.models import LoadedModel
+    from fxshare.sampling import Batch
+
+R = TypeVar("R")
+
+
+def spread(command: Callable[..., R]) -> Callable[..., R]:
+    """``command`` with the options of its groups as parameters of its own, which typer can read.
+
+    ``f(model, *, data: Data)`` becomes ``f(*, model, calibration=None, tokens=None, ...)``.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: dict[str, inspect.Parameter] = {}
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind):
+            parameters[name] = _keyword(name, kind, parameter.default)
+            continue
+        groups[name] = kind
+        options = get_type_hints(kind, include_extras=True)
+        for each in fields(kind):
+            parameters[each.name] = _keyword(each.name, options[each.name], _default(each))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> R:
+        grouped = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group) if f.name in given})
+            for name, group in groups.items()
+        }
+        return command(**given, **grouped)
+
+    returned = hints.get("return", inspect.Signature.empty)
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        list(parameters.values()), return_annotation=returned
+    )
+    run.__annotations__ = {n: p.annotation for n, p in parameters.items()}
+    return run
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return option.default
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be compressed, and how far: ``-c``, ``--set``, and a budget."""
+
+    config: Configs = field(default_factory=list)
+    set_: Sets = None
+    keep: Keep = None
+    max_bytes: MaxBytes = None
+    max_loss: MaxLoss = None
+
+    @property
+    def overrides(self) -> list[str]:
+        """``--set``, and then ``--keep`` and its like as ``--set`` writes them."""
+        given = {
+            "params_kept": self.keep,
+            "max_bytes": self.max_bytes,
+            "max_loss_increase": self.max_loss,
+        }
+        budget = [f"budget.{key}={value}" for key, value in given.items() if value is not None]
+        return [*(self.set_ or ()), *budget]
+
+    def from_files(self) -> ShareConfig | None:
+        """The configuration, where files of it were given."""
+        from fxshare.config import load_config
+
+        return load_config(self.config, overrides=self.overrides) if self.config else None
+
+    def from_model(self, loaded: LoadedModel, name: str) -> ShareConfig:
+        """What ``fxshare init`` proposes for the model, with the overrides; says so on stderr."""
+        from fxshare.config import load_config
+
+        refuse_compiled(name)
+        found = propose_for(loaded, name)
+        cfg = load_config(found.config, overrides=self.overrides)
+        smaller = "" if cfg.mode != "exact" else "; exact mode, --keep 0.8 makes it smaller"
+        say(
+            f"no -c: the configuration that 'fxshare init' finds in the model, "
+            f"{len(cfg.weight_types)} weight types ({', '.join(cfg.weight_types)}){smaller}; "
+            f"'fxshare init {shlex.quote(name)} -o cfg.yaml' writes it down to edit"
+        )
+        return cfg
+
+
+def refuse_compiled(name: str) -> None:
+    """A ``ConfigError`` for a folder that fxshare saved, in which there is nothing to propose."""
+    from fxshare.models import is_saved
+
+    if is_saved(name):
+        raise fxshare.errors.ConfigError(
+            f"{name}: expected an original model, found one that fxshare compiled; 'fxshare "
+            "inspect' shows its configuration"
+        )
+
+
+def propose_for(loaded: LoadedModel, name: str, *, capture: bool = True, seed: int = 0) -> Proposal:
+    """What ``fxshare init`` finds in a model."""
+    from fxshare.knowing import propose
+    from fxshare.knowing.examples import made_up_call
+
+    note(f"looking at {name} ({type(loaded.model).__name__})")
+    example = made_up_call(loaded.model, seed=seed) if capture else None
+    return propose(loaded.model, example=example)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What statistics are gathered on: ``--calibration``, how much of it, and the seed."""
+
+    calibration: Calibration = None
+    tokens: Tokens = None
+    samples: Samples = None
+    text_key: TextKey = None
+    padded: Padded = False
+    length: Length = None
+    batch_size: BatchSize = 4
+    seed: Seed = 0
+
+    def batches(self, loaded: LoadedModel) -> list[Batch] | None:
+        """The batches; None without ``--calibration``."""
+        from fxshare.models import vocabulary_of
+        from fxshare.sampling import Sampling, sample_batches
+
+        if self.calibration is None:
+            self._check_unused()
+            return None
+        if self.tokens is not None and self.samples is not None:
+            raise fxshare.errors.ConfigError(
+                f"--tokens {self.tokens} and --samples {self.samples} both say how much data to "
+                "use; leave one out"
+            )
+        if self.padded:
+            _check_takes_mask(loaded)
+        size = window_length(loaded, self.length)
+        samples = self.samples
+        if self.tokens is not None:
+            samples = max(1, -(-self.tokens // size))
+        return sample_batches(
+            self.calibration,
+            Sampling(
+                length=size,
+                count=samples,
+                padded=self.padded,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            ),
+            tokenizer=loaded.tokenizer,
+            vocabulary=vocabulary_of(loaded.model),
+            key=self.text_key,
+        )
+
+    def _check_unused(self) -> None:
+        options = {
+            "--tokens": self.tokens,
+            "--samples": self.samples,
+            "--length": self.length,
+            "--text-key": self.text_key,
+            "--padded": self.padded or None,
+        }
+        for option, value in options.items():
+            if value is not None:
+                given = option if value is True else f"{option} {value}"
+                raise fxshare.errors.ConfigError(
+                    f"{given}: has no effect without data; give --calibration SPEC, or leave "
+                    f"{option} out"
+                )
+
+
+def _check_takes_mask(loaded: LoadedModel) -> None:
+    import inspect
+
+    names = inspect.signature(loaded.model.forward).parameters
+    if not {"input_ids", "attention_mask"} <= set(names):
+        raise fxshare.errors.ConfigError(
+            f"--padded: expected a model that takes input_ids and attention_mask, but "
+            f"{type(loaded.model).__name__}.forward takes {', '.join(names)}; without a mask the "
+            "filling would count as text, leave --padded out"
+        )

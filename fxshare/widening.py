@@ -1,0 +1,81 @@
+"""Half-precision modules run in float32, without float32 copies of all their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_aten = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Widened(Tensor):
+    """A half-precision tensor that reads as float32.
+
+    Each operation gets float32 values made for it and dropped after it, so a model runs on the
+    memory of its weights and one of them in float32. The numbers are those of ``.float()``.
+    """
+
+    _stored: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, stored: Tensor) -> Widened:
+        made: Widened = Tensor._make_wrapper_subclass(
+            cls,
+            stored.shape,
+            strides=stored.stride(),
+            storage_offset=stored.storage_offset(),
+            dtype=torch.float32,
+            device=stored.device,
+        )
+        made._stored = stored
+        made._is_param = True  # what makes it an nn.Parameter
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is _aten.detach.default:
+            return args[0]
+        if func is _aten.embedding.default and isinstance(args[0], cls):
+            # rows first: the float32 of a whole vocabulary may be the largest tensor of all
+            return func(args[0]._stored, *args[1:], **(kwargs or {})).float()
+
+        def wide(value: Tensor) -> Tensor:
+            return value._stored.float() if isinstance(value, cls) else value
+
+        given = pytree.tree_map_only(Tensor, wide, (args, kwargs or {}))
+        return func(*given[0], **given[1])
+
+
+def widen(module: nn.Module) -> None:
+    """Let every floating-point parameter and buffer of a structure copy read as float32.
+
+    Half-precision parameters are not copied; in place of each stands a :class:`Widened`. Ties
+    stay ties.
+    """
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = _wide(tensor, is_parameter=tensors is part._parameters)
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
+    stored = tensor.detach()
+    if is_parameter and tensor.dtype in _HALF and tensor.ndim > 1:
+        return Widened(stored)
+    wide = stored.float()
+    return nn.Parameter(wide, requires_grad=False) if is_parameter else wide
+
+
+__all__ = ["Widened", "widen"]
