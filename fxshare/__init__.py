@@ -11,9 +11,7 @@
 Names are loaded when they are first used: ``fxshare --help`` needs no torch, which takes seconds.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from fxshare.config import ShareConfig, load_config
     from fxshare.dynamo_backend import backend
     from fxshare.errors import FxShareError, FxShareWarning
-    from fxshare.export import export
+    from fxshare.exporting import export
     from fxshare.knowing import init, propose
     from fxshare.lowering import lower, readable
     from fxshare.plans import Plan
@@ -42,6 +40,7 @@ _HOMES = {
     "ShareModule": "fxshare.record:ShareModule",
     "backend": "fxshare.dynamo_backend:backend",
     "compile": "fxshare.compiling:compile",
+    "export": "fxshare.exporting:export",
     "init": "fxshare.knowing:init",
     "load": "fxshare.store:load",
     "load_config": "fxshare.config:load_config",
@@ -73,20 +72,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-class _Package(ModuleType):
-    """``fxshare.export`` is the function, also after ``import fxshare.export``."""
-
-    @property
-    def export(self) -> Any:
-        return import_module(f"{__name__}.export").export
-
-    @export.setter
-    def export(self, package: ModuleType) -> None:
-        """Where the import system would put the subpackage of that name."""
-
-
-sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "FxShareError",

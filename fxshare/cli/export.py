@@ -61,7 +61,7 @@ def export_model(
       fxshare export out/ model.onnx --to onnx
     """
     del as_json, debug
-    from fxshare.export import export
+    from fxshare.exporting import export
     from fxshare.models import is_saved, load_model
 
     if not is_saved(folder):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fxshare.capture import dtype_of
 from fxshare.errors import CheckFailed, ExportError, StoreError
-from fxshare.export.subject import Subject
-from fxshare.export.written import Written
+from fxshare.exporting.subject import Subject
+from fxshare.exporting.written import Written
 from fxshare.original import Original, original_of
 from fxshare.plans import Site
 from fxshare.record import site_bias, slice_product, slices_of

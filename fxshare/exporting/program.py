@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from fxshare.capture import quiet
 from fxshare.capture.tracer import failing_line
 from fxshare.errors import ExportError, FxShareError
-from fxshare.export.outputs import plain
-from fxshare.export.subject import Subject
+from fxshare.exporting.outputs import plain
+from fxshare.exporting.subject import Subject
 
 # what lowering to a runtime reads; the rest says where on this machine a node came from
 _LIVE_META = ("val", "tensor_meta")

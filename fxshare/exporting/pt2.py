@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fxshare.export.program import traced
-from fxshare.export.subject import Subject
-from fxshare.export.written import Written
+from fxshare.exporting.program import traced
+from fxshare.exporting.subject import Subject
+from fxshare.exporting.written import Written
 
 
 def write(subject: Subject, path: Path) -> Written:

@@ -10,9 +10,9 @@ import torch
 
 from fxshare.capture import device_of
 from fxshare.errors import ExportError
-from fxshare.export.program import traced
-from fxshare.export.subject import Subject
-from fxshare.export.written import Written
+from fxshare.exporting.program import traced
+from fxshare.exporting.subject import Subject
+from fxshare.exporting.written import Written
 
 
 def write(subject: Subject, path: Path) -> Written:

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from fxshare.capture import device_of
 from fxshare.errors import ExportError
-from fxshare.export.closed_graph import closed_graph
-from fxshare.export.python_source import Source, source_of
-from fxshare.export.subject import Subject
-from fxshare.export.written import Written
+from fxshare.exporting.closed_graph import closed_graph
+from fxshare.exporting.python_source import Source, source_of
+from fxshare.exporting.subject import Subject
+from fxshare.exporting.written import Written
 
 CODE, TENSORS = "model.py", "model.safetensors"
 

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from fxshare.capture import device_of
 from fxshare.capture.call import Call
 from fxshare.errors import ExportError
-from fxshare.export.outputs import refilled
-from fxshare.export.program import traced
-from fxshare.export.subject import Subject
-from fxshare.export.written import Written
+from fxshare.exporting.outputs import refilled
+from fxshare.exporting.program import traced
+from fxshare.exporting.subject import Subject
+from fxshare.exporting.written import Written
 
 OLDEST_OPSET = 18
 """The opset that torch writes its operators in; for an older one it would convert and guess."""

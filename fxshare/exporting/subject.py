@@ -25,7 +25,7 @@ from fxshare.capture.call import (
     without_labels,
 )
 from fxshare.errors import ExportError, FxShareError
-from fxshare.export.outputs import left_out, plain
+from fxshare.exporting.outputs import left_out, plain
 from fxshare.numerics import float_leaves, tolerance, worst
 from fxshare.record import Record, record_of, slices_of
 from fxshare.verifying import evaluated

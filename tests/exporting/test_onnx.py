@@ -15,12 +15,12 @@ import torch
 import fxshare
 from fxshare.errors import CheckFailed, ExportError
 from fxshare.numerics import tolerance, worst
-from tests.export import build
+from tests.exporting import build
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-target = importlib.import_module("fxshare.export.onnx")
+target = importlib.import_module("fxshare.exporting.onnx")
 
 DEPTH = 2 * 8 + 1
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare.errors import ExportError
-from fxshare.export import export
+from fxshare.exporting import export
 from fxshare.numerics import tolerance, worst
-from tests.export import build
+from tests.exporting import build
 
 DEPTH = 2 * 8 + 1
 

@@ -13,7 +13,7 @@ import fxshare
 from fxshare.errors import ExportError
 from fxshare.numerics import tolerance, worst
 from tests.cli.conftest import STORIES
-from tests.export import build
+from tests.exporting import build
 
 DEPTH = 2 * 8 + 1
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import fxshare
 from fxshare.errors import CheckFailed, ExportError, FxShareError, StoreError
 from fxshare.numerics import tolerance, worst
-from tests.export import build
+from tests.exporting import build
 
-pt2 = importlib.import_module("fxshare.export.pt2")
-py = importlib.import_module("fxshare.export.py")
-dense = importlib.import_module("fxshare.export.dense")
+pt2 = importlib.import_module("fxshare.exporting.pt2")
+py = importlib.import_module("fxshare.exporting.py")
+dense = importlib.import_module("fxshare.exporting.dense")
 
 
 @pytest.fixture(scope="module")

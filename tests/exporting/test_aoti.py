@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import fxshare
 from fxshare.errors import ExportError
 from fxshare.numerics import tolerance, worst
-from tests.export import build
+from tests.exporting import build
 
-aoti = importlib.import_module("fxshare.export.aoti")
+aoti = importlib.import_module("fxshare.exporting.aoti")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 

@@ -12,8 +12,8 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxshare.capture.guards import hold_arguments
 from fxshare.errors import ExportError
-from fxshare.export.outputs import leaves, refilled
-from fxshare.export.subject import Subject
+from fxshare.exporting.outputs import leaves, refilled
+from fxshare.exporting.subject import Subject
 
 
 def closed_graph(subject: Subject) -> fx.GraphModule:

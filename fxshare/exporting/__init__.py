@@ -20,8 +20,8 @@ from fxshare.numerics import Distance, worst
 
 if TYPE_CHECKING:
     from fxshare.capture.call import Call
-    from fxshare.export.subject import Subject
-    from fxshare.export.written import Written
+    from fxshare.exporting.subject import Subject
+    from fxshare.exporting.written import Written
     from fxshare.store.skeleton import ModelSource
 
 Target = Literal["pt2", "aoti", "onnx", "dense", "py"]
@@ -125,8 +125,8 @@ def export(
     FxShareError
         ``gm`` was not made by fxshare.
     """
-    from fxshare.export import dense, place, py
-    from fxshare.export.subject import subject_of
+    from fxshare.exporting import dense, place, py
+    from fxshare.exporting.subject import subject_of
 
     place_of = Path(path)
     _check_options(to, place_of, opset, original)
@@ -166,7 +166,7 @@ def _check_options(to: str, path: Path, opset: int | None, original: ModelSource
         if value is not None and to != target:
             raise ExportError(f"{option}: only to={target!r} has it, found to={to!r}; leave it out")
     if to == "onnx":
-        from fxshare.export.onnx import check_opset
+        from fxshare.exporting.onnx import check_opset
 
         check_opset(opset)
 
@@ -174,7 +174,7 @@ def _check_options(to: str, path: Path, opset: int | None, original: ModelSource
 def _write(
     subject: Subject, path: Path, to: str, opset: int | None, original: ModelSource | None
 ) -> Written:
-    from fxshare.export import aoti, dense, onnx, pt2, py
+    from fxshare.exporting import aoti, dense, onnx, pt2, py
 
     if any(t.device.type == "meta" for t in subject.model.parameters()):
         raise ExportError(f"{subject.name} is on the meta device: it has no values to export")

@@ -13,7 +13,7 @@ import torch
 
 import fxshare
 from fxshare.numerics import tolerance, worst
-from tests.export import build
+from tests.exporting import build
 
 DEPTH = 2 * 8 + 1
 
