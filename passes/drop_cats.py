@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from passes.base import Pass
 from passes.graph import erase_dead
+from passes.group_coefficients import grouped_width
 from passes.writes import is_written
 
 _SPLITS = (
@@ -119,7 +120,7 @@ def _width(gm: fx.GraphModule, part: fx.Node) -> int | None:
         module = gm.get_submodule(str(part.target))
         return module.out_features if isinstance(module, nn.Linear) else None
     if part.target is not operator.getitem or not isinstance(part.args[0], fx.Node):
-        return None
+        return grouped_width(gm, part)
     split = part.args[0]
     if split.target is not torch.split or split.kwargs != {"dim": _LAST}:
         return None

@@ -14,7 +14,7 @@ from passes.base import Pass
 from passes.errors import RequiresError, ShapeError
 from passes.graph import calls_by_target, linear_at, new_linear, put_module, read_instead
 from passes.slices import gather_order, set_slices, slices
-from passes.writes import is_written
+from passes.writes import Written
 
 _DERIVED = "derived"
 
@@ -74,13 +74,14 @@ class PivotBasis(Pass):
         if not self.groups:
             return 0
         calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
+        written = Written()
         by_input: dict[tuple[fx.Node, fx.Node | None], list[fx.Node]] = {}
         for group in self.groups:
             for node in calls.get(group.name, []):
                 x = node.args[0]
                 assert isinstance(x, fx.Node)
                 # an input that is written into in place may differ from one read to the next
-                by_input.setdefault((x, node if is_written(x) else None), []).append(node)
+                by_input.setdefault((x, node if written[x] else None), []).append(node)
             self._place(gm, group)
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
         count = 0

@@ -10,7 +10,7 @@ from torch import fx, nn
 from passes.base import Pass
 from passes.graph import calls_by_target
 from passes.slices import slices
-from passes.writes import is_written
+from passes.writes import Written
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ReuseBasis(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         bases = {place.basis for place in slices(gm).values()}
+        written = Written()
         count = 0
         for target, nodes in calls_by_target(gm, lambda m: isinstance(m, nn.Linear)).items():
             if target not in bases:
@@ -42,7 +43,7 @@ class ReuseBasis(Pass):
             for node in nodes:
                 x = node.args[0]
                 assert isinstance(x, fx.Node)
-                if is_written(x) or is_written(node):
+                if written[x] or written[node]:
                     continue
                 original = first.setdefault(x, node)
                 if original is node:

@@ -16,7 +16,7 @@ from passes.graph import linear_at, put_module
 from passes.lookups import only_called
 from passes.origins import moved
 from passes.slices import Slice, set_slices, slices
-from passes.writes import is_written
+from passes.writes import Written
 
 Places = list[list[fx.Node]]
 
@@ -72,11 +72,11 @@ class StackBases(Pass):
 def _basis_calls(gm: fx.GraphModule) -> Mapping[str, list[fx.Node]]:
     """The calls of bases that may be stacked: all of a basis' calls, or none."""
     bases = {p.basis for p in slices(gm).values() if p.basis and not p.pivoted and not p.basis_rows}
-    calls = only_called(gm)
+    calls, written = only_called(gm), Written()
     return {
         name: nodes
         for name, nodes in calls.items()
-        if name in bases and not any(is_written(n) for m in nodes for n in (m, *m.all_input_nodes))
+        if name in bases and not any(written[n] for m in nodes for n in (m, *m.all_input_nodes))
     }
 
 

@@ -83,6 +83,15 @@ def is_written(node: fx.Node) -> bool:
     return False
 
 
+class Written(dict[fx.Node, bool]):
+    """:func:`is_written` of nodes, asked once each: an input has as many readers as slices, and the
+    answer takes a look at all of them. Good for as long as no write comes or goes."""
+
+    def __missing__(self, node: fx.Node) -> bool:
+        self[node] = is_written(node)
+        return self[node]
+
+
 def _module(node: fx.Node) -> nn.Module:
     owner = node.graph.owning_module
     assert owner is not None, "the graph belongs to no module"
