@@ -29,6 +29,7 @@ from passes import (
     Materialise,
     Origin,
     Slice,
+    WriteOutPivots,
     derive_gathers,
     derived_buffers,
     forget_origins,
@@ -52,8 +53,9 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
         What :func:`fxshare.compile` or :func:`fxshare.load` returned. It stays as it is; tensors
         that are not repacked are shared with the result.
     prefer
-        ``"memory"`` never stores more numbers than ``gm``. ``"speed"`` may store a basis twice, and
-        multiplies a group out where its products need more operations than the dense ones.
+        ``"memory"`` never stores more numbers than ``gm``. ``"speed"`` may store a basis twice,
+        multiplies a group out where its products need more operations than the dense ones, and
+        stores pivoted bases of low rank whole where several read one input.
     example
         One batch to compare the result with ``gm`` on.
 
@@ -87,8 +89,9 @@ def readable(gm: nn.Module) -> Any:
     """The readable module of a lowered one, with its present weights: views of them, where rows
     were not put in another order. What is not lowered comes back as a copy that shares its tensors.
 
-    Groups that were multiplied out stay dense: which basis they shared cannot be told from weights
-    that may have been trained since.
+    Groups that were multiplied out stay dense, and pivoted bases that were written out stay so:
+    which basis or which kept inputs they had cannot be told from weights that may have been trained
+    since.
 
     Raises :class:`FxShareError` where ``gm`` is not ours, or was trained so that the two copies
     that lowering for speed made of one basis differ.
@@ -98,7 +101,8 @@ def readable(gm: nn.Module) -> Any:
     if lowered is None:
         return _copy(gm, record)
     result = _readable_module(gm, lowered)
-    steps: tuple[Step, ...] = (*record.lowering, "readable") if lowered.dense else ()
+    changed = lowered.dense or lowered.written_out
+    steps: tuple[Step, ...] = (*record.lowering, "readable") if changed else ()
     attach(result, replace(record, lowering=steps, lowered=None))
     return result
 
@@ -106,16 +110,23 @@ def readable(gm: nn.Module) -> Any:
 def with_lowered(record: Record, lowered: Lowered, result: nn.Module) -> Record:
     """The record of a module that was just lowered."""
     report = record.report
-    if lowered.dense:
-        names = ", ".join(lowered.dense[:4]) + (", ..." if len(lowered.dense) > 4 else "")
-        note = (
-            f"lowered for {lowered.prefer}: {len(lowered.dense)} groups cost less as dense weights "
-            f"and are multiplied out ({names})"
+    notes = [
+        f"lowered for {lowered.prefer}: {len(names)} {what} ({_some(names)})"
+        for names, what in (
+            (lowered.dense, "groups cost less as dense weights and are multiplied out"),
+            (lowered.written_out, "pivoted bases cost less whole and are written out"),
         )
+        if names
+    ]
+    if notes:
         after = sum(p.numel() for p in result.parameters())
-        report = replace(report, notes=(*report.notes, note), parameters_after=after)
+        report = replace(report, notes=(*report.notes, *notes), parameters_after=after)
     steps = (*record.lowering, lowered.prefer)
     return replace(record, lowering=steps, lowered=lowered, report=report)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def replay(module: nn.Module, steps: Sequence[Step]) -> tuple[nn.Module, Lowered | None]:
@@ -134,11 +145,12 @@ def lower_module(gm: nn.Module, prefer: Prefer) -> tuple[nn.Module, Lowered]:
     """Lower a module that needs no record yet."""
     if isinstance(gm, fx.GraphModule):
         graph, from_graph = _lower_graph(gm, prefer)
-        bases = {place.basis for place in slices_of(gm).values()}
-        left = {place.basis for place in slices(from_graph.graph).values()}
-        dense = tuple(sorted(name for name in bases - left if name))
-        places = slices(from_graph.graph)
-        return _share_module(graph), Lowered(prefer, {"": from_graph}, places, dense)
+        before, after = slices_of(gm), slices(from_graph.graph)
+        left = {place.basis: place.pivoted for place in after.values()}
+        held = {place.basis: place.pivoted for place in before.values() if place.basis}
+        dense = tuple(sorted(name for name in held if name not in left))
+        whole = tuple(sorted(n for n, pivoted in held.items() if pivoted and left.get(n) is False))
+        return _share_module(graph), Lowered(prefer, {"": from_graph}, after, dense, whole)
     result = structure_copy(gm, clone_buffers=False)
     graphs: dict[str, Readable] = {}
     for name, piece in _pieces(result).items():
@@ -151,11 +163,12 @@ def lower_module(gm: nn.Module, prefer: Prefer) -> tuple[nn.Module, Lowered]:
 
 def _lower_graph(gm: fx.GraphModule, prefer: Prefer) -> tuple[fx.GraphModule, Readable]:
     passes = lowering_passes(prefer)
-    dense = [one for one in passes if isinstance(one, Materialise)]
-    start, _ = run(gm, dense)
+    # what they make cannot be taken apart again, so the readable graph is what comes after them
+    first = [one for one in passes if isinstance(one, (Materialise, WriteOutPivots))]
+    start, _ = run(gm, first)
     start.meta.pop("fxshare", None)
     forget_origins(start)
-    result, _ = run(start, [one for one in passes if one not in dense])
+    result, _ = run(start, [one for one in passes if one not in first])
     return result, Readable(_hollow(start), dict(origins(result)))
 
 

@@ -92,6 +92,8 @@ class Lowered:
     slices: Mapping[str, Slice]
     dense: tuple[str, ...] = ()
     """The groups that were multiplied out."""
+    written_out: tuple[str, ...] = ()
+    """The groups whose pivoted bases are stored whole."""
 
 
 @dataclass(frozen=True)

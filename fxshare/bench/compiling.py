@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import types
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxshare.bench.steps import StepCall
 from fxshare.errors import FxShareError
 
 Call = Mapping[str, Any]
@@ -23,11 +25,25 @@ _INDUCTOR = "compile_fx_inner"
 @dataclass(frozen=True, eq=False)
 class CompiledCall:
     """``run`` calls the compiled model; ``seconds`` are those of the first call, in which it was
-    compiled, and ``inductor_seconds`` the compiler backend's part of them."""
+    compiled, ``inductor_seconds`` the compiler backend's part of them, and ``cpu_seconds`` those
+    that this process and the compilers that it started were busy."""
 
     run: Callable[[], object]
     seconds: float
     inductor_seconds: float
+    cpu_seconds: float
+
+
+def compiled_calls(
+    models: Mapping[str, nn.Module], step: StepCall, *, mode: str, repeats: int
+) -> dict[str, list[CompiledCall]]:
+    """Compile every model ``repeats`` times, in turn, and each time from nothing."""
+    found: dict[str, list[CompiledCall]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            call, after = step.calls[name], step.after[name]
+            found[name].append(compiled_call(name, model, call, after, mode=mode))
+    return found
 
 
 def eager_call(model: nn.Module, call: Call, after: Callable[[], None]) -> Callable[[], object]:
@@ -44,7 +60,8 @@ def eager_call(model: nn.Module, call: Call, after: Callable[[], None]) -> Calla
 def compiled_call(
     name: str, model: nn.Module, call: Call, after: Callable[[], None], *, mode: str
 ) -> CompiledCall:
-    """Compile for the shapes of this call, with nothing taken from a cache.
+    """Compile for the shapes of this call, with nothing taken from a cache and no other process
+    helping: how many cores are free would show in the time.
 
     Raises :class:`FxShareError` naming the variant where ``torch.compile`` fails.
     """
@@ -64,7 +81,7 @@ def compiled_call(
         after()
         return out
 
-    before = _inductor_seconds()
+    before, cpu = _inductor_seconds(), _cpu_seconds()
     start = time.perf_counter()
     try:
         with _without_caches():
@@ -76,7 +93,7 @@ def compiled_call(
             "the compiled mode out (--modes eager)"
         ) from error
     seconds = time.perf_counter() - start
-    return CompiledCall(run, seconds, _inductor_seconds() - before)
+    return CompiledCall(run, seconds, _inductor_seconds() - before, _cpu_seconds() - cpu)
 
 
 def warm_compiler(device: torch.device, dtype: torch.dtype) -> None:
@@ -94,9 +111,13 @@ def _small(x: Tensor) -> Tensor:
 def _without_caches() -> Iterator[None]:
     from torch._inductor import config
 
-    with warnings.catch_warnings(), config.patch(force_disable_caches=True):
+    with warnings.catch_warnings(), config.patch(force_disable_caches=True, compile_threads=1):
         warnings.simplefilter("ignore", UserWarning)
         yield
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])  # of this process and of those that it waited for
 
 
 def _inductor_seconds() -> float:

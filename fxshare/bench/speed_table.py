@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxshare.bench.run import Measurement, SpeedBench
+from fxshare.bench.measuring import Measurement
+from fxshare.bench.run import SpeedBench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,24 +18,57 @@ _DENSE, _BAR, _MARK = "#4D4D4D", "#77AADD", "#1A1A1A"
 def table(result: SpeedBench) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     header = ["step", "mode", "variant", "ms", "IQR", "× dense", "predicted ms", "× dense"]
-    header += ["compile s", "inductor s", "MFLOP", "MB weights"]
-    return header, [
+    return [*header, "MFLOP", "MB weights"], [
         [
-            r.step,
-            r.mode,
-            r.variant,
-            f"{r.seconds * 1e3:.3f}",
-            f"{r.spread * 1e3:.3f}",
-            f"{r.speedup:.2f}",
+            *_place(r),
             _text(r.predicted_seconds, 1e3, 3),
             _text(r.predicted_speedup, 1, 2),
-            _text(r.compile_seconds, 1, 1),
-            _text(r.inductor_seconds, 1, 1),
             _text(r.flops, 1e-6, 1),
             _text(r.weight_bytes, 1e-6, 1),
         ]
         for r in result.rows
     ]
+
+
+def compile_table(result: SpeedBench) -> tuple[list[str], list[list[str]]]:
+    """What compiling took: seconds, and how many times those of dense; no rows where nothing was
+    compiled."""
+    header = ["step", "variant", "compile s", "inductor s", "/ dense", "processor s", "/ dense"]
+    return header, [
+        [
+            r.step,
+            r.variant,
+            _text(r.compile_seconds, 1, 2),
+            _text(r.inductor_seconds, 1, 2),
+            _text(r.inductor_ratio, 1, 2),
+            _text(r.compile_cpu_seconds, 1, 2),
+            _text(r.compile_cpu_ratio, 1, 2),
+        ]
+        for r in result.rows
+        if r.compile_seconds is not None
+    ]
+
+
+def type_table(result: SpeedBench) -> tuple[list[str], list[list[str]]]:
+    """The linears of each weight type by themselves; ``of dense`` is what share of the dense
+    model's time at this step is theirs."""
+    header = ["type", "step", "mode", "variant", "ms", "IQR", "× dense", "of dense", "MFLOP"]
+    whole = {(r.step, r.mode): r.seconds for r in result.rows if r.variant == "dense"}
+    return header, [
+        [
+            kind,
+            *_place(r),
+            f"{r.seconds / whole[r.step, r.mode]:.0%}" if r.variant == "dense" else "",
+            _text(r.flops, 1e-6, 1),
+        ]
+        for kind, rows in result.alone.items()
+        for r in rows
+    ]
+
+
+def _place(r: Measurement) -> list[str]:
+    seconds = [f"{r.seconds * 1e3:.3f}", f"{r.spread * 1e3:.3f}", f"{r.speedup:.2f}"]
+    return [r.step, r.mode, r.variant, *seconds]
 
 
 def _text(value: float | None, scale: float, digits: int) -> str:
@@ -50,11 +84,17 @@ def lines_below(result: SpeedBench) -> Sequence[str]:
     return (
         f"{result.model}, {result.dtype}, params_kept {result.params_kept:.3f}; prefill of "
         f"{tokens.get('prefill', 0)} tokens, decode of one {cache}; medians of {result.repeats} "
-        "interleaved rounds",
+        f"interleaved rounds{_compilations(result)}",
         f"{where}, torch {e['torch']}, Python {e['python']}, load {e['load']}; "
         f"{result.seconds:.0f} s",
         *(f"note: {note}" for note in result.notes),
     )
+
+
+def _compilations(result: SpeedBench) -> str:
+    if not any(r.compile_seconds is not None for r in result.rows):
+        return ""
+    return f", {result.compile_repeats} compilations without caches in one process"
 
 
 def draw(result: SpeedBench, path: Path) -> None:
@@ -93,4 +133,4 @@ def _figure(result: SpeedBench) -> Figure:
     return figure
 
 
-__all__ = ["draw", "lines_below", "table"]
+__all__ = ["compile_table", "draw", "lines_below", "table", "type_table"]

@@ -49,8 +49,8 @@ def _plain(
     name: str, models: Mapping[str, nn.Module], ids: Tensor, device: torch.device
 ) -> StepCall:
     calls = {variant: {_first(model): ids} for variant, model in models.items()}
-    nothing = dict.fromkeys(models, _nothing)
-    return StepCall(name, ids.shape[1], device, calls, nothing, calls["dense"])
+    after = dict.fromkeys(models, nothing)
+    return StepCall(name, ids.shape[1], device, calls, after, calls["dense"])
 
 
 def _cached(models: Mapping[str, nn.Module], prompt: Tensor, plain: StepCall) -> StepCall:
@@ -74,5 +74,5 @@ def _first(model: nn.Module) -> str:
     return next(iter(inspect.signature(model.forward).parameters))
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What there is to do after a call that changes nothing."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxshare.bench.only import types_of_only
 from fxshare.compiling import compile as compile_model
 from fxshare.config import load_config
 from fxshare.demo.model import GPT, GPTConfig
@@ -218,29 +219,6 @@ def _compiled(
         context=context_of(model),
         kv_cache=cached,
     )
-
-
-def types_of_only(types: dict[str, Any], model: nn.Module, only: str) -> dict[str, Any]:
-    """The weight types with no more than the linears whose names ``only`` matches too.
-
-    Raises :class:`ConfigError` where that is none.
-    """
-    if not only:
-        return types
-    names = [name for name, _ in model.named_modules()]
-    found = {}
-    for key, value in types["weight_types"].items():
-        both = f"(?={only})(?:{value['pattern']})"
-        if any(re.match(both, name) for name in names):
-            found[key] = {**value, "pattern": both}
-    if not found:
-        known = [v["pattern"] for v in types["weight_types"].values()]
-        matched = [n for n in names if any(re.match(p, n) for p in known)]
-        raise ConfigError(
-            f"--only: {only!r} matches none of the linears that the weight types match, such as "
-            f"{', '.join(matched[:4]) or 'none'}"
-        )
-    return {**types, "weight_types": found}
 
 
 def as_pivoted(plan: Plan, kept: float) -> Plan:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import fxshare
-from fxshare.bench.capture import bench_capture, lines, llama
+from fxshare.bench.alone import alone, alone_steps
+from fxshare.bench.capture import FAMILIES, bench_capture, family, lines
 from fxshare.bench.compiling import compiled_call
 from fxshare.bench.notebook_layout import SliceProducts, notebook_layout
 from fxshare.bench.run import VARIANTS, SpeedBench, available, bench_run, chosen
-from fxshare.bench.speed_table import draw, lines_below, table
+from fxshare.bench.speed_table import compile_table, draw, lines_below, table, type_table
 from fxshare.bench.subject import (
     GPTShape,
     Settings,
@@ -28,7 +29,7 @@ from fxshare.bench.subject import (
 from fxshare.cli import main
 from fxshare.cost_model import Matmul
 from fxshare.cost_model.recorder import record_step
-from fxshare.errors import FxShareError
+from fxshare.errors import ConfigError, FxShareError
 from fxshare.numerics import tolerance, worst
 from fxshare.record import dense_sites
 
@@ -170,6 +171,111 @@ def test_compiled_runs_say_what_compiling_took(plain: Subject) -> None:
         assert 0 < row.inductor_seconds < row.compile_seconds + 0.1
 
 
+@pytest.mark.slow
+def test_compilations_are_repeated_and_compared_with_dense(plain: Subject) -> None:
+    found = bench_run(
+        plain, variants=("lowered",), modes=("compiled",), repeats=1, compile_repeats=3
+    )
+    header, rows = compile_table(found)
+    assert [row[:2] for row in rows] == [
+        [step, variant] for step in ("prefill", "decode") for variant in ("dense", "lowered")
+    ]
+    assert all(len(row) == len(header) for row in rows)
+    for row in found.rows:
+        assert row.compile_cpu_seconds is not None
+        assert row.compile_cpu_seconds > 0.1
+        if row.variant == "dense":
+            assert row.compile_cpu_ratio == row.inductor_ratio == 1
+        else:
+            # what the processor did is the same work whatever else it does
+            assert row.compile_cpu_ratio is not None
+            assert row.compile_cpu_ratio < 2
+    assert any("3 compilations" in line for line in lines_below(found))
+
+
+def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
+    from fxshare.bench.compiling import CompiledCall
+    from fxshare.bench.measuring import measured
+    from fxshare.bench.steps import StepCall
+
+    seconds = {"dense": [1.0, 10.0, 2.0], "lowered": [1.5, 12.0, 2.8]}
+
+    def call(name: str, number: int) -> CompiledCall:
+        taken = seconds[name][number]
+        return CompiledCall(lambda: None, 2 * taken, taken, 3 * taken)
+
+    made = {name: [call(name, number) for number in range(3)] for name in seconds}
+    models = {name: nn.Linear(2, 2) for name in seconds}
+    nothing: dict[str, Any] = dict.fromkeys(models, dict)
+    step = StepCall("prefill", 1, torch.device("cpu"), nothing, nothing, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxshare.bench.measuring.compiled_calls", lambda *a, **k: made)
+        none = dict.fromkeys(models, None)
+        rows = measured(step, models, none, "compiled", None, repeats=1, compile_repeats=3)
+    # 1.5, 1.2 and 1.4: the median over rounds, which is not the ratio of the medians
+    assert [row.inductor_ratio for row in rows] == [1.0, pytest.approx(1.4)]
+    assert [row.compile_cpu_ratio for row in rows] == [1.0, pytest.approx(1.4)]
+    assert [row.inductor_seconds for row in rows] == [2.0, 2.8]
+
+
+def test_the_linears_of_each_type_are_measured_alone(plain: Subject) -> None:
+    found = bench_run(
+        plain,
+        variants=("notebook", "lowered"),
+        modes=("eager",),
+        repeats=1,
+        prefill=8,
+        by_type=True,
+    )
+    assert list(found.alone) == ["attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj"]
+    dense = {
+        kind: next(r.flops for r in rows if r.variant == "dense" and r.step == "prefill")
+        for kind, rows in found.alone.items()
+    }
+    # 2 layers, 8 tokens, 2 FLOPs a multiplication
+    assert dense == {
+        "attn_c_attn": 2 * 8 * 2 * 32 * 96,
+        "attn_c_proj": 2 * 8 * 2 * 32 * 32,
+        "mlp_c_fc": 2 * 8 * 2 * 32 * 64,
+        "mlp_c_proj": 2 * 8 * 2 * 32 * 64,
+    }
+    flops = {r.variant: r.flops for r in found.alone["attn_c_attn"] if r.step == "prefill"}
+    # the notebook's heads multiply with the basis again, each of 12
+    (group,) = (g for g in plain.plan.groups if g.type == "attn_c_attn" and g.layers == (0,))
+    assert flops["lowered"] == 2 * 8 * 2 * group.rank * (32 + 96)
+    assert flops["notebook"] == 2 * 8 * 2 * group.rank * (12 * 32 + 96)
+    header, rows = type_table(found)
+    assert all(len(row) == len(header) for row in rows)
+    assert [row[3] for row in rows[:3]] == ["dense", "notebook", "lowered"]
+    assert all(row[header.index("of dense")].endswith("%") for row in rows if row[3] == "dense")
+
+
+@pytest.mark.parametrize("storage", ["plain", "pivoted"])
+def test_linears_alone_have_the_plan_s_factors(storage: Any) -> None:
+    one = subject(group_size=2, storage=storage)
+    for part in alone(one):
+        call = alone_steps(part, {"dense": part.dense}, prefill=5, seed=1)[0].calls["dense"]
+        with torch.no_grad():
+            outputs = part.compiled(**call)
+        assert [y.shape[:2] for y in outputs] == [(1, 5), (1, 5)]
+        assert part.plan.groups == tuple(g for g in one.plan.groups if g.type == part.name)
+        products = dense_sites(part.compiled, part.plan)
+        for site, x, y in zip(part.plan.sites, call["inputs"], outputs, strict=True):
+            bias = part.dense.get_submodule(site.name).bias
+            expected = nn.functional.linear(x, products[site.name].float(), bias)
+            assert worst(expected, y).relative <= tolerance(torch.float32, 3)
+
+
+def test_only_some_linears_are_compressed() -> None:
+    one = subject(only=r".*h\.1\..*c_(attn|fc)$")
+    assert [site.name for site in one.plan.sites] == [
+        "transformer.h.1.attn.c_attn",
+        "transformer.h.1.mlp.c_fc",
+    ]
+    with pytest.raises(FxShareError, match=r"--only: 'c_attn' matches none .*h\.0\.attn\.c_attn"):
+        subject(only="c_attn")
+
+
 def test_each_compilation_is_timed_for_itself() -> None:
     linear, x = nn.Linear(2, 2), torch.ones(1, 2)
     calls: list[int] = []
@@ -177,6 +283,7 @@ def test_each_compilation_is_timed_for_itself() -> None:
         one = compiled_call("linear", linear, {"input": x}, lambda: calls.append(1), mode="default")
         torch.testing.assert_close(one.run(), linear(x))
     assert 0 < one.inductor_seconds < one.seconds
+    assert one.cpu_seconds > 0
     assert len(calls) == 2
 
 
@@ -277,6 +384,8 @@ def test_the_command_prints_and_draws(
         (("--storage", "zip"), "--storage: expected plain or pivoted; found 'zip'"),
         (("--split", "rows"), "--split: expected heads or qkv or false"),
         (("--basis", "all"), "--basis: expected"),
+        (("--only", "a("), "--only: 'a(' is not a pattern"),
+        (("--compile-repeats", "0"), "compile-repeats"),
         (("--group-size", "0"), "--group-size: expected at least 1"),
         (("--variants", "lowred"), "Did you mean 'lowered'?"),
         (("--modes", "fast"), "--modes: expected some of eager, compiled"),
@@ -305,19 +414,29 @@ def test_names_keep_their_order(plain: Subject) -> None:
 
 def test_capture_measures_a_model_without_weights() -> None:
     pytest.importorskip("transformers")
-    found = bench_capture(lambda: llama(2, width=64, ffn=96, heads=4))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    found = bench_capture(lambda: family("llama", 2, num_key_value_heads=4, **sizes))
     assert found.sites == 14
     assert found.groups == 7
     assert found.seconds > 0
+    assert 0 < found.capture_cpu_seconds <= found.cpu_seconds
     assert found.peak_bytes >= found.imported_bytes > 0
     assert any("GB at most" in line for line in lines(found))
 
 
+def test_families_of_the_capture_bench() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of llama, qwen3, .*; found 'lama'"):
+        family("lama")
+
+
 @pytest.mark.slow
-def test_a_7b_shape_is_captured_in_ten_seconds_and_two_gigabytes() -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_7b_shape_is_captured_in_three_seconds_and_two_gigabytes(name: str) -> None:
     pytest.importorskip("transformers")
-    found = bench_capture()
-    assert found.sites == 7 * 32
+    found = bench_capture(lambda: family(name))
+    assert found.sites >= 4 * 28
     # of the processor: a busy machine takes longer
-    assert found.cpu_seconds < 10
+    assert found.capture_cpu_seconds < 3
+    if found.groups == found.sites // 2:  # one slice a linear; 1,600 heads take longer to rewrite
+        assert found.cpu_seconds < 10
     assert found.peak_bytes < 2e9
