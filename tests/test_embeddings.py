@@ -23,6 +23,7 @@ from fxshare.record import dense_sites, slice_product
 from fxshare.visible import visible_sites
 from tests.toys import NANOGPT, VOCABULARY, WIDTH
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*store more than their dense weights")
 DTYPE = torch.float64
 TIED = {"emb": {"pattern": r"transformer\.wte$", "embedding": True}}
 BOTH = {**TIED, "positions": {"pattern": r"transformer\.wpe$", "embedding": True}}

@@ -120,6 +120,6 @@ def test_a_function_that_is_not_torchs_is_named(tmp_path: Path) -> None:
     with gm.graph.inserting_before(output):
         output.args = (gm.graph.call_function(doubled, (output.args[0],)),)
     gm.recompile()
-    with pytest.raises(ExportError, match=r"calls tests\.export\.test_py\.doubled.*'pt2'"):
+    with pytest.raises(ExportError, match=r"calls tests\.exporting\.test_py\.doubled.*'pt2'"):
         export(gm, tmp_path / "m", to="py")
     assert fxshare.export(gm, tmp_path / "m.pt2", to="pt2").distance is not None
