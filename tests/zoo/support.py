@@ -51,6 +51,13 @@ _COLUMNS = """
 """
 
 
+_EMBEDDINGS = """\
+Embeddings are not counted above. `embedding: true` factorises them, with the head that is tied to
+one ([how](../how-to/write-a-configuration.md#embeddings-and-the-head)): `tests/zoo/test_embeddings.py`
+does it for every family here that reads tokens.
+"""
+
+
 def subjects(names: Sequence[str]) -> Iterable[Subject]:
     """The real models where they are at hand, then the families."""
     for name in names or ["embedded", "stories260K", *(one.name for one in FAMILIES)]:
@@ -106,6 +113,7 @@ def page(rows: Sequence[Row], captures: Sequence[tuple[str, float, float]]) -> s
     """The page as Markdown."""
     lines = [_HEAD, _table(rows), _COLUMNS.format(kept=KEPT, tokens=NEW_TOKENS)]
     lines.append("\n## What stays as it is\n")
+    lines.append(_EMBEDDINGS)
     lines += [f"* **{row.name}**: {_missed(row)}" for row in rows if row.missed]
     lines.append("\n## What the captures say\n")
     lines += [f"* **{row.name}**: {note}" for row in rows for note in row.notes]
