@@ -135,7 +135,9 @@ def missed(model: nn.Module, plan: Plan, graph: fx.GraphModule) -> dict[str, str
     for name, module in model.named_modules():
         if is_linear(module) and name not in known:
             tied = id(module.weight) in embeddings
-            found[name] = "tied to the embedding, off by default" if tied else "no pattern asks for it"
+            found[name] = (
+                "tied to the embedding, off by default" if tied else "no pattern asks for it"
+            )
     for call in linear_calls(graph):
         if call.name not in known and call.name not in found:
             found[call.name] = "no pattern asks for it"

@@ -53,8 +53,8 @@ _COLUMNS = """
 
 _EMBEDDINGS = """\
 Embeddings are not counted above. `embedding: true` factorises them, with the head that is tied to
-one ([how](../how-to/write-a-configuration.md#embeddings-and-the-head)): `tests/zoo/test_embeddings.py`
-does it for every family here that reads tokens.
+one ([how](../how-to/write-a-configuration.md#embeddings-and-the-head));
+`tests/zoo/test_embeddings.py` does it for every family here that reads tokens.
 """
 
 
