@@ -13,12 +13,12 @@ from fxshare.capture.modules_front_end import linears_side_by_side, put_back
 from fxshare.compiling import rewrite
 from fxshare.errors import FxShareError
 from fxshare.factors import empty_factors
+from fxshare.generation.factored_embedding import factored
 from fxshare.generation.structure import structure_of, tensors_by_name
 from fxshare.lowering import readable
 from fxshare.plans import Plan
 from fxshare.record import record_of, slices_of
-from passes import derive_gathers, derived_buffers
-from passes.graph import is_linear, weight_and_bias
+from passes import derive_gathers, derived_buffers, is_embedding, is_linear, weight_and_bias
 from passes.slices import Slice, rows_of
 
 
@@ -37,21 +37,23 @@ def module_form(gm: nn.Module) -> nn.Module:
     if record.lowered is not None:
         gm = readable(gm)
     places = slices_of(gm)
-    groups, pivots = empty_factors(record.plan, lambda _: dtype_of(gm), torch.device("meta"))
+    plan = _of_linears(record.plan)
+    groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
     # what lowering multiplied out is one weight now
     groups = [g for g in groups if all(places[name].basis for name in g.coefficients)]
     names = {group.name for group in groups}
     rewritten, _ = rewrite(
         linears_side_by_side(structure.model),
-        record.plan,
+        plan,
         groups,
         False,
         structure.passes,
         pivots=[pivot for pivot in pivots if pivot.name in names],
     )
-    sites = [call for site in record.plan.sites for call in site.calls]
+    sites = [call for site in plan.sites for call in site.calls]
     result = put_back(structure.model, rewritten, sites, copy=False)
     with torch.no_grad():
+        _put_embeddings(result, gm, record.plan)
         filled: set[int] = set()
         for name, place in slices_of(result).items():
             _fill_slice(result, place, gm, places[name], filled)
@@ -61,15 +63,40 @@ def module_form(gm: nn.Module) -> nn.Module:
     return result.train(gm.training)
 
 
+def _of_linears(plan: Plan) -> Plan:
+    """The plan without what is looked up: a head that is tied to an embedding is a linear here."""
+    sites = tuple(s.model_copy(update={"lookups": ()}) for s in plan.sites if s.calls)
+    there = {s.name for site in sites for s in site.slices}
+    groups = []
+    for group in plan.groups:
+        names = tuple(name for name in group.slices if name in there)
+        groups += [group.model_copy(update={"slices": names})] if names else []
+    return plan.model_copy(update={"sites": sites, "groups": tuple(groups)})
+
+
+def _put_embeddings(result: nn.Module, gm: nn.Module, plan: Plan) -> None:
+    """In place of each embedding that is a site, one over the factors of the graph module."""
+    for site in plan.sites:
+        for name in site.lookups:
+            place = slices_of(gm)[site.slices[0].name]
+            rows = gm.get_submodule(place.module)
+            basis = None if place.basis is None else gm.get_submodule(place.basis)
+            embedding = result.get_submodule(name)
+            assert isinstance(embedding, nn.Embedding)
+            result.set_submodule(name, factored(embedding, rows, basis))
+
+
 def _check_linears(model: nn.Module, plan: Plan) -> None:
-    linears = {n for n, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linears = {name for name, module in modules.items() if is_linear(module)}
+    linears |= {name for name, module in modules.items() if is_embedding(module)}
     missing = next((c for site in plan.sites for c in site.readers if c not in linears), None)
     if missing is not None:
         raise FxShareError(
-            f"{type(model).__name__} has no linear module {missing!r} that could be rewritten by "
-            "itself: it is an embedding, or in a parameter with others. The model's own code "
-            "cannot run it, and no graph could be made for this call: generate with the default "
-            "cache and options, or leave it out of the configuration"
+            f"{type(model).__name__} has no module {missing!r} that could be rewritten by itself: "
+            "it is in a parameter with others. The model's own code cannot run it, and no graph "
+            "could be made for this call: generate with the default cache and options, or leave it "
+            "out of the configuration"
         )
 
 

@@ -9,8 +9,10 @@ import torch
 import yaml
 
 import fxshare
+from fxshare.generation.module_form import module_form
+from fxshare.numerics import tolerance, worst
 from fxshare.record import record_of
-from tests.zoo.families import FAMILIES, Family
+from tests.zoo.families import FAMILIES, Family, family
 
 # one of each kind: tied, scaled, with positions, three readers, none tied, experts, no transformers
 _EACH = {"gpt2", "gemma", "opt", "t5", "falcon_grouped", "qwen2_moe", "clip_text", "nn_transformer"}
@@ -54,3 +56,26 @@ def test_what_init_offers_can_be_taken(family: Family) -> None:
                 last = gm(input_ids=expected).logits[:, -1]
                 expected = torch.cat([expected, last.argmax(-1, keepdim=True)], 1)
         assert torch.equal(gm.generate(ids, max_new_tokens=4, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "llama", "opt"])
+def test_without_a_cache_the_models_own_code_looks_up_factors(name: str) -> None:
+    model, cfg = with_offers(family(name))
+    cfg |= {"group_size": 1, "compression_rate": 0.5}
+    gm = fxshare.compile(model, cfg, calibration=family(name).batches())
+    ids = family(name).call()["input_ids"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = gm.generate(ids, **settings)
+    assert torch.equal(gm.generate(ids, use_cache=False, **settings), found)
+    own = module_form(gm)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected, logits = gm(**call).logits, own(**call).logits
+    depth = 2 * len(record_of(gm).plan.sites)
+    assert worst(expected, logits).relative <= tolerance(torch.float32, depth)
+    # over the graph's own tensors, each once
+    kept = {p.data_ptr() for p in gm.parameters()}
+    assert {p.data_ptr() for p in own.parameters()} <= kept
+    embedding = own.get_input_embeddings()
+    assert isinstance(embedding, type(model.get_input_embeddings()))
+    assert embedding.weight.shape == model.get_input_embeddings().weight.shape
