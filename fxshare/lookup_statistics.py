@@ -92,8 +92,10 @@ def metric(
     terms = [] if multiplied is None else [multiplied]
     for part in parts:
         if part.gradient is not None and part.tokens:
+            columns_II = part.gradient.gram()
             scale = part.tokens / max(tokens, 1)
-            terms.append(Metric(part.share_V() * scale, part.gradient.gram()))
+            # numbers of rows are counted on the CPU, wherever the model is
+            terms.append(Metric((part.share_V() * scale).to(columns_II.device), columns_II))
     if len(terms) == 1:
         return terms[0]
     columns = torch.stack([one.rows_V.sum() * one.columns_II for one in terms]).sum(0)

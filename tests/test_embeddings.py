@@ -376,3 +376,34 @@ def test_half_precision_and_functional_embeddings() -> None:
     )
     half = fxshare.compile(model.to(torch.bfloat16), cfg, calibration=batches())
     assert half(other()).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"group_size": 1, "compression_rate": 0.5},
+        {"budget": {"params_kept": 0.7}, "planner": {"search": "off"}},
+    ],
+    ids=["sharing", "planned"],
+)
+def test_on_cuda(mode: dict[str, Any]) -> None:
+    model = nanogpt().cuda()
+    gm = fxshare.compile(model, {"weight_types": BOTH, **mode}, calibration=batches())
+    assert {p.device.type for p in gm.parameters()} == {"cuda"}
+    here = fxshare.compile(nanogpt(), {"weight_types": BOTH, **mode}, calibration=batches())
+    ranks = [g.rank for g in here.fxshare.plan.groups]
+    assert [g.rank for g in gm.fxshare.plan.groups] == ranks
+    assert fxshare.verify(model, gm).ok
+
+
+def test_a_plan_of_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model = Untied()
+    cfg = {"weight_types": {"emb": {"pattern": "embed$", "embedding": True}}}
+    plan = fxshare.plan(model, {**cfg, "group_size": 1, "compression_rate": 0.5})
+    (group,) = plan.groups
+    assert (group.in_features, group.out_features) == (WIDTH, VOCABULARY)
+    planned = fxshare.plan(model, {**cfg, "budget": {"params_kept": 0.5}})
+    assert [g.storage for g in planned.groups] == ["plain"]

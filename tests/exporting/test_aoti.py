@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_the_package_computes_what_the_model_does(tmp_path: Path) -> None:
     found = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))(x=x)
     assert set(found) == {"y"}
     assert worst(gm(x), found).relative <= tolerance(torch.float32, 4)
+    # the numbers of the basis that both layers read are in the package once
+    (name,) = (group.name for group in gm.fxshare.plan.groups)
+    row = gm.get_parameter(f"{name}.weight")[0].detach().numpy().tobytes()
+    with zipfile.ZipFile(tmp_path / "m.pt2") as package:
+        assert sum(package.read(entry).count(row) for entry in package.namelist()) == 1
 
 
 @pytest.mark.slow
