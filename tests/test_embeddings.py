@@ -287,6 +287,23 @@ def dense_state(gm: Any, copy: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
+    "to",
+    ["dense", "py", "pt2", pytest.param("onnx", marks=pytest.mark.slow)],
+)
+def test_exported(to: str, tmp_path: Any) -> None:
+    # in float32, as it leaves; the export is read back and compared with the compiled model
+    model = NANOGPT.model()
+    cfg = {"weight_types": BOTH, "group_size": 1, "compression_rate": 0.5}
+    gm = fxshare.compile(model, cfg, calibration=batches())
+    options = {"original": model} if to == "dense" else {}
+    done = fxshare.export(gm, tmp_path / f"m.{to}", to=to, **options)
+    assert done.distance is not None
+    if to == "pt2":  # nothing of the product is in the file: V (R) and (R) I, of two weights
+        found = torch.export.load(tmp_path / "m.pt2").state_dict
+        assert sum(t.numel() for t in found.values()) == stored(gm)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"max_norm": 1.0}, "max_norm"),

@@ -20,15 +20,21 @@ class FactoredEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows ``(..., I)`` of the product, by their numbers ``(...)``."""
-        rows: Tensor = self._rows.weight  # type: ignore[assignment]
-        found = F.embedding(input, rows, self.padding_idx)
-        return found if self._basis is None else torch.matmul(found, self._basis.weight)  # type: ignore[arg-type]
+        return self._times_basis(F.embedding(input, _tensor(self._rows), self.padding_idx))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The product ``(V, I)``, multiplied out anew, for code that looks at it."""
-        rows: Tensor = self._rows.weight  # type: ignore[assignment]
-        return rows if self._basis is None else torch.matmul(rows, self._basis.weight)  # type: ignore[arg-type]
+        return self._times_basis(_tensor(self._rows))
+
+    def _times_basis(self, rows: Tensor) -> Tensor:
+        return rows if self._basis is None else torch.matmul(rows, _tensor(self._basis))
+
+
+def _tensor(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def factored(embedding: nn.Embedding, rows: nn.Module, basis: nn.Module | None) -> nn.Module:
