@@ -21,6 +21,8 @@ from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import CalibrationError, ConfigError, MatchError, PlanError
 from fxshare.factors import Factorised, planned_factors, remade_factors, sharing_factors
 from fxshare.generation import keep_structure
+from fxshare.generation.face import Verbs
+from fxshare.generation.shell import generate
 from fxshare.knowing import init
 from fxshare.losses import Loss
 from fxshare.lowering import lower_module, with_lowered
@@ -37,6 +39,7 @@ from fxshare.planned import (
 )
 from fxshare.planning import make_plan, uniform_plan
 from fxshare.plans import Plan, Site, Skipped
+from fxshare.pretrained import save_pretrained
 from fxshare.record import Record, ShareModule, attach
 from fxshare.report import Report, group_reports
 from fxshare.source import Source
@@ -171,7 +174,7 @@ def compile(
     if cfg.lower is not None:
         result, lowered = lower_module(result, cfg.lower.prefer)
         record = with_lowered(record, lowered, result)
-    attach(result, record)
+    attach(result, record, Verbs(generate, save_pretrained))
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
     exact = all(p.exact for p in own)
     if check and exact and record.inputs and device_of(model).type != "meta":

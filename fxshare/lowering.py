@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules_front_end import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError, FxShareError
+from fxshare.generation.face import verbs_of
 from fxshare.numerics import tolerance, worst
 from fxshare.record import (
     Lowered,
@@ -79,7 +80,7 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
         gm = readable(gm)
         record = record_of(gm)
     result, lowered = lower_module(gm, prefer)
-    attach(result, with_lowered(record, lowered, result))
+    attach(result, with_lowered(record, lowered, result), verbs_of(gm))
     if example is not None:
         _compare(gm, result, example)
     return result
@@ -103,7 +104,7 @@ def readable(gm: nn.Module) -> Any:
     result = _readable_module(gm, lowered)
     changed = lowered.dense or lowered.written_out
     steps: tuple[Step, ...] = (*record.lowering, "readable") if changed else ()
-    attach(result, replace(record, lowering=steps, lowered=None))
+    attach(result, replace(record, lowering=steps, lowered=None), verbs_of(gm))
     return result
 
 
@@ -241,7 +242,7 @@ def _copy(gm: nn.Module, record: Record) -> nn.Module:
     result = structure_copy(gm, clone_buffers=False)
     if isinstance(result, fx.GraphModule):
         result = _share_module(result)
-    attach(result, record)
+    attach(result, record, verbs_of(gm))
     return result
 
 

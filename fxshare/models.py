@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from fxshare.errors import ConfigError, DataError, FxShareError, FxShareWarning
 from fxshare.hub import is_hub_id, snapshot
 from fxshare.pretrained import MODEL_TYPE
-from fxshare.record import Record
-from fxshare.source import EMBEDDED, USER
+from fxshare.source import EMBEDDED, USER, Source
 from fxshare.text import TextTokenizer
 from fxshare.weights import check_weights, quantisation_of, refusal_of_quantised
 
@@ -296,10 +295,10 @@ def context_of(model: nn.Module) -> int | None:
 
 def _from_config(model: nn.Module, names: tuple[str, ...]) -> int | None:
     meta = getattr(model, "meta", None)
-    record = meta.get("fxshare") if isinstance(meta, dict) else None
+    source = meta.get("source") if isinstance(meta, dict) else None
     configs = [getattr(model, "config", None)]
-    if isinstance(record, Record):
-        configs.append(record.source.config)
+    if isinstance(source, Source):
+        configs.append(source.config)
     for config in configs:
         for name in names:
             value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

@@ -66,8 +66,6 @@ def save_pretrained(
     Raises :class:`StoreError` like :func:`fxshare.save`, and for an option that it cannot follow
     (``state_dict``, ``push_to_hub``, ``safe_serialization=False``).
     """
-    from fxshare.store import save
-
     if options.pop("safe_serialization", True) is False:
         raise StoreError(
             "save_pretrained: safe_serialization=False would pickle the weights; a folder of "
@@ -80,6 +78,8 @@ def save_pretrained(
         raise StoreError(
             f"save_pretrained: {given[0]} is not supported for a compiled model; save without it"
         )
+    from fxshare.store import save
+
     if is_main_process:
         save(gm, save_directory, force=True, max_shard_bytes=_bytes(max_shard_size))
 
@@ -97,20 +97,10 @@ def _bytes(size: int | str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
 
 
-class SavingFace:
-    """``save_pretrained`` on a compiled graph."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """:func:`save_pretrained` of this model."""
-        assert isinstance(self, nn.Module)
-        save_pretrained(self, save_directory, **options)
-
-
 __all__ = [
     "HF_CONFIG",
     "HF_GENERATION",
     "MODEL_TYPE",
-    "SavingFace",
     "save_pretrained",
     "write_hf_configs",
 ]

@@ -19,10 +19,9 @@ from fxshare.capture.guards import hold_guard
 from fxshare.capture.modules_front_end import module_slices
 from fxshare.config import ShareConfig
 from fxshare.errors import FxShareError
-from fxshare.generation.face import GenerationFace
+from fxshare.generation.face import GenerationFace, SavingFace, Verbs, keep_verbs
 from fxshare.pickling import reduced
 from fxshare.plans import Plan, Site
-from fxshare.pretrained import SavingFace, save_pretrained
 from fxshare.report import Report
 from fxshare.source import Source
 from passes import Origin, derived_buffers
@@ -187,14 +186,17 @@ def record_of(module: nn.Module) -> Record:
     return found
 
 
-def attach(result: nn.Module, record: Record) -> None:
-    """Put the record where :func:`record_of` finds it."""
+def attach(result: nn.Module, record: Record, verbs: Verbs) -> None:
+    """Put the record where :func:`record_of` finds it; ``verbs`` are what the module does by later
+    stages, given by those that stand above them."""
     record = replace(record, graph_sha256=graph_sha256(result))
     result.__dict__["meta"]["fxshare"] = record
+    result.__dict__["meta"]["source"] = record.source
+    keep_verbs(result, verbs)
     if not isinstance(result, ShareModule):
         result.__dict__["fxshare"] = record
         if hasattr(result, "save_pretrained"):  # its own would write weights that it cannot read
-            result.__dict__["save_pretrained"] = functools.partial(save_pretrained, result)
+            result.__dict__["save_pretrained"] = functools.partial(verbs.save_pretrained, result)
 
 
 def graph_sha256(module: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare.errors import CheckFailed, ConfigError
+from fxshare.generation.face import verbs_of
 from fxshare.lowering import lower_module, with_lowered
 from fxshare.numerics import tolerance, worst
 from fxshare.record import attach, record_of, slices_of
@@ -430,7 +431,7 @@ def test_golden(
 def test_lowering_keeps_a_record_of_its_own() -> None:
     gm = _compiled(Sizes(), _cfg(Sizes(), HEADS))
     result, lowered = lower_module(gm, "memory")
-    attach(result, with_lowered(record_of(gm), lowered, result))
+    attach(result, with_lowered(record_of(gm), lowered, result), verbs_of(gm))
     assert record_of(gm).lowered is None
     assert record_of(result).lowered is lowered
     assert all(t.device.type == "meta" for t in lowered.graphs[""].graph.parameters())

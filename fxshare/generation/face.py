@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxshare.errors import FxShareError
 from fxshare.generation.structure import Structure, structure_of
+
+_KEY = "verbs"
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """What a compiled model does by stages that stand above this one, as functions of a module.
+
+    Functions of modules, not bound methods, so that copying and pickling a model copies names.
+    """
+
+    generate: Callable[..., Any]
+    save_pretrained: Callable[..., None]
+
+
+def verbs_of(gm: nn.Module) -> Verbs:
+    """The verbs that were given to :func:`keep_verbs` for this module, or for what it was made
+    from."""
+    found: Verbs = gm.__dict__["meta"][_KEY]
+    return found
+
+
+def keep_verbs(gm: nn.Module, verbs: Verbs) -> None:
+    """Put the verbs where :func:`verbs_of` finds them."""
+    gm.__dict__["meta"][_KEY] = verbs
 
 
 class GenerationFace:
@@ -78,32 +105,16 @@ class GenerationFace:
         Raises :class:`FxShareError` where the original cannot generate.
         """
         assert isinstance(self, nn.Module)
-        if not self.can_generate():
-            raise FxShareError(_refusal(self))
-        try:
-            import transformers  # noqa: F401 - to say what is missing
-        except ImportError as error:
-            raise FxShareError(
-                f"generate() needs transformers, which cannot be imported ({error}); "
-                "pip install 'fxshare[hf]'"
-            ) from error
-        from fxshare.generation.shell import shell_of
-
-        return shell_of(self).generate(*args, **kwargs)
+        return verbs_of(self).generate(self, *args, **kwargs)
 
 
-def _refusal(gm: nn.Module) -> str:
-    found = structure_of(gm)
-    if found is None:
-        return (
-            f"{type(gm).__name__} cannot generate: expected the graph of a causal language model "
-            "of transformers, found that of another model; write the loop over gm(ids) yourself"
-        )
-    name = type(found.model).__name__
-    return (
-        f"{name} cannot generate: expected a model with a language head, such as the "
-        "...ForCausalLM, ...LMHeadModel or ...ForConditionalGeneration class of the same family"
-    )
+class SavingFace:
+    """``save_pretrained`` on a compiled graph."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """:func:`fxshare.save` with the arguments of transformers' ``save_pretrained``."""
+        assert isinstance(self, nn.Module)
+        verbs_of(self).save_pretrained(self, save_directory, **options)
 
 
-__all__ = ["GenerationFace"]
+__all__ = ["GenerationFace", "SavingFace", "Verbs", "keep_verbs", "verbs_of"]

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture import device_of, dtype_of
-from fxshare.errors import CaptureError, FxShareWarning
+from fxshare.errors import CaptureError, FxShareError, FxShareWarning
 from fxshare.generation.check import check_program
 from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
 from fxshare.generation.encoder_decoder import mark_filled, put_encoder
@@ -126,6 +126,37 @@ class Steps:
         self.device = device_of(self.gm)
 
 
+def generate(gm: Any, *args: Any, **kwargs: Any) -> Any:
+    """``gm.generate``: that of the original's class, on the graph of ``gm``.
+
+    Raises :class:`FxShareError` where the original cannot generate, or transformers is missing.
+    """
+    if not gm.can_generate():
+        raise FxShareError(_refusal(gm))
+    try:
+        import transformers  # noqa: F401 - to say what is missing
+    except ImportError as error:
+        raise FxShareError(
+            f"generate() needs transformers, which cannot be imported ({error}); "
+            "pip install 'fxshare[hf]'"
+        ) from error
+    return shell_of(gm).generate(*args, **kwargs)
+
+
+def _refusal(gm: nn.Module) -> str:
+    found = structure_of(gm)
+    if found is None:
+        return (
+            f"{type(gm).__name__} cannot generate: expected the graph of a causal language model "
+            "of transformers, found that of another model; write the loop over gm(ids) yourself"
+        )
+    name = type(found.model).__name__
+    return (
+        f"{name} cannot generate: expected a model with a language head, such as the "
+        "...ForCausalLM, ...LMHeadModel or ...ForConditionalGeneration class of the same family"
+    )
+
+
 def shell_of(gm: nn.Module) -> Any:
     """A module of the original's class, without weights, whose steps run on ``gm``."""
     structure = structure_of(gm)
@@ -192,4 +223,4 @@ def _add_note(gm: nn.Module, note: str) -> None:
     gm.__dict__["meta"]["fxshare"] = replace(record, report=report)
 
 
-__all__ = ["Steps", "shell_of"]
+__all__ = ["Steps", "generate", "shell_of"]

@@ -23,9 +23,11 @@ from torch import nn
 from fxshare.capture import device_of, dtype_of
 from fxshare.config import ShareConfig, dump_config, load_config
 from fxshare.errors import FxShareError, FxShareWarning, StoreError
+from fxshare.generation.face import Verbs
+from fxshare.generation.shell import generate
 from fxshare.numerics import tolerance
 from fxshare.plans import Plan
-from fxshare.pretrained import write_hf_configs
+from fxshare.pretrained import save_pretrained, write_hf_configs
 from fxshare.record import Record, attach, graph_sha256, record_of, slices_of
 from fxshare.report import Report
 from fxshare.source import Source
@@ -187,7 +189,8 @@ def load(
     fill(result, manifest.tensors, folder, list(manifest.files), target)
     for name, module in result.named_modules():
         module.training = manifest.training != (name in manifest.training_differs)
-    attach(result, record)
+    verbs = Verbs(generate, save_pretrained)
+    attach(result, record, verbs)
     difference = None
     if check and manifest.probe is not None and target.type != "meta":
         difference = _compare(folder, manifest, result, manifest.probe)
@@ -198,7 +201,7 @@ def load(
         else:
             note += f"; the output is within {difference:.1e} of the saved one"
         notes = (*record.report.notes, note)
-        attach(result, replace(record, report=replace(record.report, notes=notes)))
+        attach(result, replace(record, report=replace(record.report, notes=notes)), verbs)
     return result
 
 
