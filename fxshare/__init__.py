@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxshare import errors as errors
-    from fxshare.compiling import compile
-    from fxshare.compiling import make_plan_for as plan
+    from fxshare.compiling.compile import compile
+    from fxshare.compiling.survey import make_plan_for as plan
     from fxshare.config import ShareConfig, load_config
-    from fxshare.dynamo_backend import backend
+    from fxshare.dynamo.backend import backend
     from fxshare.errors import FxShareError, FxShareWarning
     from fxshare.exporting import export
-    from fxshare.knowing import init, propose
-    from fxshare.lowering import lower, readable
+    from fxshare.loading.load import load
     from fxshare.plans import Plan
-    from fxshare.record import Record, ShareModule
-    from fxshare.store import load, save
-    from fxshare.verifying import verify
+    from fxshare.proposing.propose import init, propose
+    from fxshare.result.module import ShareModule
+    from fxshare.result.record import Record
+    from fxshare.rewriting.lowering import lower, readable
+    from fxshare.store.save import save
+    from fxshare.verifying.verify import verify
 
 __version__ = "0.1.0"
 
@@ -35,21 +37,21 @@ _HOMES = {
     "FxShareError": "fxshare.errors:FxShareError",
     "FxShareWarning": "fxshare.errors:FxShareWarning",
     "Plan": "fxshare.plans:Plan",
-    "Record": "fxshare.record:Record",
+    "Record": "fxshare.result.record:Record",
     "ShareConfig": "fxshare.config:ShareConfig",
-    "ShareModule": "fxshare.record:ShareModule",
-    "backend": "fxshare.dynamo_backend:backend",
-    "compile": "fxshare.compiling:compile",
+    "ShareModule": "fxshare.result.module:ShareModule",
+    "backend": "fxshare.dynamo.backend:backend",
+    "compile": "fxshare.compiling.compile:compile",
     "export": "fxshare.exporting:export",
-    "init": "fxshare.knowing:init",
-    "load": "fxshare.store:load",
+    "init": "fxshare.proposing.propose:init",
+    "load": "fxshare.loading.load:load",
     "load_config": "fxshare.config:load_config",
-    "lower": "fxshare.lowering:lower",
-    "plan": "fxshare.compiling:make_plan_for",
-    "propose": "fxshare.knowing:propose",
-    "readable": "fxshare.lowering:readable",
-    "save": "fxshare.store:save",
-    "verify": "fxshare.verifying:verify",
+    "lower": "fxshare.rewriting.lowering:lower",
+    "plan": "fxshare.compiling.survey:make_plan_for",
+    "propose": "fxshare.proposing.propose:propose",
+    "readable": "fxshare.rewriting.lowering:readable",
+    "save": "fxshare.store.save:save",
+    "verify": "fxshare.verifying.verify:verify",
 }
 
 

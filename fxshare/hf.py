@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fxshare.errors import DataError, StoreError
-from fxshare.pretrained import HF_CONFIG, HF_GENERATION, MODEL_TYPE
+from fxshare.store.transformers import HF_GENERATION, MODEL_TYPE
 
 # Options that change where files come from, or that only the loading of dense weights knows.
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -134,13 +134,13 @@ class _Loader:
 
 
 def _folder(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
-    from fxshare.hub import snapshot
+    from fxshare.loading.hub import snapshot
 
     return Path(name) if Path(name).is_dir() else snapshot(os.fspath(name), **hub)
 
 
 def _load(auto: Any, folder: Path, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    from fxshare.store import load
+    from fxshare.loading.load import load
     from fxshare.store.manifest import read_manifest
 
     _check_class(auto, folder, read_manifest(folder).source.class_name)
@@ -209,5 +209,6 @@ def _dtype(dtype: Any) -> torch.dtype | None:
 
 
 FxShareConfig = _register()
+
 
 __all__ = ["HF_CONFIG", "MODEL_TYPE", "FxShareConfig"]

@@ -3,13 +3,11 @@
 Imports torch and the standard library only; knows no configuration, no files, no transformers.
 """
 
+from __future__ import annotations
+
 from passes.base import Pass
-from passes.clean_up import CleanUp
-from passes.drop_cats import DropCats
 from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
-from passes.fold_gathers import FoldGathers
-from passes.fuse_coefficients import FuseCoefficients
-from passes.graph import (
+from passes.graph.graph import (
     LinearCall,
     is_linear,
     linear_calls,
@@ -18,27 +16,31 @@ from passes.graph import (
     structure_copy,
     weight_and_bias,
 )
-from passes.group_coefficients import GroupCoefficients
-from passes.lay_out import LayOut
-from passes.look_up_rows import LookedUp, LookUpRows, other_reader
-from passes.lookups import Lookup, is_embedding, lookup_refusal, lookups
-from passes.materialise import Materialise
-from passes.merge_gathers import MergeGathers
-from passes.merge_slices import MergeSlices
-from passes.observe import ObserveInputs, observed
-from passes.observe_gradients import ObserveGradients, tapped
-from passes.observe_lookups import ObserveLookups, observed_lookups
-from passes.origins import Origin, forget_origins, original, origins
+from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
+from passes.graph.origins import Origin, forget_origins, original, origins
+from passes.graph.slices import Slice, slice_weight, slices
+from passes.observing.gradients import ObserveGradients, tapped
+from passes.observing.inputs import ObserveInputs, observed
+from passes.observing.lookups import ObserveLookups, observed_lookups
+from passes.packing.clean_up import CleanUp
+from passes.packing.drop_cats import DropCats
+from passes.packing.fold_gathers import FoldGathers
+from passes.packing.fuse_coefficients import FuseCoefficients
+from passes.packing.group_coefficients import GroupCoefficients
+from passes.packing.lay_out import LayOut
+from passes.packing.materialise import Materialise
+from passes.packing.merge_gathers import MergeGathers
+from passes.packing.merge_slices import MergeSlices
+from passes.packing.stack_bases import StackBases
+from passes.packing.write_out_pivots import WriteOutPivots
 from passes.pipeline import default_passes, lowering_passes
-from passes.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
-from passes.reuse_basis import ReuseBasis
 from passes.runner import Applied, equal_outputs, run
-from passes.share_basis import ShareBasis, SharedGroup
-from passes.slices import Slice, slice_weight, slices
-from passes.split_linear import Rows, SplitLinear, SplitSite
-from passes.stack_bases import StackBases
-from passes.unstack_experts import UnstackExperts, stacks
-from passes.write_out_pivots import WriteOutPivots
+from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
+from passes.sharing.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
+from passes.sharing.reuse_basis import ReuseBasis
+from passes.sharing.share_basis import ShareBasis, SharedGroup
+from passes.sharing.split_linear import Rows, SplitLinear, SplitSite
+from passes.sharing.unstack_experts import UnstackExperts, stacks
 
 __all__ = [
     "Applied",

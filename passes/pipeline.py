@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from typing import Literal
 
 from passes.base import Pass
-from passes.clean_up import CleanUp
-from passes.drop_cats import DropCats
-from passes.fold_gathers import FoldGathers
-from passes.fuse_coefficients import FuseCoefficients
-from passes.group_coefficients import GroupCoefficients
-from passes.lay_out import LayOut
-from passes.look_up_rows import LookedUp, LookUpRows
-from passes.materialise import Materialise
-from passes.merge_gathers import MergeGathers
-from passes.merge_slices import MergeSlices
-from passes.pivot_basis import PivotBasis, PivotedGroup
-from passes.reuse_basis import ReuseBasis
-from passes.share_basis import ShareBasis, SharedGroup
-from passes.split_linear import SplitLinear, SplitSite
-from passes.stack_bases import StackBases
-from passes.write_out_pivots import WriteOutPivots
+from passes.packing.clean_up import CleanUp
+from passes.packing.drop_cats import DropCats
+from passes.packing.fold_gathers import FoldGathers
+from passes.packing.fuse_coefficients import FuseCoefficients
+from passes.packing.group_coefficients import GroupCoefficients
+from passes.packing.lay_out import LayOut
+from passes.packing.materialise import Materialise
+from passes.packing.merge_gathers import MergeGathers
+from passes.packing.merge_slices import MergeSlices
+from passes.packing.stack_bases import StackBases
+from passes.packing.write_out_pivots import WriteOutPivots
+from passes.sharing.look_up_rows import LookedUp, LookUpRows
+from passes.sharing.pivot_basis import PivotBasis, PivotedGroup
+from passes.sharing.reuse_basis import ReuseBasis
+from passes.sharing.share_basis import ShareBasis, SharedGroup
+from passes.sharing.split_linear import SplitLinear, SplitSite
 
 Prefer = Literal["memory", "speed"]
 """What a lowered graph is to be: no larger than the readable one, or fast at any size."""

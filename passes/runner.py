@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.errors import EnsuresError, FxShareError, PassError
-from passes.graph import structure_copy
+from passes.graph.graph import structure_copy
 
 
 @dataclass(frozen=True)

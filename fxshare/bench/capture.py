@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxshare.bench.machine import environment
+from fxshare.base.machine import environment
 from fxshare.capture import capture
-from fxshare.compiling import assemble, rewrite
 from fxshare.config import load_config
 from fxshare.errors import ConfigError
-from fxshare.knowing import init
-from fxshare.matching import match
-from fxshare.planning import make_plan
-from fxshare.plans import Plan
+from fxshare.planning.rules import make_plan
+from fxshare.plans.plan import Plan
+from fxshare.proposing.propose import init
+from fxshare.rewriting.assemble import assemble
+from fxshare.rewriting.rewrite import rewrite
+from fxshare.sites.match import match
 from passes import SharedGroup
 
 SHARING = {"group_size": 2, "compression_rate": 0.5}
-
 FAMILIES: Mapping[str, tuple[str, Mapping[str, int]]] = MappingProxyType(
     {
         "llama": ("Llama", {}),

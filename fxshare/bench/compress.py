@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxshare.bench.machine import environment, interleaved, median_seconds
-from fxshare.calibrate import calibrate
+from fxshare.base.machine import environment, interleaved, median_seconds
+from fxshare.bench.demo import CONFIG
+from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.gram import pooled_gram
 from fxshare.capture import capture, quiet
 from fxshare.config import load_config
-from fxshare.demo.model import GPT, GPTConfig
-from fxshare.demo.run import CONFIG
-from fxshare.factorise import Factors, Whitening, factorise, whiten
-from fxshare.gram import pooled_gram
-from fxshare.matching import match
-from fxshare.planning import make_plan
-from fxshare.plans import Plan
+from fxshare.embedded.model import GPT, GPTConfig
+from fxshare.factors.factorise import Factors, Whitening, factorise, whiten
+from fxshare.planning.rules import make_plan
+from fxshare.plans.plan import Plan
+from fxshare.sites.match import match
 from passes import weight_and_bias
 
 RATE = 0.8

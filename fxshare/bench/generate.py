@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
-from fxshare.bench.machine import environment, interleaved, median_seconds
+from fxshare.base.machine import environment, interleaved, median_seconds
 from fxshare.errors import ConfigError, FxShareWarning
 from fxshare.generation.module_form import module_form
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fxshare.bench.machine import environment
+from fxshare.base.machine import environment
 from fxshare.errors import ConfigError
-from fxshare.planner.cost import Shape, numbers, ranks
-from fxshare.planner.curve import DENSE, Curve
-from fxshare.planner.problem import Node, Part, Problem
-from fxshare.planner.solve import solve
+from fxshare.planning.solver.curve import DENSE, Curve
+from fxshare.planning.solver.problem import Node, Part, Problem
+from fxshare.planning.solver.solve import solve
+from fxshare.plans.cost import Shape, numbers, ranks
 
 # weight type → input width, output width, the activation it reads
 LLAMA = {
@@ -95,7 +95,7 @@ def synthetic_problem(layers: int, *, seed: int = 0) -> Problem:
 
 
 def bench_planner(layers: Sequence[int] = (4, 8, 16, 32, 80), *, kept: float = 0.8) -> PlannerBench:
-    """Time :func:`fxshare.planner.solve.solve` (strategy ``auto``) at each number of layers."""
+    """Time :func:`fxshare.planning.solver.solve.solve` (strategy ``auto``) at each number of layers."""
     timings = []
     for count in layers:
         problem = synthetic_problem(count)

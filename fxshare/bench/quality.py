@@ -19,13 +19,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fxshare.bench.machine import environment
+from fxshare.base.machine import environment
+from fxshare.bench.perplexity import evaluate
 from fxshare.capture import quiet
-from fxshare.compiling import compile as compile_model
+from fxshare.compiling.compile import compile as compile_model
 from fxshare.errors import DataError, FxShareWarning
-from fxshare.evaluating import evaluate
-from fxshare.record import record_of
-from fxshare.store import save
+from fxshare.result.module import record_of
+from fxshare.store.save import save
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
@@ -158,9 +158,9 @@ def kept_in_file(model: nn.Module, gm: nn.Module) -> float:
 
 def embedded_case(*, calibration_bytes: int = 160_000, every: int = 4) -> Case:
     """The embedded model: calibrated on training modules, measured on modules held out from it."""
-    from fxshare.demo import load_embedded, load_tokenizer
-    from fxshare.demo.corpus import calibration, held_out, load_documents, pack, token_stream
-    from fxshare.demo.run import CONFIG
+    from fxshare.bench.demo import CONFIG
+    from fxshare.embedded import load_embedded, load_tokenizer
+    from fxshare.embedded.corpus import calibration, held_out, load_documents, pack, token_stream
 
     tokenizer, documents = load_tokenizer(), load_documents()
     text = calibration(documents, n_bytes=calibration_bytes)
@@ -175,7 +175,7 @@ def embedded_case(*, calibration_bytes: int = 160_000, every: int = 4) -> Case:
 
 def folder_case(name: str, tokens: Path, weight_types: Mapping[str, Any]) -> Case:
     """A model by name with a token file that has ``calibration`` and ``heldout`` ``(N, T)``."""
-    from fxshare.models import load_model
+    from fxshare.loading.names import load_model
 
     with safe_open(tokens, framework="pt") as opened:
         missing = sorted({"calibration", "heldout"} - set(opened.keys()))

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.graph import structure_copy
+from passes.graph.graph import structure_copy
 
 _ATTENTION, _EXPERTS = "_attn_implementation", "_experts_implementation"
 _TRACEABLE = {_ATTENTION: ("eager", "sdpa"), _EXPERTS: ("batched_mm",)}

@@ -15,7 +15,6 @@ from fxshare.errors import CalibrationError
 
 Call = Mapping[str, Any]
 """One call of a model: values by parameter name, in the order of ``forward``'s signature."""
-
 MASK = "attention_mask"
 LABELS = frozenset({"labels", "label", "targets", "target"})
 _KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -14,7 +14,7 @@ from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
 
 if TYPE_CHECKING:
-    from fxshare.models import LoadedModel
+    from fxshare.loading.names import LoadedModel
 
 
 @spread
@@ -56,7 +56,8 @@ def compile_model(
           --calibration wiki.txt --tokens 65536 -o out/
     """
     del as_json, debug
-    from fxshare.models import example_ids, load_model
+    from fxshare.loading.names import load_model
+    from fxshare.models.traits import example_ids
 
     cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
@@ -86,7 +87,7 @@ def compile_model(
 
 def _check_free(output: Path | None, force: bool) -> None:
     """Refuse before hours of work what saving would refuse after them."""
-    from fxshare.models import is_saved
+    from fxshare.loading.names import is_saved
 
     if output is None or not output.exists():
         return
@@ -104,7 +105,7 @@ def _check_free(output: Path | None, force: bool) -> None:
 
 
 def _save(gm: Any, loaded: LoadedModel, output: Path, force: bool) -> None:
-    from fxshare.store import save
+    from fxshare.store.save import save
 
     # the files as they are; the demo's tokenizer comes with this package
     tokenizer = loaded.folder if loaded.tokenizer is not None else None

@@ -31,7 +31,8 @@ def demo(
     Example:
       fxshare demo --quick
     """
-    from fxshare.demo import run
+
+    from fxshare.bench import demo as run
 
     del as_json, debug
     found = run.demo(quick=quick, out=output, say=note, seed=seed)

@@ -24,8 +24,8 @@ from fxshare.cli.output import Result, table
 if TYPE_CHECKING:
     from torch import nn
 
-    from fxshare.evaluating import Evaluation
-    from fxshare.models import LoadedModel
+    from fxshare.bench.perplexity import Evaluation
+    from fxshare.loading.names import LoadedModel
 
 
 def evaluate_model(
@@ -65,9 +65,9 @@ def evaluate_model(
       fxshare eval out/ --against path/to/gpt2 --data wiki.test.txt --protocol B
     """
     del as_json, debug
-    from fxshare.evaluating import PROTOCOLS, evaluate
-    from fxshare.models import vocabulary_of
-    from fxshare.text import read_stream
+    from fxshare.bench.perplexity import PROTOCOLS, evaluate
+    from fxshare.data.stream import read_stream
+    from fxshare.models.traits import vocabulary_of
 
     if protocol is Protocol.B and tokens is not None:
         raise fxshare.errors.ConfigError(
@@ -104,7 +104,7 @@ def evaluate_model(
 
 
 def _load(model: str, against: str | None, original: str | None) -> list[LoadedModel]:
-    from fxshare.models import is_saved, load_model
+    from fxshare.loading.names import is_saved, load_model
 
     structure = None if original is None else load_model(original).model
     if against is None:

@@ -62,7 +62,7 @@ def export_model(
     """
     del as_json, debug
     from fxshare.exporting import export
-    from fxshare.models import is_saved, load_model
+    from fxshare.loading.names import is_saved, load_model
 
     if not is_saved(folder):
         raise fxshare.errors.ConfigError(

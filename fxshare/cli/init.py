@@ -13,7 +13,7 @@ from fxshare.cli.options import AsJson, Debug, Model, Seed
 from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
-    from fxshare.knowing import Proposal
+    from fxshare.proposing.proposal import Proposal
 
 
 def init_config(
@@ -48,8 +48,8 @@ def init_config(
       fxshare init mypackage.models:make --no-capture
     """
     del debug, as_json
-    from fxshare.models import load_model
-    from fxshare.writing import write_text
+    from fxshare.base.files import write_text
+    from fxshare.loading.names import load_model
 
     if force and output is None:
         raise fxshare.errors.ConfigError("--force: has no effect without -o FILE")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fxshare.config import ShareConfig
-    from fxshare.record import Record
+    from fxshare.result.record import Record
 
 
 def inspect_model(
@@ -59,7 +59,7 @@ def inspect_model(
     """
     del as_json, debug
     from fxshare.cli.why import explain
-    from fxshare.models import load_model
+    from fxshare.loading.names import load_model
 
     if model.endswith(".json"):
         if config or set_ or original or slices or graph:
@@ -118,7 +118,7 @@ def _graph(name: str, model: nn.Module, record: Record | None) -> str:
     from torch import fx
 
     from fxshare.capture import capture
-    from fxshare.models import example_ids
+    from fxshare.models.traits import example_ids
 
     if record is None:
         captured = capture(model, example_ids(model))
@@ -142,7 +142,7 @@ def _code(gm: Any) -> str:
 
 
 def _saved(name: str, model: nn.Module, record: Record, slices: bool) -> Result:
-    from fxshare.record import slices_of
+    from fxshare.result.products import slices_of
 
     places = slices_of(model)
     ranks = {s: g.rank for g in record.plan.groups for s in g.slices}
@@ -211,8 +211,8 @@ def _slice_table(sites: list[dict[str, Any]]) -> str:
 
 
 def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
-    from fxshare.matching import match
-    from passes.graph import is_linear, weight_and_bias
+    from fxshare.sites.match import match
+    from passes.graph.graph import is_linear, weight_and_bias
 
     matching = None if cfg is None else match(model, cfg)
     types = {} if matching is None else {c: s.type for s in matching.sites for c in s.calls}

@@ -33,9 +33,9 @@ from fxshare.cli.output import note, say
 
 if TYPE_CHECKING:
     from fxshare.config import ShareConfig
-    from fxshare.knowing import Proposal
-    from fxshare.models import LoadedModel
-    from fxshare.sampling import Batch
+    from fxshare.data.batches import Batch
+    from fxshare.loading.names import LoadedModel
+    from fxshare.proposing.proposal import Proposal
 
 R = TypeVar("R")
 
@@ -130,7 +130,7 @@ class Wanted:
 
 def refuse_compiled(name: str) -> None:
     """A ``ConfigError`` for a folder that fxshare saved, in which there is nothing to propose."""
-    from fxshare.models import is_saved
+    from fxshare.loading.names import is_saved
 
     if is_saved(name):
         raise fxshare.errors.ConfigError(
@@ -141,8 +141,8 @@ def refuse_compiled(name: str) -> None:
 
 def propose_for(loaded: LoadedModel, name: str, *, capture: bool = True, seed: int = 0) -> Proposal:
     """What ``fxshare init`` finds in a model."""
-    from fxshare.knowing import propose
-    from fxshare.knowing.examples import made_up_call
+    from fxshare.models.examples import made_up_call
+    from fxshare.proposing.propose import propose
 
     note(f"looking at {name} ({type(loaded.model).__name__})")
     example = made_up_call(loaded.model, seed=seed) if capture else None
@@ -164,8 +164,8 @@ class Data:
 
     def batches(self, loaded: LoadedModel) -> list[Batch] | None:
         """The batches; None without ``--calibration``."""
-        from fxshare.models import vocabulary_of
-        from fxshare.sampling import Sampling, sample_batches
+        from fxshare.data.batches import Sampling, sample_batches
+        from fxshare.models.traits import vocabulary_of
 
         if self.calibration is None:
             self._check_unused()

@@ -12,7 +12,7 @@ import fxshare
 
 if TYPE_CHECKING:
     from fxshare.config import ShareConfig
-    from fxshare.models import LoadedModel
+    from fxshare.loading.names import LoadedModel
 
 Model = Annotated[
     str,
@@ -117,7 +117,6 @@ Length = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="B", help="Windows per batch.")]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of every random choice.")]
-
 Original = Annotated[
     str | None,
     typer.Option(
@@ -125,7 +124,6 @@ Original = Annotated[
         help="The model that a saved folder was made from, where the folder cannot tell its class.",
     ),
 ]
-
 LONGEST_DEFAULT = 2048
 """Window length of the published perplexities; the default where the model takes that much."""
 
@@ -160,7 +158,7 @@ def config_of(configs: list[Path], sets: list[str] | None) -> ShareConfig:
 
 def window_length(loaded: LoadedModel, length: int | None) -> int:
     """The window length that was asked for, or the model's own up to 2048."""
-    from fxshare.models import context_of
+    from fxshare.models.traits import context_of
 
     context = context_of(loaded.model)
     if length is None and context is None:
@@ -177,3 +175,10 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
             "smaller length"
         )
     return length
+
+
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, help="Processor threads; 0 leaves torch's choice.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]

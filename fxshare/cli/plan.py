@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fxshare.compiling import Survey
+    from fxshare.compiling.survey import Survey
     from fxshare.config import ShareConfig
-    from fxshare.planned import Alternative
-    from fxshare.plans import Plan
+    from fxshare.planning.sweep import Alternative
+    from fxshare.plans.plan import Plan
 
 _SHARES = tuple(round(0.3 + 0.7 * at / 16, 6) for at in range(17))
 """The budgets of a sweep, as shares of the dense cost."""
@@ -62,10 +62,11 @@ def plan_model(
       fxshare plan embedded --keep 0.8 --calibration stdlib --draw plan.svg
     """
     del as_json, debug
+    from fxshare.base.files import write_text
     from fxshare.capture import dtype_of
-    from fxshare.compiling import survey
-    from fxshare.models import example_ids, load_model
-    from fxshare.writing import write_text
+    from fxshare.compiling.survey import survey
+    from fxshare.loading.names import load_model
+    from fxshare.models.traits import example_ids
 
     cfg = wanted.from_files()
     picture = None if sweep in (None, "-") else Path(str(sweep))
@@ -95,7 +96,7 @@ def plan_model(
         draw_named(plan, draw, model)
         written.append(draw)
     if picture is not None and found.sweep is not None:
-        from fxshare.drawing import draw_sweep
+        from fxshare.views.sweep import draw_sweep
 
         draw_sweep(found.sweep, picture, outlook=plan.outlook)
         written.append(picture)
@@ -111,7 +112,7 @@ def plan_model(
 
 def _check_first(draw: Path | None, sweep: str | None, picture: Path | None, data: Data) -> None:
     """Refuse before hours of planning what drawing would refuse after them."""
-    from fxshare.drawing import check_drawable
+    from fxshare.views.figure import check_drawable
 
     for path in (draw, picture):
         if path is not None:
@@ -135,7 +136,7 @@ def _times(plan: Plan, model: nn.Module) -> str:
     from fxshare.cost_model import forecasts
     from fxshare.cost_model.device import how_to_measure_for, rates_of_model
     from fxshare.cost_model.whole import dense_steps, prompt_length
-    from fxshare.plan_table import slower_than_dense, time_table
+    from fxshare.views.table import slower_than_dense, time_table
 
     rates = rates_of_model(model)
     if rates is None:
@@ -154,7 +155,7 @@ def _times(plan: Plan, model: nn.Module) -> str:
 
 def draw_named(plan: Plan, path: Path, name: str) -> None:
     """Draw a plan under the name of its model or file."""
-    from fxshare.drawing import draw_plan
+    from fxshare.views.picture import draw_plan
 
     draw_plan(plan, path, title=f"{name}, {plan.mode} mode")
 
@@ -166,7 +167,7 @@ def _data(found: Survey) -> Any:
 
 
 def _sweep_text(found: Survey) -> str:
-    from fxshare.plan_table import sweep_table
+    from fxshare.views.table import sweep_table
 
     assert found.sweep is not None
     header, rows = sweep_table(found.sweep)
@@ -178,7 +179,7 @@ def _sweep_text(found: Survey) -> str:
 
 def read_plan(path: Path) -> Plan:
     """A plan from a file; a ``PlanError`` names the file and what is wrong with it."""
-    from fxshare.plans import Plan
+    from fxshare.plans.plan import Plan
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
@@ -201,7 +202,7 @@ def plan_text(
     times: str | None = None,
 ) -> str:
     """The plan as tables: groups, what stays dense and why, totals, ``times``, the search."""
-    from fxshare.plan_table import (
+    from fxshare.views.table import (
         dense_lines,
         groups_table,
         head_lines,

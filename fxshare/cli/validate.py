@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fxshare.config import ShareConfig
-    from fxshare.matching import Matching
+    from fxshare.sites.match import Matching
 
 
 def validate(
@@ -53,9 +53,9 @@ def validate(
 
 
 def _against(name: str, cfg: ShareConfig, head: str, data: dict[str, Any]) -> Result:
-    from fxshare.matching import match
-    from fxshare.models import load_model
-    from fxshare.planning import exact_plan, make_plan
+    from fxshare.loading.names import load_model
+    from fxshare.planning.rules import exact_plan, make_plan
+    from fxshare.sites.match import match
 
     model = load_model(name).model
     matching = match(model, cfg)
@@ -113,7 +113,7 @@ def _type(name: str, cfg: ShareConfig, matching: Matching) -> dict[str, Any]:
 
 
 def _unmatched(model: nn.Module, matching: Matching) -> list[str]:
-    from passes.graph import is_linear
+    from passes.graph.graph import is_linear
 
     known = {call for site in matching.sites for call in site.readers}
     known |= {s.name for s in matching.skipped}

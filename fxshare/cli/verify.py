@@ -12,7 +12,7 @@ from fxshare.cli.output import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxshare.models import LoadedModel
+    from fxshare.loading.names import LoadedModel
 
 _FAILED = 3
 _WINDOWS = 2
@@ -45,9 +45,10 @@ def verify_model(
       fxshare verify path/to/gpt2 out/
     """
     del as_json, debug
-    from fxshare.models import example_ids, load_model
-    from fxshare.record import record_of
-    from fxshare.verifying import verify
+    from fxshare.loading.names import load_model
+    from fxshare.models.traits import example_ids
+    from fxshare.result.module import record_of
+    from fxshare.verifying.verify import verify
 
     original = load_model(model)
     compiled = load_model(out, original=original.model)
@@ -63,8 +64,8 @@ def verify_model(
 
 
 def _windows(loaded: LoadedModel, spec: str, length: int | None, seed: int) -> Tensor:
-    from fxshare.models import vocabulary_of
-    from fxshare.text import load_tokens
+    from fxshare.data.stream import load_tokens
+    from fxshare.models.traits import vocabulary_of
 
     return load_tokens(
         spec,

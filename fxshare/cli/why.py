@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fxshare.config import ShareConfig
-    from fxshare.plans import Group, Plan, Site, Skipped, SliceSpec
-    from fxshare.record import Record
+    from fxshare.plans.plan import Group, Plan
+    from fxshare.result.record import Record
+    from fxshare.sites.site import Site, Skipped, SliceSpec
 
 _LISTED = 6
 
@@ -78,8 +79,8 @@ def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | No
 
 
 def _plan(model: nn.Module, cfg: ShareConfig | None, record: Record | None) -> Plan | None:
-    from fxshare.matching import match
-    from fxshare.planning import exact_plan, make_plan
+    from fxshare.planning.rules import exact_plan, make_plan
+    from fxshare.sites.match import match
 
     if record is not None:
         return record.plan
@@ -121,7 +122,7 @@ def _slice_place(site: Site, s: SliceSpec) -> str:
 def _basis(
     plan: Plan, site: Site, s: SliceSpec, cfg: ShareConfig | None, record: Record | None
 ) -> list[str]:
-    from fxshare.plan_table import why_dense
+    from fxshare.views.table import why_dense
 
     group = next((group for group in plan.groups if s.name in group.slices), None)
     if group is None:
@@ -146,7 +147,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _numbers(group: Group, record: Record | None) -> list[str]:
     """Sizes and losses of a group."""
-    from fxshare.planning import break_even_rank
+    from fxshare.planning.rules import break_even_rank
 
     kept = group.stored_numbers / group.dense_numbers
     lines = [
@@ -172,7 +173,7 @@ def _skipped(skipped: Skipped, cfg: ShareConfig | None) -> list[str]:
 
 
 def _untouched(name: str, module: nn.Module, cfg: ShareConfig | None) -> list[str]:
-    from passes.graph import is_linear
+    from passes.graph.graph import is_linear
 
     kind = type(module).__name__
     if not is_linear(module):

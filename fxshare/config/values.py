@@ -16,7 +16,6 @@ from fxshare.config.wording import SHORT, nearest, one_line, shown
 
 CONFIG_VERSION = 1
 """The newest ``version`` of a configuration that this fxshare reads."""
-
 _TYPE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _PASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
@@ -184,6 +183,5 @@ def as_list(value: object) -> object:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A whole number above 0."""
-
 Share = Annotated[float | None, BeforeValidator(as_kept)]
 """A fraction kept, above 0; None where it is not given."""

@@ -9,8 +9,6 @@ from typing import TypeAlias
 
 Loc: TypeAlias = tuple[str | int, ...]
 """The steps from the top of a configuration to one key."""
-
-
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxtuple = 2, 4, 4, 4
 SHORT.maxstring = SHORT.maxother = 80

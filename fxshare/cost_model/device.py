@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxshare.bench.machine import environment
+from fxshare.base.machine import environment
 from fxshare.capture import device_of, dtype_of
 from fxshare.cost_model.rates import Rates, how_to_measure, read_rates
 

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fxshare.cost_model.rates import Floats, Rates
 from fxshare.cost_model.work import Matmul, Operation, Step, Traffic, seconds
-from fxshare.planner.cost import Shape, Storage
-from fxshare.plans import Group, Plan, Site
+from fxshare.plans.cost import Shape, Storage
+from fxshare.plans.plan import Group, Plan
+from fxshare.sites.site import Site
 
 PREFILL, DECODE = 512, 1
 """Tokens of the two steps: a prompt, and the next token."""

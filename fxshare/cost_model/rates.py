@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fxshare.base.files import write_text
 from fxshare.errors import FxShareWarning
-from fxshare.writing import write_text
 
 VERSION = 1
 Floats = NDArray[np.float64]

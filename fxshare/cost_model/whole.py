@@ -10,7 +10,7 @@ from fxshare.capture.call import completed
 from fxshare.cost_model.forecast import DECODE, PREFILL
 from fxshare.cost_model.recorder import record_step
 from fxshare.cost_model.work import Step
-from fxshare.models import context_of, example_ids
+from fxshare.models.traits import context_of, example_ids
 
 
 def prompt_length(model: nn.Module) -> int:

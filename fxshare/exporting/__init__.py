@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxshare.errors import CheckFailed, ExportError, FxShareError
-from fxshare.numerics import Distance, worst
+from fxshare.base.numerics import Distance, worst
+from fxshare.errors import CheckFailed, ExportError
+from passes.errors import FxShareError
 
 if TYPE_CHECKING:
     from fxshare.capture.call import Call
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 Target = Literal["pt2", "aoti", "onnx", "dense", "py"]
 TARGETS: tuple[str, ...] = get_args(Target)
-
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 
 
@@ -125,13 +125,14 @@ def export(
     FxShareError
         ``gm`` was not made by fxshare.
     """
-    from fxshare.exporting import dense, place, py
+    from fxshare.exporting import place
     from fxshare.exporting.subject import subject_of
+    from fxshare.exporting.targets import dense, python
 
     place_of = Path(path)
     _check_options(to, place_of, opset, original)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
-    ours = {"py": py.ours, "dense": None if place_of.suffix == dense.SUFFIX else dense.ours}
+    ours = {"py": python.ours, "dense": None if place_of.suffix == dense.SUFFIX else dense.ours}
     with place.new_place(place_of, force=force, ours=ours.get(to)) as temporary:
         subject = subject_of(gm, example, dynamic=dynamic, seed=seed)
         written = _write(subject, temporary, to, opset, original)
@@ -166,7 +167,7 @@ def _check_options(to: str, path: Path, opset: int | None, original: ModelSource
         if value is not None and to != target:
             raise ExportError(f"{option}: only to={target!r} has it, found to={to!r}; leave it out")
     if to == "onnx":
-        from fxshare.exporting.onnx import check_opset
+        from fxshare.exporting.targets.onnx import check_opset
 
         check_opset(opset)
 
@@ -174,7 +175,7 @@ def _check_options(to: str, path: Path, opset: int | None, original: ModelSource
 def _write(
     subject: Subject, path: Path, to: str, opset: int | None, original: ModelSource | None
 ) -> Written:
-    from fxshare.exporting import aoti, dense, onnx, pt2, py
+    from fxshare.exporting.targets import aoti, dense, onnx, pt2, python
 
     if any(t.device.type == "meta" for t in subject.model.parameters()):
         raise ExportError(f"{subject.name} is on the meta device: it has no values to export")
@@ -182,7 +183,7 @@ def _write(
         return dense.write(subject, path, original)
     if to == "onnx":
         return onnx.write(subject, path, opset)
-    write = {"pt2": pt2.write, "aoti": aoti.write, "py": py.write}[to]
+    write = {"pt2": pt2.write, "aoti": aoti.write, "py": python.write}[to]
     return write(subject, path)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxshare.capture import quiet
-from fxshare.capture.tracer import failing_line
-from fxshare.errors import ExportError, FxShareError
+from fxshare.capture.tracing.tracer import failing_line
+from fxshare.errors import ExportError
 from fxshare.exporting.outputs import plain
 from fxshare.exporting.subject import Subject
+from passes.errors import FxShareError
 
 # what lowering to a runtime reads; the rest says where on this machine a node came from
 _LIVE_META = ("val", "tensor_meta")

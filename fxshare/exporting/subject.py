@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxshare.base.numerics import float_leaves, tolerance, worst
 from fxshare.capture import device_of, quiet
 from fxshare.capture.call import (
     MASK,
@@ -24,12 +25,14 @@ from fxshare.capture.call import (
     vary,
     without_labels,
 )
-from fxshare.errors import ExportError, FxShareError
+from fxshare.errors import ExportError
 from fxshare.exporting.outputs import left_out, plain
-from fxshare.numerics import float_leaves, tolerance, worst
-from fxshare.record import Record, record_of, slices_of
-from fxshare.verifying import evaluated
-from passes.graph import is_linear, structure_copy
+from fxshare.result.module import record_of
+from fxshare.result.products import slices_of
+from fxshare.result.record import Record
+from fxshare.verifying.evaluated import evaluated
+from passes.errors import FxShareError
+from passes.graph.graph import is_linear, structure_copy
 
 _LITERALS = (bool, int, float, str, type(None), torch.dtype)
 
@@ -163,7 +166,7 @@ def _example(gm: nn.Module, record: Record, example: object, seed: int) -> Call:
         call = record.random_call(0, seed=seed, device=device_of(gm))
         mask = call.get(MASK)  # a random one may leave a row nothing to attend to
         return {**call, MASK: torch.ones_like(mask)} if isinstance(mask, Tensor) else call
-    from fxshare.models import example_ids
+    from fxshare.models.traits import example_ids
 
     ids = example_ids(gm, seed=seed)
     if ids is None:

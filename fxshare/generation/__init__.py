@@ -10,7 +10,3 @@ loop is that of the model's own transformers class (:mod:`fxshare.generation.she
 Where a call cannot be captured, the model's own code runs it, with the weights of the graph
 (:mod:`fxshare.generation.module_form`), and the record says so.
 """
-
-from fxshare.generation.structure import Structure, keep_structure, structure_of
-
-__all__ = ["Structure", "keep_structure", "structure_of"]

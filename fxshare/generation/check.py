@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxshare.base.numerics import tolerance, worst
 from fxshare.capture import (
     device_of,
     dtype_of,
@@ -17,12 +18,12 @@ from fxshare.capture import (
     quiet,
 )
 from fxshare.capture.call import LABELS, MASK
-from fxshare.errors import CaptureError, FxShareError, GuardError
+from fxshare.errors import CaptureError, GuardError
 from fxshare.generation.program import Program
 from fxshare.generation.step import Values, arguments_of
-from fxshare.numerics import tolerance, worst
-from fxshare.record import record_of
-from fxshare.verifying import evaluated
+from fxshare.result.module import record_of
+from fxshare.verifying.evaluated import evaluated
+from passes.errors import FxShareError
 
 # (tokens of each row, new tokens of each step): an empty cache, one with something in it, one
 # token alone; rows of different length, and one row alone. Each case has padding, because code that

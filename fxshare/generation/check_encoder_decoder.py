@@ -15,8 +15,9 @@ from fxshare.generation.check import compare, let_go, run_unguarded
 from fxshare.generation.encoder_decoder import mark_filled, source_like
 from fxshare.generation.program import Program
 from fxshare.generation.step import DECODER_MASK, ENCODED, decoder_arguments
-from fxshare.record import InputSpec, record_of
-from fxshare.verifying import evaluated
+from fxshare.result.inputs import InputSpec
+from fxshare.result.module import record_of
+from fxshare.verifying.evaluated import evaluated
 
 _ENCODED = "encoder_last_hidden_state"
 

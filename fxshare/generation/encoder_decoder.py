@@ -15,9 +15,9 @@ from fxshare.capture import device_of, dtype_of
 from fxshare.capture.call import MASK
 from fxshare.errors import CaptureError
 from fxshare.generation.step import ENCODED, Kind, Values, decoder_arguments, nested
-from fxshare.generation.structure import structure_of
-from fxshare.plans import Plan
-from fxshare.record import record_of
+from fxshare.models.structure import structure_of
+from fxshare.plans.plan import Plan
+from fxshare.result.module import record_of
 from passes import linear_calls, lookups
 
 Run = Callable[[nn.Module, dict[str, Any]], Any]

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.capture import device_of, dtype_of
-from fxshare.capture.modules_front_end import linears_side_by_side, put_back
-from fxshare.compiling import rewrite
-from fxshare.errors import FxShareError
-from fxshare.factors import empty_factors
+from fxshare.capture.modules import linears_side_by_side, put_back
+from fxshare.factors.empty import empty_factors
 from fxshare.generation.factored_embedding import factored
-from fxshare.generation.structure import structure_of, tensors_by_name
-from fxshare.lowering import readable
-from fxshare.plans import Plan
-from fxshare.record import record_of, slices_of
+from fxshare.models.structure import structure_of, tensors_by_name
+from fxshare.plans.plan import Plan
+from fxshare.result.module import record_of
+from fxshare.result.products import slices_of
+from fxshare.rewriting.lowering import readable
+from fxshare.rewriting.rewrite import rewrite
 from passes import derive_gathers, derived_buffers, is_embedding, is_linear, weight_and_bias
-from passes.slices import Slice, rows_of
+from passes.errors import FxShareError
+from passes.graph.slices import Slice, rows_of
 
 
 def module_form(gm: nn.Module) -> nn.Module:

@@ -13,18 +13,19 @@ from torch import Tensor, fx, nn
 
 from fxshare.capture import Captured, device_of, dtype_of
 from fxshare.capture.adapted import adapt
-from fxshare.capture.fx_front_end import hold_guards, trace_once
-from fxshare.capture.values import fake_mode
-from fxshare.compiling import rewrite
+from fxshare.capture.tracing.trace import hold_guards, trace_once
+from fxshare.capture.tracing.values import fake_mode
 from fxshare.errors import CaptureError
-from fxshare.factors import empty_factors
+from fxshare.factors.empty import empty_factors
 from fxshare.generation.encoder_decoder import part_of_plan, source_like, warm_step
 from fxshare.generation.step import CACHE, Kind, Values, arguments_of, nested
-from fxshare.generation.structure import Structure, structure_of, tensors_by_name
-from fxshare.lowering import replay
-from fxshare.record import Record, ShareModule, record_of
-from fxshare.visible import unstacked
-from passes.graph import structure_copy
+from fxshare.models.structure import Structure, structure_of, tensors_by_name
+from fxshare.result.module import ShareModule, record_of
+from fxshare.result.record import Record
+from fxshare.rewriting.lowering import replay
+from fxshare.rewriting.rewrite import rewrite
+from fxshare.sites.visible import unstacked
+from passes.graph.graph import structure_copy
 
 # of the traced step: a batch, new tokens, and more tokens in the cache than any window is wide
 _BATCH, _NEW, _OLD = 2, 3, 5

@@ -13,15 +13,16 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture import device_of, dtype_of
-from fxshare.errors import CaptureError, FxShareError, FxShareWarning
+from fxshare.errors import CaptureError, FxShareWarning
 from fxshare.generation.check import check_program
 from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
 from fxshare.generation.encoder_decoder import mark_filled, put_encoder
 from fxshare.generation.module_form import module_form
 from fxshare.generation.program import Program, capture_program
 from fxshare.generation.step import CACHE, Kind, flat, kind_of, with_mask
-from fxshare.generation.structure import Structure, structure_of
-from fxshare.record import record_of
+from fxshare.models.structure import Structure, structure_of
+from fxshare.result.module import record_of
+from passes.errors import FxShareError
 
 _MADE = "steps"
 _KEPT = "logits_to_keep"

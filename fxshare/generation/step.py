@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Values: TypeAlias = "dict[str, Any]"
 """Arguments of one call by name; an argument that is a dictionary is one for each of its entries,
 ``attention_mask__full_attention``."""
-
 CACHE = "past_key_values"
 ENCODED = "encoder_outputs__last_hidden_state"
 DECODER_MASK = "decoder_attention_mask"

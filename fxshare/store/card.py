@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fxshare.record import Record
-from fxshare.source import USER
+from fxshare.models.source import USER
+from fxshare.result.record import Record
 
 _CARD = """\
 ---
@@ -37,7 +37,6 @@ The licence of the original model applies to this one: the weights are derived f
 ## Report
 
 {table}"""
-
 _WHAT = {
     "exact": "every matched linear is split into slices over its original weights",
     "sharing": "linears of several layers share one basis (Basis Sharing, arXiv 2410.03765)",

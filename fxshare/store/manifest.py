@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fxshare.capture import FrontEnd
 from fxshare.errors import StoreError
-from fxshare.record import Step
+from fxshare.result.record import Step
 from fxshare.store.probe import Probe
 
 FORMAT = "fxshare"
@@ -28,7 +28,6 @@ CARD = "README.md"
 # people edit these, and nothing is read from them
 _FOR_PEOPLE = (REPORT_TABLE, CARD)
 _DIGEST = "sha256"
-
 DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -92,7 +91,7 @@ class TensorEntry(_Frozen):
 
 
 class SavedSource(_Frozen):
-    """:class:`fxshare.source.Source`."""
+    """:class:`fxshare.models.source.Source`."""
 
     kind: str
     class_name: str
@@ -112,7 +111,7 @@ class Manifest(_Frozen):
     relaxed: tuple[int, ...]
     extra_passes: tuple[str, ...]
     lowering: tuple[Step, ...] = ()
-    """How the graph was lowered; see :class:`fxshare.record.Record`."""
+    """How the graph was lowered; see :class:`fxshare.Record`."""
     training: bool
     training_differs: tuple[str, ...]
     """Modules in the other mode."""
@@ -120,7 +119,7 @@ class Manifest(_Frozen):
     site_dtypes: dict[str, str]
     """Of sites in another dtype than that."""
     inputs: tuple[dict[str, Any], ...]
-    """The example calls; see :func:`fxshare.store.rebuild.encode_inputs`."""
+    """The example calls; see :func:`fxshare.store.calls.encode_inputs`."""
     slice_errors: dict[str, float]
     bias_shifts: dict[str, float] = Field(default_factory=dict)
     tensors: dict[str, TensorEntry]

@@ -8,12 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fxshare.base.numerics import float_leaves
 from fxshare.capture import device_of, dtype_of, quiet
 from fxshare.capture.call import holds_tensor
 from fxshare.errors import CheckFailed
-from fxshare.numerics import float_leaves
-from fxshare.record import Record
-from fxshare.verifying import evaluated
+from fxshare.result.record import Record
+from fxshare.verifying.evaluated import evaluated
 
 _VALUES = 32
 _HALF = (torch.float16, torch.bfloat16)

@@ -1,7 +1,7 @@
 """The structure of the original model, from what the folder says or the caller gives.
 
 Strings of a folder are looked up in two places only: among the model classes that the
-``transformers`` package itself exports, and as the one class of :mod:`fxshare.demo.model`.
+``transformers`` package itself exports, and as the embedded model's class.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.errors import StoreError
-from fxshare.source import EMBEDDED, TRANSFORMERS
+from fxshare.models.source import EMBEDDED, EMBEDDED_CLASS, TRANSFORMERS
 from fxshare.store.manifest import SavedSource
 from fxshare.store.tensors import tensors_of
 
 ModelSource: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
-
 # others are fetched from the network when they are not installed
 _BUILT_IN = frozenset({None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"})
-_GPT = "fxshare.demo.model:GPT"
 
 
 def skeleton(source: SavedSource, model: ModelSource | None) -> nn.Module:
@@ -74,16 +72,18 @@ def _imported(name: str) -> Callable[[], nn.Module]:
 
 
 def _embedded_model(source: SavedSource, config: dict[str, Any]) -> nn.Module:
-    from fxshare.demo.model import GPT, GPTConfig
+    from fxshare.embedded.model import GPT, GPTConfig
 
-    if source.class_name != _GPT:
-        raise StoreError(f"expected the embedded class {_GPT}, found {source.class_name!r}")
+    if source.class_name != EMBEDDED_CLASS:
+        raise StoreError(
+            f"expected the embedded class {EMBEDDED_CLASS}, found {source.class_name!r}"
+        )
     try:
         with torch.device("meta"):
             return GPT(GPTConfig(**config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StoreError(
-            f"{_GPT} cannot be built from the folder's configuration: {error}"
+            f"{EMBEDDED_CLASS} cannot be built from the folder's configuration: {error}"
         ) from error
 
 

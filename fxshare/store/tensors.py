@@ -18,7 +18,6 @@ from fxshare.store.manifest import DTYPES, TensorEntry, dtype_name
 from passes import derive_gathers, derived_buffers
 
 Kind = Literal["parameter", "buffer", "attribute"]
-
 INDEX = "model.safetensors.index.json"
 _TENSOR_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

@@ -19,7 +19,6 @@ class SavesItself(Protocol):
 
 
 TokenizerSource: TypeAlias = "str | os.PathLike[str] | SavesItself"
-
 _CONFIG = "tokenizer_config.json"
 _FILES = (
     _CONFIG,

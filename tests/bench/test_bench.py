@@ -1,4 +1,4 @@
-"""The benchmarks run at small sizes and say what they measured."""
+"""The benchmarks demo at small sizes and say what they measured."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import fxshare
+from fxshare.bench import demo
 from fxshare.bench.compress import bench_compress, lines
+from fxshare.bench.demo import CONFIG
 from fxshare.bench.planner import bench_planner, draw
 from fxshare.bench.planner import table as planner_table
 from fxshare.bench.quality import Case, bench_quality, kept_in_file
 from fxshare.bench.quality import table as quality_table
-from fxshare.demo import run
-from fxshare.demo.model import GPT, GPTConfig
-from fxshare.demo.run import CONFIG
+from fxshare.embedded.model import GPT, GPTConfig
 
 
 def small_gpt() -> GPT:
@@ -66,9 +66,9 @@ def test_the_demo_shows_dense_exact_sharing_and_planned(
 ) -> None:
     # one size, and attention only: the wide matrices take most of the time
     types = {k: v for k, v in CONFIG["weight_types"].items() if k.startswith("attn")}
-    monkeypatch.setattr(run, "SIZES", (0.5,))
-    monkeypatch.setattr(run, "CONFIG", {**CONFIG, "weight_types": types})
-    found = run.demo(quick=True, out=tmp_path)
+    monkeypatch.setattr(demo, "SIZES", (0.5,))
+    monkeypatch.setattr(demo, "CONFIG", {**CONFIG, "weight_types": types})
+    found = demo.demo(quick=True, out=tmp_path)
     by_name = {row.name: row for row in found.rows}
     assert list(by_name) == ["dense", "exact", "basis sharing 0.50", "planned 0.50"]
     assert by_name["exact"].bits_per_byte == pytest.approx(by_name["dense"].bits_per_byte, abs=1e-6)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxshare.bench.device import bench_device, table, threads
+from fxshare.bench.speed.device import bench_device, table, threads
 from fxshare.cli import main
 from fxshare.cost_model.device import rates_for, rates_of_model
 from fxshare.errors import ConfigError, FxShareWarning
@@ -44,8 +44,8 @@ def test_the_command_keeps_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fxshare.bench.device.WORKING_SETS", (1 << 16,))
-    monkeypatch.setattr("fxshare.bench.device.WIDTHS", (16,))
+    monkeypatch.setattr("fxshare.bench.speed.device.WORKING_SETS", (1 << 16,))
+    monkeypatch.setattr("fxshare.bench.speed.device.WIDTHS", (16,))
     assert rates_for(torch.device("cpu"), torch.float32) is None
     assert main(["bench", "device", "--repeats", "1", "--no-compiled"]) == 0
     assert "launch, eager" in capsys.readouterr().out

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import fxshare
-from fxshare.bench.alone import alone, alone_steps
+from fxshare.base.numerics import tolerance, worst
 from fxshare.bench.capture import FAMILIES, bench_capture, family, lines
-from fxshare.bench.compiling import compiled_call
-from fxshare.bench.notebook_layout import SliceProducts, notebook_layout
-from fxshare.bench.run import VARIANTS, SpeedBench, available, bench_run, chosen
-from fxshare.bench.speed_table import compile_table, draw, lines_below, table, type_table
-from fxshare.bench.subject import (
+from fxshare.bench.speed.alone import alone, alone_steps
+from fxshare.bench.speed.compiled import compiled_call
+from fxshare.bench.speed.notebook import SliceProducts, notebook_layout
+from fxshare.bench.speed.run import VARIANTS, SpeedBench, available, bench_run, chosen
+from fxshare.bench.speed.subject import (
     GPTShape,
     Settings,
     Subject,
@@ -26,12 +26,13 @@ from fxshare.bench.subject import (
     gpt_types,
     shape_subject,
 )
+from fxshare.bench.speed.table import compile_table, draw, lines_below, table, type_table
 from fxshare.cli import main
 from fxshare.cost_model import Matmul
 from fxshare.cost_model.recorder import record_step
-from fxshare.errors import ConfigError, FxShareError
-from fxshare.numerics import tolerance, worst
-from fxshare.record import dense_sites
+from fxshare.errors import ConfigError
+from fxshare.result.products import dense_sites
+from passes.errors import FxShareError
 
 SHAPE = GPTShape(32, 2, 4, 64)
 
@@ -194,9 +195,9 @@ def test_compilations_are_repeated_and_compared_with_dense(plain: Subject) -> No
 
 
 def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
-    from fxshare.bench.compiling import CompiledCall
-    from fxshare.bench.measuring import measured
-    from fxshare.bench.steps import StepCall
+    from fxshare.bench.speed.compiled import CompiledCall
+    from fxshare.bench.speed.measuring import measured
+    from fxshare.bench.speed.steps import StepCall
 
     seconds = {"dense": [1.0, 10.0, 2.0], "lowered": [1.5, 12.0, 2.8]}
 
@@ -209,7 +210,7 @@ def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
     nothing: dict[str, Any] = dict.fromkeys(models, dict)
     step = StepCall("prefill", 1, torch.device("cpu"), nothing, nothing, {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxshare.bench.measuring.compiled_calls", lambda *a, **k: made)
+        patch.setattr("fxshare.bench.speed.measuring.compiled_calls", lambda *a, **k: made)
         none = dict.fromkeys(models, None)
         rows = measured(step, models, none, "compiled", None, repeats=1, compile_repeats=3)
     # 1.5, 1.2 and 1.4: the median over rounds, which is not the ratio of the medians
@@ -300,16 +301,16 @@ def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_predictions_stand_beside(plain: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_cost_model import SLOW
+    from tests.cost_model.test_cost_model import SLOW
 
-    monkeypatch.setattr("fxshare.bench.run.rates_for", lambda device, dtype: SLOW)
+    monkeypatch.setattr("fxshare.bench.speed.run.rates_for", lambda device, dtype: SLOW)
     found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
     assert found.notes == ()
     for row in found.rows:
         assert row.predicted_seconds is not None
         assert row.predicted_seconds > SLOW.launch
     assert found.rows[0].predicted_speedup == 1
-    monkeypatch.setattr("fxshare.bench.run.rates_for", lambda device, dtype: None)
+    monkeypatch.setattr("fxshare.bench.speed.run.rates_for", lambda device, dtype: None)
     found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
     assert "fxshare bench device --dtype float32" in found.notes[0]
     assert found.rows[0].predicted_seconds is None
@@ -317,7 +318,7 @@ def test_predictions_stand_beside(plain: Subject, monkeypatch: pytest.MonkeyPatc
 
 def test_a_hugging_face_model_decodes_with_its_cache(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from fxshare.bench.subject import named_subject
+    from fxshare.bench.speed.subject import named_subject
 
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=16, vocab_size=48, n_positions=32, bos_token_id=0

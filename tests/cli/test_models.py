@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxshare.errors import DataError, FxShareError, FxShareWarning
-from fxshare.models import context_of, example_ids, load_model, vocabulary_of
+from fxshare.errors import DataError, FxShareWarning
+from fxshare.loading.names import load_model
+from fxshare.models.traits import context_of, example_ids, vocabulary_of
+from passes.errors import FxShareError
 
 
 def test_a_transformers_folder(gpt2: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from fxshare.cost_model import write_rates
 from fxshare.cost_model.device import device_name
 from tests.cli.conftest import Ran
-from tests.test_cost_model import SLOW
+from tests.cost_model.test_cost_model import SLOW
 
 Run = Callable[..., Ran]
 COMMAND = ("plan", "cli_toy:make", "-c", "sharing.yaml", "--set")

@@ -14,7 +14,8 @@ import pytest
 
 from fxshare import __version__
 from fxshare.cli import main, output
-from fxshare.errors import CheckFailed, FxShareError
+from fxshare.errors import CheckFailed
+from passes.errors import FxShareError
 
 COMMAND = (sys.executable, "-m", "fxshare")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fxshare.demo import corpus
-from fxshare.demo.bpe import SEPARATOR, Tokenizer
+from fxshare.data.stream import load_tokens, read_stream
+from fxshare.embedded import corpus
+from fxshare.embedded.bpe import SEPARATOR, Tokenizer
 from fxshare.errors import DataError, FxShareWarning
-from fxshare.text import load_tokens, read_stream
 
 BYTES = Tokenizer([])  # one id per byte
 

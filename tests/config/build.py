@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from fxshare.config import (
-    load_config,
-)
+from fxshare.config import load_config
 from fxshare.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

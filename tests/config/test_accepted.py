@@ -7,21 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fxshare.config import (
-    Calibration,
-    ShareConfig,
-    WeightType,
-    load_config,
-)
+from fxshare.config import Calibration, ShareConfig, WeightType, load_config
 from fxshare.errors import ConfigError
-from tests.config.build import (
-    CONFIGS,
-    NOTEBOOK,
-    SHARED,
-    TYPES,
-    with_type,
-    written,
-)
+from tests.config.build import CONFIGS, NOTEBOOK, SHARED, TYPES, with_type, written
 
 
 def test_the_notebook_file_verbatim(tmp_path: Path) -> None:

@@ -10,20 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxshare.config import (
-    Budget,
-    Planner,
-    ShareConfig,
-    dump_config,
-    load_config,
-)
-from tests.config.build import (
-    PLANNED,
-    SHARED,
-    TYPES,
-    refusal,
-    written,
-)
+from fxshare.config import Budget, Planner, ShareConfig, dump_config, load_config
+from tests.config.build import PLANNED, SHARED, TYPES, refusal, written
 
 
 def test_a_budget_plans() -> None:

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fxshare.config import (
-    load_config,
-)
-from tests.config.build import (
-    NOTEBOOK,
-    SHARED,
-    TYPES,
-    written,
-)
+from fxshare.config import load_config
+from tests.config.build import NOTEBOOK, SHARED, TYPES, written
 
 
 def test_sources_compose_by_deep_merge(tmp_path: Path) -> None:

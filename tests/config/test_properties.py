@@ -23,10 +23,7 @@ from fxshare.config import (
     load_config,
 )
 from fxshare.errors import ConfigError
-from tests.config.build import (
-    SHARED,
-    written,
-)
+from tests.config.build import SHARED, written
 
 patterns = st.text(max_size=8).filter(lambda text: _compiles(text))
 

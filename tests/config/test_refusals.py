@@ -8,21 +8,9 @@ from typing import Any
 
 import pytest
 
-from fxshare.config import (
-    Calibration,
-    ShareConfig,
-    WeightType,
-    load_config,
-)
+from fxshare.config import Calibration, ShareConfig, WeightType, load_config
 from fxshare.errors import ConfigError
-from tests.config.build import (
-    NOTEBOOK,
-    SHARED,
-    TYPES,
-    refusal,
-    with_type,
-    written,
-)
+from tests.config.build import NOTEBOOK, SHARED, TYPES, refusal, with_type, written
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,7 @@ from fxshare.config import (
     json_schema,
     load_config,
 )
-from tests.config.build import (
-    CONFIGS,
-    SHARED,
-    TYPES,
-    written,
-)
+from tests.config.build import CONFIGS, SHARED, TYPES, written
 
 
 def test_schema_describes_every_field() -> None:

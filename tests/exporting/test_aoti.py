@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
+from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import ExportError
-from fxshare.numerics import tolerance, worst
 from tests.exporting import build
 
-aoti = importlib.import_module("fxshare.exporting.aoti")
+aoti = importlib.import_module("fxshare.exporting.targets.aoti")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxshare
-from fxshare.errors import CheckFailed, ExportError, FxShareError, StoreError
-from fxshare.numerics import tolerance, worst
+from fxshare.base.numerics import tolerance, worst
+from fxshare.errors import CheckFailed, ExportError, StoreError
+from passes.errors import FxShareError
 from tests.exporting import build
 
-pt2 = importlib.import_module("fxshare.exporting.pt2")
-py = importlib.import_module("fxshare.exporting.py")
-dense = importlib.import_module("fxshare.exporting.dense")
+pt2 = importlib.import_module("fxshare.exporting.targets.pt2")
+py = importlib.import_module("fxshare.exporting.targets.python")
+dense = importlib.import_module("fxshare.exporting.targets.dense")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import fxshare
+from fxshare.base.numerics import worst
 from fxshare.cli import main
-from fxshare.demo import load_embedded
-from fxshare.numerics import worst
+from fxshare.embedded import load_embedded
 
 
 @pytest.fixture(scope="module")

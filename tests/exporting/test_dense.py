@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fxshare
+from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import ExportError
-from fxshare.numerics import tolerance, worst
 from tests.cli.conftest import STORIES
 from tests.exporting import build
 
@@ -83,7 +83,7 @@ def test_the_dtype_is_the_models_and_products_are_rounded_once(tmp_path: Path) -
     fxshare.export(gm, tmp_path / "m.safetensors", to="dense", original=original)
     found = load_file(tmp_path / "m.safetensors")
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
-    from fxshare.record import dense_sites
+    from fxshare.result.products import dense_sites
 
     for name, product in dense_sites(gm, gm.fxshare.plan).items():
         assert torch.equal(found[f"{name}.weight"], product.to(torch.bfloat16))

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import fxshare
+from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import CheckFailed, ExportError
-from fxshare.numerics import tolerance, worst
 from tests.exporting import build
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-target = importlib.import_module("fxshare.exporting.onnx")
+target = importlib.import_module("fxshare.exporting.targets.onnx")
 
 DEPTH = 2 * 8 + 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxshare
-from fxshare.numerics import tolerance, worst
+from fxshare.base.numerics import tolerance, worst
 from tests.exporting import build
 
 DEPTH = 2 * 8 + 1

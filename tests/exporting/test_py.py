@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxshare
+from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import ExportError
 from fxshare.exporting import export
-from fxshare.numerics import tolerance, worst
 from tests.exporting import build
 
 DEPTH = 2 * 8 + 1

@@ -13,13 +13,13 @@ from torch import Tensor, fx
 
 import fxshare
 import fxshare.generation.shell as shell_module
+from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import CaptureError, FxShareWarning, StoreError
 from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
 from fxshare.generation.module_form import module_form
 from fxshare.generation.program import Program, capture_program
 from fxshare.generation.shell import shell_of
-from fxshare.numerics import tolerance, worst
-from fxshare.record import record_of
+from fxshare.result.module import record_of
 from tests.generation.models import (
     NEW,
     compiled_seq2seq,

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 import fxshare
-from fxshare.errors import FxShareError
+from fxshare.base.numerics import tolerance, worst
 from fxshare.generation.module_form import module_form
-from fxshare.numerics import tolerance, worst
-from fxshare.record import record_of
+from fxshare.result.module import record_of
+from passes.errors import FxShareError
 from tests.generation.models import (
     NAMES,
     NEW,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes import SplitLinear, default_passes, run
-from passes.split_linear import SplitSite
+from passes.sharing.split_linear import SplitSite
 from tests.passes.build import captured, exact_factors, groups, site_of, sites
 from tests.toys import GPT2, NANOGPT
 

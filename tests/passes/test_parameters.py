@@ -22,7 +22,7 @@ from passes import (
     run,
     stacks,
 )
-from passes.graph import new_linear, put_module
+from passes.graph.graph import new_linear, put_module
 
 I, O = 6, 10  # noqa: E741 - the legend of the package: input and output features
 

@@ -15,16 +15,16 @@ from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare import FxShareError, FxShareWarning
-from fxshare.calibrate import calibrate
+from fxshare.base.numerics import tolerance, worst
+from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured, capture
 from fxshare.config import load_config
-from fxshare.matching import match
-from fxshare.numerics import tolerance, worst
-from fxshare.plans import Plan
-from fxshare.record import dense_sites, site_bias
-from fxshare.sites import site_tensors
-from fxshare.statistics import Statistics
-from fxshare.visible import unstacked, visible_sites
+from fxshare.plans.plan import Plan
+from fxshare.result.products import dense_sites, site_bias
+from fxshare.sites.match import match
+from fxshare.sites.tensors import site_tensors
+from fxshare.sites.visible import unstacked, visible_sites
 from passes import is_linear, linear_calls
 
 KEPT = 0.7

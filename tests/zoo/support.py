@@ -71,9 +71,9 @@ def subjects(names: Sequence[str]) -> Iterable[Subject]:
 
 
 def _embedded() -> Subject:
-    from fxshare.demo import load_embedded, load_tokenizer
-    from fxshare.demo.corpus import calibration, load_documents, pack, token_stream
-    from fxshare.demo.run import CONFIG
+    from fxshare.bench.demo import CONFIG
+    from fxshare.embedded import load_embedded, load_tokenizer
+    from fxshare.embedded.corpus import calibration, load_documents, pack, token_stream
 
     text = calibration(load_documents(), n_bytes=40_000)
     tokens = pack(token_stream(text, load_tokenizer()))
@@ -84,7 +84,7 @@ def _embedded() -> Subject:
 def _stories() -> Subject:
     from safetensors.torch import load_file
 
-    from fxshare.models import load_model
+    from fxshare.loading.names import load_model
 
     tokens = load_file(_STORIES / "tokens.safetensors")["calibration"].long()[:32]
     config = family("llama").config

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 import fxshare
+from fxshare.base.numerics import tolerance, worst
 from fxshare.generation.module_form import module_form
-from fxshare.numerics import tolerance, worst
-from fxshare.record import record_of
+from fxshare.result.module import record_of
 from tests.zoo.families import FAMILIES, Family, family
 
 # one of each kind: tied, scaled, with positions, three readers, none tied, experts, no transformers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxshare
-from fxshare.numerics import float_leaves
+from fxshare.base.numerics import float_leaves
 from tests.zoo.families import FAMILIES, Family
 
 # one of each kind of site: linear modules, a tied head, bare parameters, stacks of experts

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxshare
-from fxshare.record import slice_product
+from fxshare.result.products import slice_product
 from tests.toys import same_tensors, tensors_of
 from tests.zoo.families import FAMILIES, Family, family
 from tests.zoo.measure import (
@@ -42,7 +42,7 @@ def test_exact_mode_equals_the_original(one: Family) -> None:
     subject = one.subject()
     before = tensors_of(subject.model)
     gm = compiled(subject)
-    limit = fxshare.numerics.tolerance(torch.float32, 2 * len(gm.fxshare.plan.sites) + 1)
+    limit = fxshare.base.numerics.tolerance(torch.float32, 2 * len(gm.fxshare.plan.sites) + 1)
     assert ulps(subject, gm) <= limit / torch.finfo(torch.float32).eps
     assert same_tensors(before, tensors_of(subject.model))
     assert gm.fxshare.report.front_end == "fx"
@@ -102,7 +102,7 @@ def test_slices_are_the_rows_of_their_heads(name: str, site: str, kv: int) -> No
     call.pop("attention_mask")
     whole = _attention_of_first_layer(model, call)
     heads = whole.shape[1]
-    matching = fxshare.matching.match(model, fxshare.config.load_config(one.config))
+    matching = fxshare.sites.match.match(model, fxshare.config.load_config(one.config))
     (found,) = (s for s in matching.sites if s.name == site)
     labels = [f"q.{h}" for h in range(heads)] + [f"{p}.{h}" for p in "kv" for h in range(kv)]
     assert sorted(s.label for s in found.slices) == sorted(labels)
@@ -125,7 +125,7 @@ def test_gate_and_up_are_told_apart() -> None:
     model = family("phi3").model()
     mlp = model.model.layers[0].mlp
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    matching = fxshare.matching.match(model, fxshare.config.load_config(family("phi3").config))
+    matching = fxshare.sites.match.match(model, fxshare.config.load_config(family("phi3").config))
     (site,) = (s for s in matching.sites if s.name == "model.layers.0.mlp.gate_up_proj")
     gate, up = (mlp.gate_up_proj.weight[s.start : s.stop] for s in site.slices)
     assert [s.part for s in site.slices] == ["gate", "up"]
@@ -193,8 +193,8 @@ def test_saving_and_loading_experts_and_in_proj(tmp_path: Any) -> None:
         call = inputs_of(subject.other)
         with torch.no_grad():
             for left, right in zip(
-                fxshare.numerics.float_leaves(gm(**call)),
-                fxshare.numerics.float_leaves(again(**call)),
+                fxshare.base.numerics.float_leaves(gm(**call)),
+                fxshare.base.numerics.float_leaves(again(**call)),
                 strict=True,
             ):
                 assert torch.equal(left[1], right[1])
@@ -296,7 +296,7 @@ def test_a_linear_subclass_that_does_more_is_none() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x @ self.weight.T + self.bias
 
-    found = [fxshare.matching.is_linear(m) for m in (Scaled(4, 4), Adapted(), Written(4, 4))]
+    found = [fxshare.sites.match.is_linear(m) for m in (Scaled(4, 4), Adapted(), Written(4, 4))]
     assert found == [False, False, True]
 
 

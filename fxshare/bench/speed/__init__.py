@@ -1,0 +1,1 @@
+"""``fxshare bench run``: measured speed of a compiled model beside the dense one."""

@@ -1,0 +1,107 @@
+"""The linears of one weight type by themselves: what of a model's time is theirs, and how much of a
+layout's gain the rest of the model hides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.bench.speed.steps import StepCall, nothing
+from fxshare.bench.speed.subject import Subject
+from fxshare.capture import device_of, dtype_of
+from fxshare.compiling.compile import compile as compile_model
+from fxshare.errors import ConfigError
+from fxshare.plans.plan import Plan
+from fxshare.result.module import record_of
+from passes.graph.graph import put_module
+
+
+class Alone(nn.Module):
+    """Linears under the names that they have in a model, each with an input of its own."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names = tuple(linears)
+        for name, linear in linears.items():
+            put_module(self, name, linear)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Map (1, T, I) to (1, T, O), each linear an input of its own: of one that all read, their
+        products would be reused and put together."""
+        each = zip(self.names, inputs, strict=True)
+        return tuple(self.get_submodule(name)(x) for name, x in each)
+
+
+def alone(subject: Subject) -> Iterator[Subject]:
+    """A subject for each weight type of the plan: all its linears, with the factors' sizes.
+
+    Linears that are called more than once, or stored as a parameter of another kind of module, are
+    left out with their type. Raises :class:`ConfigError` where no type is left.
+    """
+    made = 0
+    for kind in dict.fromkeys(site.type for site in subject.plan.sites):
+        sites = [site for site in subject.plan.sites if site.type == kind]
+        modules = dict(subject.dense.named_modules())
+        if any(len(s.calls) != 1 or s.transposed or s.calls[0] not in modules for s in sites):
+            continue
+        made += 1
+        yield _of(subject, kind, {s.calls[0]: modules[s.calls[0]] for s in sites})
+    if not made:
+        raise ConfigError(f"--by-type: {subject.name} has no weight type whose linears stand alone")
+
+
+def _of(subject: Subject, kind: str, linears: Mapping[str, nn.Module]) -> Subject:
+    record = record_of(subject.compiled)
+    types = record.config.model_dump(include={"weight_types", "block_pattern"})
+    types["weight_types"] = {kind: types["weight_types"][kind]}
+    dense = Alone(linears).eval()
+    plan = _part(subject.plan, kind)
+    example = {"inputs": _inputs(plan, 4, dense, seed=0)}
+    compiled = compile_model(dense, types, plan=plan, example=example)
+    return Subject(
+        name=kind,
+        dense=dense,
+        compiled=compiled,
+        make_exact=partial(compile_model, dense, types, example=example),
+        plan=plan,
+        vocabulary=0,
+        context=None,
+        kv_cache=False,
+    )
+
+
+def _part(plan: Plan, kind: str) -> Plan:
+    sites = tuple(site for site in plan.sites if site.type == kind)
+    groups = tuple(group for group in plan.groups if group.type == kind)
+    return plan.model_copy(
+        update={"sites": sites, "groups": groups, "skipped": (), "outlook": None}
+    )
+
+
+def alone_steps(
+    subject: Subject, models: Mapping[str, nn.Module], *, prefill: int, seed: int
+) -> list[StepCall]:
+    """A prompt and one token, as activations of these linears: standard normal."""
+    device = device_of(subject.dense)
+    found = []
+    for name, tokens in (("prefill", prefill), ("decode", 1)):
+        call: Mapping[str, Any] = {
+            "inputs": _inputs(subject.plan, tokens, subject.dense, seed=seed)
+        }
+        calls = dict.fromkeys(models, call)
+        after = dict.fromkeys(models, nothing)
+        found.append(StepCall(name, tokens, device, calls, after, call))
+    return found
+
+
+def _inputs(plan: Plan, tokens: int, like: nn.Module, *, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = device_of(like), dtype_of(like)
+    return tuple(
+        torch.randn((1, tokens, site.in_features), generator=generator).to(device, dtype)
+        for site in plan.sites
+    )

@@ -1,0 +1,231 @@
+"""``fxshare bench device``: the constants that the cost model needs, measured on this machine."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxshare.cost_model import Rates
+from fxshare.cost_model.device import device_name, threads_of
+from fxshare.errors import ConfigError, FxShareWarning
+
+Key = TypeVar("Key", bound=Hashable)
+WIDTHS = (16, 64, 256, 1024, 4096)
+WORKING_SETS = tuple(n << 20 for n in (1, 8, 64, 256))
+ROWS, INNER = 512, 1024
+_CHAIN = 64
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def dtype_of_name(name: str) -> torch.dtype:
+    """The dtype of an option; :class:`ConfigError` for one that models are not run in."""
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(_DTYPES)}; found {name!r}")
+    return _DTYPES[name]
+
+
+def device_of_name(name: str) -> torch.device:
+    """The device of an option; :class:`ConfigError` where this machine has none such."""
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu or cuda; found {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: cuda was asked for, and torch finds no CUDA device here; use cpu"
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` processor threads, 0 for those in use; as before afterwards."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_device(
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    repeats: int = 15,
+    widths: Sequence[int] | None = None,
+    working_sets: Sequence[int] | None = None,
+    compiled: bool = True,
+) -> Rates:
+    """Measure FLOP/s by narrowest dimension, bandwidth by working set, and launches.
+
+    The points are :data:`WIDTHS` and :data:`WORKING_SETS` (bytes) where None.
+
+    ``compiled`` measures a launch under ``torch.compile`` too; where there is no compiler the eager
+    one is taken, with a :class:`FxShareWarning`.
+
+    Raises :class:`ConfigError` for a device or dtype that is not there.
+    """
+    place, kind = device_of_name(device), dtype_of_name(dtype)
+    widths = WIDTHS if widths is None else widths
+    working_sets = WORKING_SETS if working_sets is None else working_sets
+    with torch.no_grad():
+        work = {("matmul", n): _products(place, kind, n) for n in widths}
+        work |= {("bandwidth", n): _rows(place, kind, n) for n in working_sets}
+        times = _quickest({key: call for key, (call, _) in work.items()}, place, repeats)
+        rates = {key: amount / times[key] for key, (_, amount) in work.items()}
+        launch, launch_compiled = _launches(place, kind, repeats, compiled=compiled)
+    return Rates(
+        device=device,
+        name=device_name(place),
+        dtype=dtype,
+        threads=threads_of(place),
+        element_size=kind.itemsize,
+        matmul=tuple((n, rates["matmul", n]) for n in widths),
+        bandwidth=tuple((n, rates["bandwidth", n]) for n in working_sets),
+        launch=launch,
+        launch_compiled=launch_compiled,
+        torch=torch.__version__,
+    )
+
+
+Work = tuple[Callable[[], None], int]
+"""A call, and the FLOPs or bytes of it."""
+
+
+def _products(device: torch.device, dtype: torch.dtype, width: int) -> Work:
+    """A product into ``width`` features and one out of them: a basis and its coefficients."""
+    x = _numbers(device, dtype, ROWS, INNER)
+    z = _numbers(device, dtype, ROWS, width)
+    into, out_of = (_numbers(device, dtype, *s) for s in ((width, INNER), (INNER, width)))
+
+    def both() -> None:
+        F.linear(x, into)
+        F.linear(z, out_of)
+
+    return both, 2 * 2 * ROWS * INNER * width
+
+
+def _rows(device: torch.device, dtype: torch.dtype, working_set: int) -> Work:
+    """One row through matrices of at most 4 MB that make up the working set, in turn."""
+    height = max(min(working_set // dtype.itemsize, 1 << 20) // INNER, 1)
+    count = max(working_set // (height * INNER * dtype.itemsize), 1)
+    weights = [_numbers(device, dtype, height, INNER) for _ in range(count)]
+    x = _numbers(device, dtype, 1, INNER)
+
+    def all_of_them() -> None:
+        for weight in weights:
+            F.linear(x, weight)
+
+    return all_of_them, count * height * INNER * dtype.itemsize
+
+
+class _Chain(nn.Module):
+    """Tiny linears, one after the other."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = F.linear(x, weight)
+        return x
+
+
+def _chain(device: torch.device, dtype: torch.dtype) -> tuple[_Chain, Tensor]:
+    weights = [_numbers(device, dtype, 8, 8) for _ in range(_CHAIN)]
+    return _Chain(weights).eval(), _numbers(device, dtype, 1, 8)
+
+
+def _launches(
+    device: torch.device, dtype: torch.dtype, repeats: int, *, compiled: bool
+) -> tuple[float, float]:
+    """Seconds of a launch, eager and compiled."""
+    chain, x = _chain(device, dtype)
+    calls = {"eager": lambda: chain(x)}
+    if compiled:
+        fast, empty = (torch.compile(c, dynamic=False) for c in (chain, _Chain([])))
+        try:
+            fast(x), empty(x)
+        except Exception as error:  # whatever a compiler that is missing makes inductor raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"torch.compile does not work here ({reason}): launches under it are taken to "
+                "cost as much as eager ones",
+                FxShareWarning,
+                stacklevel=3,
+            )
+        else:
+            # entering a compiled function is paid once a pass, not once an operation
+            calls |= {"compiled": lambda: fast(x), "empty": lambda: empty(x)}
+    times = _quickest(calls, device, repeats)
+    eager = times["eager"] / _CHAIN
+    if "compiled" not in times:
+        return eager, eager
+    return eager, max((times["compiled"] - times["empty"]) / _CHAIN, 1e-8)
+
+
+def _numbers(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    # small, so that a chain of products neither overflows nor gets so small that it is slow
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).div(INNER**0.5).to(device, dtype)
+
+
+def _quickest(
+    calls: Mapping[Key, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[Key, float]:
+    """The least seconds of each call: other work on the machine only ever adds to them.
+
+    They are timed in turn, so that a machine that gets busy slows all alike, and each time takes
+    at least 10 ms, so that the clock does not matter.
+    """
+    numbers = {}
+    for key, call in calls.items():
+        call()
+        numbers[key] = max(int(0.01 / max(_timed(call, device, 1), 1e-9)), 1)
+    rounds = [
+        {key: _timed(call, device, numbers[key]) for key, call in calls.items()}
+        for _ in range(repeats)
+    ]
+    return {key: min(times[key] for times in rounds) for key in calls}
+
+
+def _timed(call: Callable[[], object], device: torch.device, number: int) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / number
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rates: Rates) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    rows = [[f"matmul, {n} wide", f"{rate / 1e9:,.1f} GFLOP/s"] for n, rate in rates.matmul]
+    rows += [
+        [f"one row, {n / 2**20:g} MB of weights", f"{rate / 1e9:,.1f} GB/s"]
+        for n, rate in rates.bandwidth
+    ]
+    rows += [
+        ["launch, eager", f"{rates.launch * 1e6:.2f} µs"],
+        ["launch, compiled", f"{rates.launch_compiled * 1e6:.2f} µs"],
+    ]
+    return ["constant", "measured"], rows

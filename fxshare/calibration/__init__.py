@@ -1,0 +1,1 @@
+"""Calibration: statistics of what the linears read and of the gradient of what they write."""

@@ -1,0 +1,56 @@
+"""One backward pass per batch: the gradient of the loss at the output of every site."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxshare.calibration.hooked import HookStage
+from fxshare.calibration.losses import Labels, Loss, default_loss
+from fxshare.calibration.observed import GraphStage
+from fxshare.capture.call import Call
+from fxshare.errors import CalibrationError
+
+
+class Backward:
+    """Runs a batch forward and backward; only the taps ask for gradients."""
+
+    def __init__(
+        self, running: GraphStage | HookStage, loss: Loss | None, labels: Labels, seed: int
+    ) -> None:
+        self.running = running
+        self.loss = loss
+        self.labels: Labels = labels
+        self.generator = torch.Generator().manual_seed(seed)
+        self.name = ""
+        self.total = 0.0
+
+    def __call__(self, call: Call, batch: object) -> None:
+        with torch.enable_grad():
+            output = self.running(call)
+            if self.loss is None:
+                value, self.name = default_loss(
+                    output, call, labels=self.labels, generator=self.generator
+                )
+            else:
+                value, self.name = self.loss(output, batch), "the loss given"
+            _check_loss(value)
+            probes = [tap.probe for tap in self.running.taps.values()]
+            torch.autograd.grad(value, probes, allow_unused=True)
+        self.total += float(value.detach())
+        for name, tap in self.running.taps.items():
+            if not tap.finite:
+                raise CalibrationError(
+                    f"the gradient at {tap.slices[0].name!r} ({name}) has NaN or infinite values; "
+                    "leave such batches out, or calibrate in float32"
+                )
+
+
+def _check_loss(value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise CalibrationError(
+            "loss: expected a scalar tensor that depends on the model's output, found "
+            f"{type(value).__name__} {tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+        )
+    if not bool(torch.isfinite(value)):
+        raise CalibrationError(f"the calibration loss is {float(value.detach())}; check the data")

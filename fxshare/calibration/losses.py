@@ -1,0 +1,86 @@
+"""The loss whose second-order increase the planner minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxshare.base.numerics import float_leaves
+from fxshare.capture.call import MASK, Call
+from fxshare.errors import CalibrationError
+
+Loss = Callable[[Any, Any], Tensor]
+"""``(output, batch) → scalar``, summed over the tokens (a mean would shrink with the batch)."""
+Labels = Literal["data", "sampled"]
+
+
+def next_token_logits(output: Any, call: Call) -> tuple[Tensor, Tensor] | None:
+    """Logits ``(B, T, V)`` and token ids ``(B, T)`` where the call is that of a language model."""
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        return None
+    for name, value in call.items():
+        if (
+            name != MASK
+            and isinstance(value, Tensor)
+            and value.dtype in (torch.int64, torch.int32)
+            and value.shape == logits.shape[:2]
+            and value.shape[1] > 1
+            and int(value.max()) < logits.shape[-1]
+        ):
+            return logits, value
+    return None
+
+
+def default_loss(
+    output: Any, call: Call, *, labels: Labels = "data", generator: torch.Generator | None = None
+) -> tuple[Tensor, str]:
+    """Summed next-token cross-entropy for a language model, else half the output's energy.
+
+    With ``labels="sampled"`` the next tokens are drawn from the model itself: the expectation of
+    the squared gradient is then the Fisher matrix proper. Positions that are masked, or whose
+    target is, do not count. Returns the loss and its name.
+
+    Raises :class:`CalibrationError` when there is nothing to differentiate.
+    """
+    found = next_token_logits(output, call)
+    if found is None:
+        leaves = [leaf for _, leaf in float_leaves(output)]
+        if not leaves:
+            raise CalibrationError(
+                "the model's output has no floating-point tensor to take a loss of; give loss=..."
+            )
+        energy = torch.stack([0.5 * _wide(leaf).pow(2).sum() for leaf in leaves]).sum()
+        return energy, "output energy"
+    logits, ids = found
+    predictions = _wide(logits[:, :-1].flatten(0, 1))
+    targets = ids[:, 1:].flatten().long()
+    if labels == "sampled":
+        with torch.no_grad():
+            # on the CPU, where the generator is: the same seed draws the same labels everywhere
+            probabilities = torch.softmax(predictions, -1).cpu()
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            targets = drawn.flatten().to(targets.device)
+    losses = F.cross_entropy(predictions, targets, reduction="none")
+    mask = call.get(MASK)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        # of left padding the last position predicts a token, from nothing
+        both = mask[:, 1:].bool() & mask[:, :-1].bool()
+        losses = losses * both.flatten().to(losses.dtype)
+    name = "next-token cross-entropy"
+    return losses.sum(), name if labels == "data" else f"{name}, sampled labels"
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision in float32; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()

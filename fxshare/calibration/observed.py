@@ -1,0 +1,138 @@
+"""Statistics of a captured graph: observers are inserted, batches run, sums kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxshare.calibration.gradients import GradientTap, is_diagonal
+from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.lookups import LookupStatistics, RowCounter
+from fxshare.capture import Captured
+from fxshare.capture.call import MASK, Call, holds_tensor
+from fxshare.capture.guards import ones_if_missing
+from fxshare.errors import CalibrationError
+from fxshare.sites.site import Site, SliceSpec
+from passes import (
+    ObserveGradients,
+    ObserveInputs,
+    ObserveLookups,
+    Pass,
+    observed,
+    observed_lookups,
+    run,
+    tapped,
+)
+
+
+class InputObserver(nn.Module):
+    """Adds the rows it sees to a Gram matrix; rows of masked tokens are left out."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.gram = GramAccumulator(features)
+        self.unmasked = False
+
+    @property
+    def tokens(self) -> int:
+        """Rows that went into the Gram."""
+        return self.gram.tokens
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in ``x`` ``(..., features)``; ``mask`` ``(batch, sequence)`` is 0 at padding."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        if mask is not None and mask.numel() != rows:
+            # not one row a token (pooled outputs, routed experts): nothing says which to leave out
+            self.unmasked = True
+            mask = None
+        self.gram.add(x, None if mask is None else mask.bool())
+
+
+class Width(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, *_: Tensor) -> None:
+        """Sees nothing; only counted."""
+
+
+_ROWS = "rows"
+
+
+def _lookup_tap(width: int) -> GradientTap:
+    return GradientTap([SliceSpec(name=_ROWS, start=0, stop=width)])
+
+
+def tap_of(site: Site) -> GradientTap:
+    diagonal = {s.name for s in site.slices if is_diagonal(site, s)}
+    return GradientTap(site.slices, diagonal)
+
+
+class GraphStage:
+    """The captured graph with observers in it."""
+
+    def __init__(self, captured: Captured, sites: Sequence[Site], *, gradients: bool) -> None:
+        called = {name: site for site in sites for name in site.calls}
+        looked_up = tuple(name for site in sites for name in site.lookups)
+        nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
+        filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
+        mask = filled[0] if filled else nodes.get(MASK)
+        stages: list[Pass] = [
+            ObserveInputs(sites=tuple(called), new_observer=InputObserver, mask=mask),
+            ObserveLookups(
+                sites=looked_up,
+                new_counter=RowCounter,
+                new_tap=_lookup_tap if gradients else None,
+                mask=mask,
+            ),
+        ]
+        if gradients:
+            tap = ObserveGradients(
+                sites=tuple(called), new_tap=lambda name: tap_of(called[name]), mask=mask
+            )
+            stages.append(tap)
+        self.gm, _ = run(captured.graph, stages)
+        _eval(self.gm)
+        self.seen = observed(self.gm)
+        self.tapped = tapped(self.gm)
+        self.taps = {n: m for n, m in self.gm.named_children() if isinstance(m, GradientTap)}
+        self.names = set(nodes)
+        self.observers = {
+            name: m for name, m in self.gm.named_children() if isinstance(m, InputObserver)
+        }
+        counters = [m for m in self.gm.children() if isinstance(m, RowCounter)]
+        self.counting: list[InputObserver | RowCounter] = [*self.observers.values(), *counters]
+        self.looked_up = {
+            name: tuple(self._lookup(*both) for both in found)
+            for name, found in observed_lookups(self.gm).items()
+        }
+
+    def _lookup(self, counter: str, tap: str | None) -> LookupStatistics:
+        counted = self.gm.get_submodule(counter)
+        assert isinstance(counted, RowCounter)
+        if tap is None:
+            return LookupStatistics(counted, None)
+        gradient = self.taps[tap].grams[_ROWS]
+        assert isinstance(gradient, GramAccumulator)
+        return LookupStatistics(counted, gradient)
+
+    def __call__(self, call: Call) -> Any:
+        given = {k: v for k, v in call.items() if holds_tensor(v)}
+        unknown = sorted(set(given) - self.names)
+        if unknown:
+            raise CalibrationError(
+                f"a calibration batch has {unknown[0]!r}, which the captured call had not; give "
+                "batches of one form, or example=... with every argument"
+            )
+        return self.gm(**given)
+
+    def close(self) -> None:
+        """Nothing to take down: the observed graph is our own."""
+
+
+def _eval(gm: fx.GraphModule) -> None:
+    for module in gm.modules():
+        module.training = False

@@ -1,0 +1,119 @@
+"""What calibration gathered: the numbers that planning and factorising need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxshare.calibration.gradients import Moment
+from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.lookups import LookedUpSite, Metric, gram_without_gradients, metric
+from fxshare.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration gathered.
+
+    ``inputs`` maps a site's name to the accumulators of its inputs (several when the module is
+    called more than once); sites that read the same activation share the same accumulator.
+    """
+
+    inputs: Mapping[str, tuple[GramAccumulator, ...]]
+    batches: int
+    tokens: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    gradients: Mapping[str, tuple[Moment, ...]] = field(default_factory=dict)
+    """Per slice the second moments of its output's gradient, one for each call of its module."""
+    lookups: Mapping[str, LookedUpSite] = field(default_factory=dict)
+    """Of the sites whose rows are looked up."""
+    loss: str = ""
+    """The loss whose gradients they are."""
+    mean_loss: float = math.nan
+    """That loss per token on the calibration data."""
+
+    def moment(self, slice_name: str, site: str) -> Tensor:
+        """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token; its
+        diagonal ``(out,)`` where no more was kept (:func:`fxshare.calibration.gradients.is_diagonal`)."""
+        if site in self.lookups:
+            return self._metric(site).rows_V
+        return self._moment(slice_name, self.tokens_of(site))
+
+    def _moment(self, slice_name: str, tokens: int) -> Tensor:
+        parts = self.gradients[slice_name]
+        seen = [part for part in parts if part.tokens]
+        if not seen or tokens == 0:
+            raise CalibrationError(
+                f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
+                "data; keep its layer dense (planner: {keep_dense: [...]}) or give another loss"
+            )
+        moments = [part.gram() * (part.tokens / tokens) for part in seen]
+        moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+        diagonal = moment if moment.ndim == 1 else moment.diagonal()
+        if float(diagonal.sum()) <= 0:
+            raise CalibrationError(
+                f"slice {slice_name!r} gets no gradient: it is zero at every token of the "
+                "calibration data; leave it out of the patterns or give another loss"
+            )
+        return moment
+
+    def mean(self, site: str) -> Tensor:
+        """``E[x]`` ``(in,)`` float64 over all inputs of the site."""
+        parts = [part for part in self.inputs[site] if part.tokens]
+        total = self.tokens_of(site)
+        return torch.stack([part.mean() * (part.tokens / total) for part in parts]).sum(0)
+
+    def gram(self, site: str) -> Tensor:
+        """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens."""
+        if site in self.lookups:
+            if self.gradients:
+                return self._metric(site).columns_II
+            called = any(part.tokens for part in self.inputs[site])
+            gram_II = self._gram(site) if called else None
+            return gram_without_gradients(gram_II, self.lookups[site].width)
+        return self._gram(site)
+
+    def _gram(self, site: str) -> Tensor:
+        parts = self.inputs[site]
+        total = sum(part.tokens for part in parts)
+        if total == 0:
+            raise CalibrationError(
+                f"{site!r} saw no tokens: it never ran on the calibration data, or every token was "
+                "masked; give data that reaches it, or leave it out of the patterns"
+            )
+        weighted = [part.gram() * (part.tokens / total) for part in parts if part.tokens]
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
+
+    def _metric(self, site: str) -> Metric:
+        """Of a site whose rows are looked up, and perhaps multiplied by."""
+        looked_up = self.lookups[site]
+        multiplied = None
+        rows = sum(part.tokens for part in self.inputs[site])
+        if rows:
+            scale = rows / max(self.tokens, 1)
+            moment_O = self._moment(looked_up.slice_name, rows)
+            multiplied = Metric(moment_O * scale, self._gram(site))
+        elif not any(part.tokens for part in looked_up.parts):
+            raise CalibrationError(
+                f"{site!r} saw no tokens: no row of it was looked up on the calibration data; give "
+                "data that reaches it, or leave it out of the patterns"
+            )
+        return metric(looked_up.parts, self.tokens, multiplied)
+
+    def tokens_of(self, site: str) -> int:
+        """Rows that went into the site's Gram; of one that is looked up all tokens, because its
+        metric counts how many of them reach it."""
+        if site in self.lookups:
+            return self.tokens
+        return sum(part.tokens for part in self.inputs[site])
+
+    def key(self, sites: Sequence[str]) -> tuple[int, ...]:
+        """Equal for sets of sites that have the same statistics."""
+        looked_up = tuple(id(self.lookups[site]) for site in sites if site in self.lookups)
+        return looked_up + tuple(id(part) for site in sites for part in self.inputs[site])

@@ -1,0 +1,182 @@
+"""The self-check: a captured graph against the original, at two shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxshare.base.numerics import float_leaves, tolerance, worst
+from fxshare.capture.call import Call, Shapes, holds_tensor, resized
+from fxshare.capture.captured import device_of, quiet
+from fxshare.capture.guards import hold_guard
+from fxshare.errors import CaptureError, GuardError
+from passes import structure_copy
+
+
+class Original:
+    """Runs the original's code on a copy: eval mode, own buffers, no trace left on the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copy: nn.Module | None = None  # none is needed on the meta device
+        self.is_meta = device_of(model).type == "meta"
+        self.refusal: str | None = None
+
+    def __call__(self, call: Call) -> Any:
+        if self._copy is None:
+            self._copy = structure_copy(self._model).eval()
+        with quiet():
+            return structure_copy(self._copy)(**call)
+
+    def works(self, call: Call) -> bool:
+        """Whether the model accepts the call; the reason why not is kept in ``refusal``.
+
+        On the meta device nothing is run: the trace finds out.
+        """
+        if self.is_meta:
+            return True
+        try:
+            self(call)
+        except Exception as error:
+            self.refusal = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+            return False
+        return True
+
+
+def described(value: object) -> object:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+    return value
+
+
+def guard_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The guards of a graph, in order."""
+    return [node for node in gm.graph.nodes if node.target is hold_guard]
+
+
+class _Collecting(fx.Interpreter):
+    """Runs a graph and collects the guards that do not hold, or ignores them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.broken: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except GuardError:
+            if n.target is not hold_guard:
+                raise
+            self.broken.add(n)
+            return None
+
+
+def evaluate_unguarded(gm: fx.GraphModule, call: Call) -> tuple[Any, set[fx.Node]]:
+    """The graph's output whether or not its guards hold, and those that do not."""
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    defaults = [n.args for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [
+        call[name] if name in call else default[0]
+        for name, default in zip(names, defaults, strict=True)
+    ]
+    interpreter = _Collecting(gm)
+    with quiet():
+        return interpreter.run(*values), interpreter.broken
+
+
+def relax(gm: fx.GraphModule, run: Original, shapes: Shapes, depth: int) -> tuple[int, ...]:
+    """The guards that do not matter at batch 1 or length 1.
+
+    ``if query_length > 1`` chooses between two ways to the same numbers; holding it would refuse a
+    one-token call. Such a guard is let go only where the graph, run against it, gave what the
+    original gave.
+    """
+    guards = guard_nodes(gm)
+    harmless: set[fx.Node] = set()
+    if not guards:
+        return ()
+    sizes: list[dict[str, int]] = []
+    if shapes.batch:
+        sizes.append({"batch": 1})
+    if shapes.sequence:
+        sizes.append({"sequence": 1})
+    if shapes.batch and shapes.sequence:
+        sizes.append({"batch": 1, "sequence": 1})
+    for size in sizes:
+        call = resized(shapes.base, **size)
+        if not run.works(call):
+            continue
+        expected = run(call)
+        try:
+            found, broken = evaluate_unguarded(gm, call)
+        except Exception:  # the traced path cannot even be run at this size: its guards stay
+            continue
+        if worst(expected, found).relative <= tolerance(_dtype(expected), depth):
+            harmless |= broken
+    return tuple(number for number, node in enumerate(guards) if node in harmless)
+
+
+def _dtype(output: Any) -> torch.dtype:
+    dtypes = [t.dtype for _, t in float_leaves(output)]
+    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+
+
+def erase_guards(gm: fx.GraphModule, numbers: Sequence[int]) -> None:
+    """Take guards out of a graph, by their place in :func:`guard_nodes`."""
+    if not numbers:
+        return
+    guards = guard_nodes(gm)
+    for number in numbers:
+        gm.graph.erase_node(guards[number])
+    gm.recompile()
+
+
+def self_check(
+    gm: fx.GraphModule, run: Original, shapes: Shapes, relaxed: Sequence[int], depth: int
+) -> float:
+    error = 0.0
+    for call in filter(None, (shapes.base, shapes.other)):
+        expected = run(call)
+        found = _run_graph(gm, call)
+        limit = tolerance(_dtype(expected), depth)
+        distance = worst(expected, found)
+        if not distance.relative <= limit:
+            raise CaptureError(
+                f"self-check: the graph differs from the original by {distance}; rounding "
+                f"explains {limit:.1e}"
+            )
+        error = max(error, distance.relative)
+    return error
+
+
+def _run_graph(gm: fx.GraphModule, call: Call) -> Any:
+    given = {name: value for name, value in call.items() if holds_tensor(value)}
+    flags = [(m, m.training) for m in gm.modules()]
+    for m, _ in flags:
+        m.training = False
+    try:
+        with quiet():
+            return structure_copy(gm)(**given)
+    except Exception as error:
+        raise CaptureError(
+            f"self-check: the graph fails where the original runs: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+__all__ = [
+    "Original",
+    "described",
+    "erase_guards",
+    "evaluate_unguarded",
+    "guard_nodes",
+    "relax",
+    "self_check",
+]

@@ -1,0 +1,164 @@
+"""The front ends, one after the other: :func:`capture`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx, nn
+
+from fxshare.capture.adapted import adapt
+from fxshare.capture.call import Shapes, bind, completed, to_device, vary
+from fxshare.capture.captured import Captured, FrontEnd, Mode, device_of
+from fxshare.capture.check import Original, described, erase_guards, guard_nodes, relax, self_check
+from fxshare.capture.exported import export
+from fxshare.capture.modules import linears_side_by_side
+from fxshare.capture.tracing.trace import trace
+from fxshare.errors import CaptureError
+from passes import linear_calls, lookups, structure_copy
+
+
+def capture(
+    model: nn.Module,
+    example: object = None,
+    *,
+    mode: Mode = "auto",
+    needs: Sequence[str] = (),
+    relaxed: Sequence[int] | None = None,
+) -> Captured:
+    """Capture ``model`` as a graph; the model itself is left as it is, whatever happens.
+
+    ``example`` is one batch: a tensor, a tuple, or a mapping by argument name. ``needs`` are
+    qualified names of linears that the graph must show; a front end that hides one of them fails.
+    ``relaxed`` repeats an earlier capture's decisions about guards (see :class:`Captured`).
+
+    Raises :class:`CaptureError` naming the model's line and every front end that was tried.
+    """
+    start = time.perf_counter()
+    try:
+        structure_copy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied (copy.deepcopy): {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}; take what it holds beside parameters and buffers out"
+        ) from error
+    if mode == "auto" and example is None:
+        return _modules(model, start, ("no example inputs: captured at module granularity",))
+    if mode == "modules":
+        return _modules(model, start, ())
+    if example is None:
+        raise CaptureError(
+            f"capture={mode!r} needs an example of the model's inputs: give calibration data or "
+            "example=..., or use capture='modules'"
+        )
+    call = to_device(completed(model, bind(model, example)), device_of(model))
+    adapted = adapt(model)
+    run = Original(adapted.reference)
+    shapes = vary(call, run.works)
+    if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
+        raise CaptureError(
+            f"{type(model).__name__} does not accept the example call "
+            f"{ {k: described(v) for k, v in call.items()} }: {run.refusal}"
+        )
+    failures: list[str] = []
+    order: list[FrontEnd] = ["fx", "export"] if mode == "auto" else [mode]
+    for front_end in order:
+        try:
+            found = _graph(adapted.traced, run, shapes, front_end, needs, relaxed, failures, start)
+        except CaptureError as error:
+            failures.append(f"{front_end}: {error}")
+        else:
+            return replace(found, notes=(*adapted.notes, *found.notes))
+    if mode == "auto":
+        return _modules(model, start, tuple(f"tried {failure}" for failure in failures))
+    raise CaptureError("; ".join(failures))
+
+
+def recapture(
+    model: nn.Module, front_end: FrontEnd, shapes: Shapes | None, relaxed: Sequence[int]
+) -> Captured:
+    """Repeat an earlier capture of a model of this structure.
+
+    Nothing is run, so neither the weights nor the values of the calls matter.
+
+    Raises :class:`CaptureError` where the front end fails.
+    """
+    start = time.perf_counter()
+    if front_end == "modules" or shapes is None:
+        return _modules(model, start, ())
+    model = adapt(model).traced
+    if front_end == "fx":
+        # one shape will do: that none is baked into the graph was seen the first time
+        graph, notes = trace(model, replace(shapes, other=None))
+    else:
+        graph, notes = export(model, shapes), ()
+    guards = len(guard_nodes(graph))
+    if any(not 0 <= number < guards for number in relaxed):
+        raise CaptureError(
+            f"the graph has {guards} guards, and {list(relaxed)} are to be let go: it is not the "
+            "graph that was captured before"
+        )
+    erase_guards(graph, relaxed)
+    seconds = time.perf_counter() - start
+    return Captured(front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
+
+
+def _modules(model: nn.Module, start: float, notes: tuple[str, ...]) -> Captured:
+    graph = linears_side_by_side(model)
+    return Captured("modules", graph, None, (), None, notes, time.perf_counter() - start)
+
+
+def _graph(
+    model: nn.Module,
+    run: Original,
+    shapes: Shapes,
+    front_end: FrontEnd,
+    needs: Sequence[str],
+    relaxed: Sequence[int] | None,
+    failures: Sequence[str],
+    start: float,
+) -> Captured:
+    if front_end == "fx":
+        gm, notes = trace(model, shapes)
+    else:
+        gm = export(model, shapes)
+        notes = ("torch.export: the mode (eval) and the device are baked",)
+    hidden = _inside_leaves(gm, needs)
+    if hidden:
+        raise CaptureError(
+            f"the graph does not show the matched linear {hidden[0]!r} ({len(hidden)} in all), "
+            "which is inside a module or function that is called as a whole"
+        )
+    error = None
+    if not run.is_meta:
+        depth = len(linear_calls(gm))
+        if relaxed is None:
+            relaxed = relax(gm, run, shapes, depth)
+        error = self_check(gm, run, shapes, relaxed, depth)
+    erase_guards(gm, relaxed or ())
+    if not shapes.sequence:
+        notes = (*notes, "only the batch size is known to vary")
+    notes = (*notes, *(f"tried {failure}" for failure in failures))
+    seconds = time.perf_counter() - start
+    return Captured(front_end, gm, shapes, tuple(relaxed or ()), error, notes, seconds)
+
+
+def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
+    seen = [(call.node, call.name) for call in linear_calls(gm)]
+    seen += [(lookup.node, lookup.name) for lookup in lookups(gm)]
+    nodes = {node for node, _ in seen}
+    hidden = set(names) - {name for _, name in seen}
+    called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
+    # F.multi_head_attention_forward is one node that reads the weight of out_proj
+    read = {
+        str(n.target).rpartition(".")[0]
+        for n in gm.graph.nodes
+        if n.op == "get_attr"
+        and str(n.target).endswith(".weight")
+        and not nodes.issuperset(n.users)
+    }
+    return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
+
+
+__all__ = ["capture", "recapture"]

@@ -1,0 +1,92 @@
+"""``fxshare bench quality``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fxshare
+from fxshare.cli.options import AsJson, Debug, Seed, Threads
+from fxshare.cli.output import Result, note, table
+
+
+def quality(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="MODEL", help="Another model; needs --tokens and -c."),
+    ] = None,
+    tokens: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--tokens", metavar="FILE", help="Its tokens: safetensors 'calibration', 'heldout'."
+        ),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="Its weight types."),
+    ] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded/--no-embedded", help="Measure the embedded model.")
+    ] = True,
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
+    ] = "0.9,0.8,0.7,0.6,0.5,0.4",
+    search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> Result:
+    """Held-out loss of planned plans beside Basis Sharing and per-matrix SVD; no training.
+
+    \b
+    Example:
+      fxshare bench quality --sizes 0.8,0.5
+      fxshare bench quality --model ./stories --tokens tokens.safetensors -c llama.yaml
+    """
+    from fxshare.bench.quality import bench_quality, embedded_case, folder_case
+    from fxshare.bench.quality import table as rows_of
+    from fxshare.bench.speed.device import threads as using
+    from fxshare.config import load_config
+
+    del as_json, debug
+    models, files, configs = model or [], tokens or [], config or []
+    if not len(models) == len(files) == len(configs):
+        raise fxshare.errors.ConfigError(
+            f"bench quality: expected one --tokens and one -c for each --model, found "
+            f"{len(models)} models, {len(files)} token files, {len(configs)} configurations"
+        )
+    cases = [embedded_case()] if embedded else []
+    for name, file, path in zip(models, files, configs, strict=True):
+        types: dict[str, Any] = load_config(path).model_dump(
+            include={"weight_types", "block_pattern"}
+        )
+        cases.append(folder_case(name, file, types))
+    shares = _sizes(sizes)
+    with using(threads):
+        result = bench_quality(cases, sizes=shares, search=search, seed=seed, say=note)
+    header, rows = rows_of(result)
+    below = [
+        f"increase of the loss in nats per token on held-out tokens, no training; seed {seed}",
+        *(
+            f"{name}: {count}, dense {result.dense_loss[name]:.4f}"
+            for name, count in result.tokens.items()
+        ),
+        f"{result.environment}; {result.seconds:.0f} s",
+    ]
+    return Result(result.to_dict(), "\n".join([table(header, rows), "", *below]))
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < size <= 1 for size in found):
+        raise fxshare.errors.ConfigError(
+            f"--sizes: expected shares between 0 and 1, comma separated, such as 0.8,0.5; found "
+            f"{text!r}"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The composition: ``fxshare.compile`` and ``fxshare.plan``, the stages one after the other."""

@@ -1,0 +1,195 @@
+"""``fxshare.compile`` and ``fxshare.plan``: the stages, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxshare.calibration.losses import Loss
+from fxshare.calibration.statistics import Statistics
+from fxshare.capture import Mode, device_of, dtype_of
+from fxshare.compiling.given import check_plan, named_passes
+from fxshare.compiling.stages import Stages, configuration, prepare, within_budget
+from fxshare.config import ConfigSource
+from fxshare.errors import CalibrationError
+from fxshare.factors.realise import Factorised, planned_factors, remade_factors, sharing_factors
+from fxshare.generation.shell import generate
+from fxshare.models.source import Source
+from fxshare.models.structure import keep_structure
+from fxshare.planning.rules import make_plan
+from fxshare.plans.plan import Plan
+from fxshare.result.face import Verbs
+from fxshare.result.module import attach
+from fxshare.result.record import Record
+from fxshare.result.report import Report, group_reports
+from fxshare.rewriting.assemble import assemble
+from fxshare.rewriting.lowering import lower_module, with_lowered
+from fxshare.rewriting.rewrite import rewrite
+from fxshare.sites.tensors import dense_weights, site_biases
+from fxshare.store.pretrained import save_pretrained
+from fxshare.verifying.verify import verify
+from passes import Pass
+
+
+@torch.inference_mode(False)  # what is made under it could never be trained
+def compile(
+    model: nn.Module,
+    cfg: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    calibration: Iterable[object] | None = None,
+    example: object = None,
+    plan: Plan | None = None,
+    capture: Mode | None = None,
+    passes: Sequence[Pass] = (),
+    loss: Loss | None = None,
+    copy: bool = False,
+    check: bool = True,
+    seed: int = 0,
+) -> Any:
+    """Rewrite a model under a configuration; the model itself is never touched.
+
+    Parameters
+    ----------
+    model
+        Any ``nn.Module``. Parameters that no pattern matches are shared with the result.
+    cfg
+        A :class:`ShareConfig`, a mapping, a path to YAML, or a list of these (later ones win).
+        Where None, what :func:`fxshare.init` finds in the model: exact mode. A budget goes with it
+        as ``[fxshare.init(model), {"budget": {"params_kept": 0.8}}]``.
+    calibration
+        Batches: tensors, tuples, or mappings with an optional ``attention_mask``. Streamed once.
+        Without it the sharing mode is a plain SVD of the weights.
+    example
+        One batch to capture with; the first calibration batch where it is not given. Give one with
+        labels if the result is to return a loss.
+    plan
+        A plan to realise instead of making one (:func:`fxshare.plan`, or a file edited by hand).
+    capture
+        Which front end; the configuration's where None.
+    passes
+        Passes of your own, after those named in the configuration.
+    loss
+        For a budget: ``(output, batch) -> scalar``, summed over tokens, whose increase the planner
+        minimises. Next-token cross-entropy for language models where None, else the output's
+        energy.
+    copy
+        Clone the parameters that are not rewritten, so that training the result leaves the model
+        alone.
+    check
+        Verify the result on small random inputs before handing it out.
+    seed
+        Of the random choices: sampled labels.
+
+    Returns
+    -------
+    A :class:`ShareModule` (a ``torch.fx.GraphModule``) with the signature of ``model.forward``; for
+    capture at module granularity a copy of the model's own class. Either has ``.fxshare``.
+
+    Raises
+    ------
+    FxShareError
+        One of its kinds, naming what was expected, what was found, and the way out.
+    """
+    start = time.perf_counter()
+    stages = prepare(model, configuration(model, cfg), calibration, example, capture)
+    cfg = stages.cfg
+    own = (*named_passes(cfg), *passes)
+    plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed)
+    rewritten, applied = rewrite(
+        stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
+    )
+    result = assemble(model, stages.captured, rewritten, plan, copy=copy)
+    keep_structure(result, model, own)
+    report = Report(
+        model=type(model).__name__,
+        mode=plan.mode,
+        front_end=stages.captured.front_end,
+        dtype=str(dtype_of(model)).removeprefix("torch."),
+        groups=group_reports(
+            plan,
+            dtype_of(model).itemsize,
+            errors=factors.weighted_errors,
+            floored=factors.floored,
+            seconds=factors.seconds,
+        ),
+        sites=len(plan.sites),
+        skipped=plan.skipped,
+        parameters_before=_count(model),
+        parameters_after=_count(result),
+        calibration=None if statistics is None else _describe(statistics),
+        passes=tuple({"name": a.name, "rewrites": a.rewrites, "exact": a.exact} for a in applied),
+        notes=(*stages.captured.notes, *(statistics.notes if statistics else ())),
+        seconds={
+            "capture": stages.captured.seconds,
+            "calibrate": statistics.seconds if statistics else 0.0,
+            "factorise": sum(factors.seconds.values()),
+            "rewrite": sum(a.seconds for a in applied),
+            "total": time.perf_counter() - start,
+        },
+    )
+    record = Record(
+        config=cfg,
+        plan=plan,
+        report=report,
+        front_end=stages.captured.front_end,
+        source=Source.of(model),
+        relaxed=stages.captured.relaxed,
+        slice_errors=factors.slice_errors,
+        bias_shifts=factors.bias_shifts,
+        inputs=Record.specs(stages.captured.shapes),
+        extra_passes=tuple(p.name or type(p).__name__ for p in own),
+    )
+    if cfg.lower is not None:
+        result, lowered = lower_module(result, cfg.lower.prefer)
+        record = with_lowered(record, lowered, result)
+    attach(result, record, Verbs(generate, save_pretrained))
+    # a pass of the user's own may mean to change the function: then there is nothing to hold it to
+    exact = all(p.exact for p in own)
+    if check and exact and record.inputs and device_of(model).type != "meta":
+        verify(model, result, strict=True)
+    return result
+
+
+def _plan_and_factors(
+    stages: Stages, plan: Plan | None, loss: Loss | None, seed: int
+) -> tuple[Plan, Factorised, Statistics | None]:
+    """The plan (made, or checked where it was given), and the factors that realise it."""
+    model, cfg = stages.model, stages.cfg
+    if plan is not None:
+        check_plan(plan, stages.sites)
+    elif cfg.mode != "planned":
+        plan = make_plan(cfg, stages.sites, stages.skipped)
+    weights = dense_weights(model, stages.sites if plan is None else plan.sites)
+    if plan is None:
+        budgeted = within_budget(stages, weights, loss, seed)
+        plan, made = budgeted.plan, budgeted.factors
+        statistics: Statistics | None = budgeted.statistics
+    elif plan.mode == "planned" and plan.groups:
+        statistics = stages.calibrate(gradients=True, loss=loss, seed=seed)
+        if statistics is None:
+            raise CalibrationError(
+                "a planned plan needs calibration data to be carried out: give calibration=..."
+            )
+        made = remade_factors(plan, weights, statistics, cfg)
+    else:
+        given = stages.calibrate() if plan.groups else None
+        return plan, sharing_factors(plan, weights, given, cfg), given
+    biases = site_biases(model, plan.sites)
+    return plan, planned_factors(plan, weights, biases, made), statistics
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _describe(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "batches": statistics.batches,
+        "tokens": statistics.tokens,
+        "bytes": statistics.bytes,
+        "seconds": statistics.seconds,
+    }

@@ -1,0 +1,47 @@
+"""What the user gives beside a configuration, checked: passes by name, and a plan."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from fxshare.config import ShareConfig
+from fxshare.errors import ConfigError, PlanError
+from fxshare.plans.plan import Plan
+from fxshare.sites.site import Site
+from passes import Pass
+
+
+def named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
+    """The passes that the configuration names; each is imported from the user's own module."""
+    found = []
+    for name in cfg.passes:
+        module_name, _, attribute = name.partition(":")
+        try:
+            made = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"passes: cannot import {name!r}: {error}; expected 'package.module:Name' on the "
+                "Python path"
+            ) from error
+        if isinstance(made, type) and issubclass(made, Pass):
+            made = made()
+        if not isinstance(made, Pass):
+            raise ConfigError(
+                f"passes: {name!r} is a {type(made).__name__}; expected a subclass or an instance "
+                "of passes.Pass"
+            )
+        found.append(made)
+    return tuple(found)
+
+
+def check_plan(plan: Plan, sites: Sequence[Site]) -> None:
+    found = {site.name: site for site in sites}
+    for site in plan.sites:
+        real = found.get(site.name)
+        if real is None or real.slices != site.slices or real.in_features != site.in_features:
+            raise PlanError(
+                f"the plan's site {site.name!r} with {len(site.slices)} slices is not what the "
+                "configuration matches in this model and its graph calls; make the plan again with "
+                "the same configuration and the same example or calibration data"
+            )

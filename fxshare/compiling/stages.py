@@ -1,0 +1,149 @@
+"""Capture and match: what is known before anything is measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.losses import Loss
+from fxshare.calibration.statistics import Statistics
+from fxshare.capture import Captured, Mode, bind, capture
+from fxshare.capture.call import without_labels
+from fxshare.config import ConfigSource, ShareConfig, load_config
+from fxshare.errors import CalibrationError, ConfigError, MatchError
+from fxshare.models.quantised import quantisation_of, refusal_of_quantised
+from fxshare.planning.budget import Budgeted, plan_within_budget
+from fxshare.proposing.propose import init
+from fxshare.sites.match import match
+from fxshare.sites.site import Site, Skipped
+from fxshare.sites.visible import unstacked, visible_sites
+
+
+def within_budget(
+    stages: Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
+) -> Budgeted:
+    if stages.batches is None:
+        raise CalibrationError(
+            "a budget needs calibration data to predict losses with: give calibration=..., or use "
+            "group_size and compression_rate, which do without"
+        )
+    return plan_within_budget(
+        stages.model,
+        stages.captured,
+        stages.sites,
+        stages.skipped,
+        weights,
+        stages.batches,
+        stages.cfg,
+        loss=loss,
+        seed=seed,
+    )
+
+
+def configuration(
+    model: nn.Module, cfg: ConfigSource | Sequence[ConfigSource] | None
+) -> ShareConfig:
+    return init(model) if cfg is None else load_config(cfg)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What is known once the model is captured and matched."""
+
+    model: nn.Module
+    cfg: ShareConfig
+    captured: Captured
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    batches: Iterable[object] | None
+
+    def calibrate(
+        self, *, gradients: bool = False, loss: Loss | None = None, seed: int = 0
+    ) -> Statistics | None:
+        if self.batches is None:
+            return None
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        return calibrate(
+            self.model,
+            self.captured,
+            self.batches,
+            self.sites,
+            max_tokens=self.cfg.calibration.max_tokens,
+            total=total,
+            gradients=gradients,
+            loss=loss,
+            labels=self.cfg.planner.labels,
+            seed=seed,
+        )
+
+
+def prepare(
+    model: nn.Module,
+    cfg: ShareConfig,
+    calibration: Iterable[object] | None,
+    example: object,
+    mode: Mode | None,
+) -> Stages:
+    check_module(model)
+    matching = match(model, cfg)
+    first, batches = _peek(calibration)
+    # an embedding that the graph reads another way is no reason to do without a graph
+    needs = [name for site in matching.sites for name in site.calls]
+    if example is None and first is not None:
+        # labels among the data are for training; an example that has them wants the loss
+        example = without_labels(model, bind(model, first))
+    captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
+    captured = unstacked(captured, matching.sites)
+    side_by_side = captured.front_end == "modules"
+    sites, skipped = visible_sites(captured.graph, matching, side_by_side=side_by_side)
+    if not sites and side_by_side:
+        raise MatchError(f"nothing to rewrite: {skipped[0].name!r} {skipped[0].reason}")
+    if not sites:
+        raise MatchError(
+            f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "
+            "one; give an example that reaches them, or other patterns"
+        )
+    return Stages(model, cfg, captured, sites, skipped, batches)
+
+
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
+        )
+    method = quantisation_of(getattr(model, "config", None))
+    if method is not None:
+        raise MatchError(refusal_of_quantised(type(model).__name__, method))
+
+
+def _peek(
+    calibration: Iterable[object] | None,
+) -> tuple[object, Iterable[object] | None]:
+    """The first batch, and all batches again; an iterator is read only once."""
+    if calibration is None:
+        return None, None
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise CalibrationError(
+            f"calibration: expected an iterable of batches, found one {type(calibration).__name__};"
+            " wrap it in a list"
+        )
+    try:
+        iterator: Iterator[object] = iter(calibration)
+    except TypeError:
+        raise CalibrationError(
+            f"calibration: expected an iterable of batches, found {type(calibration).__name__}"
+        ) from None
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError(
+            "the calibration data is empty: expected an iterable of batches; leave calibration "
+            "out for a plain SVD"
+        ) from None
+    if isinstance(calibration, Sequence):
+        return first, calibration
+    return first, itertools.chain([first], iterator)

@@ -1,0 +1,112 @@
+"""``fxshare.plan``, and what the command line shows beside a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxshare.calibration.losses import Loss
+from fxshare.compiling.stages import check_module, configuration, prepare, within_budget
+from fxshare.config import ConfigSource, load_config
+from fxshare.errors import PlanError
+from fxshare.factors.metric import slice_statistics
+from fxshare.factors.spectra import Spectra
+from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.nodes import nodes_of
+from fxshare.planning.options import options_of
+from fxshare.planning.rules import make_plan, uniform_plan
+from fxshare.planning.sweep import Alternative, Sweep, alternatives, sweep_budgets
+from fxshare.plans.plan import Plan
+from fxshare.sites.match import match
+from fxshare.sites.tensors import dense_weights
+
+
+def make_plan_for(
+    model: nn.Module,
+    cfg: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    calibration: Iterable[object] | None = None,
+    example: object = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan of a compilation without carrying it out (``fxshare.plan``).
+
+    ``cfg`` as in :func:`compile`. In exact and sharing mode nothing of the model is run, so a model
+    on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan
+    has uniform ranks, each slice for itself, and says sizes and FLOPs only.
+    """
+    config = configuration(model, cfg)
+    check_module(model)
+    if calibration is not None or example is not None:
+        # captured, so that the plan leaves out what the graph never calls
+        stages = prepare(model, config, calibration, example, None)
+        if config.mode != "planned":
+            return make_plan(config, stages.sites, stages.skipped)
+        if calibration is None:
+            return uniform_plan(config, stages.sites, stages.skipped)
+        return within_budget(stages, dense_weights(model, stages.sites), loss, seed).plan
+    matching = match(model, config)
+    if config.mode == "planned":
+        return uniform_plan(config, matching.sites, matching.skipped)
+    return make_plan(config, matching.sites, matching.skipped)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A plan, and what else there was to be had: what each dense slice could be instead (nothing
+    without data), and the losses of other budgets where they were asked for."""
+
+    plan: Plan
+    alternatives: Mapping[str, Alternative | None]
+    sweep: Sweep | None = None
+
+
+def survey(
+    model: nn.Module,
+    cfg: ConfigSource | Sequence[ConfigSource],
+    *,
+    calibration: Iterable[object] | None = None,
+    example: object = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    shares: Sequence[float] = (),
+) -> Survey:
+    """:func:`make_plan_for`, and what the plan can be compared with.
+
+    ``shares`` are further budgets to plan for, as shares of the dense cost, on the statistics of
+    the first calibration and without a search; :class:`PlanError` unless the configuration has a
+    budget and there is data.
+    """
+    config = load_config(cfg)
+    if config.budget is None or calibration is None:
+        if shares:
+            what = "a budget" if config.budget is None else "calibration data"
+            raise PlanError(
+                f"a sweep predicts losses under budgets and needs {what}: give "
+                f"{'budget: {params_kept: 0.8}' if config.budget is None else 'calibration=...'}"
+            )
+        made = make_plan_for(
+            model, config, calibration=calibration, example=example, loss=loss, seed=seed
+        )
+        return Survey(made, {})
+    stages = prepare(model, config, calibration, example, None)
+    weights = dense_weights(model, stages.sites)
+    budgeted = within_budget(stages, weights, loss, seed)
+    plan, statistics = budgeted.plan, budgeted.statistics
+    planner = config.planner
+    options = options_of(config.budget, planner, model)
+    slices = slice_statistics(stages.sites, weights, statistics, centred=planner.bias)
+    spectra = Spectra(slices, config.calibration.relative_floor)
+    problem = make_problem(nodes_of(stages.sites, slices), spectra, options)
+    swept = None
+    if shares:
+        swept = sweep_budgets(
+            problem, shares, options, strategy=planner.strategy, loss_name=statistics.loss
+        )
+    grouped = {name for group in plan.groups for name in group.slices}
+    dense = [s.name for x in plan.sites for s in x.slices if s.name not in grouped]
+    price = 0.0 if plan.outlook is None else plan.outlook.price
+    return Survey(plan, alternatives(problem, dense, price), swept)

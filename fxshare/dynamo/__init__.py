@@ -1,0 +1,1 @@
+"""A compiled model as a backend of ``torch.compile``, for who keeps the original object."""

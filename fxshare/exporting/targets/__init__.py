@@ -1,0 +1,1 @@
+"""One module a target; each has a ``write`` and reads back what it wrote."""

@@ -1,0 +1,1 @@
+"""Factorisation: from weights and statistics to bases and coefficients. Functions of tensors."""

@@ -1,0 +1,110 @@
+"""The metric in which a slice's error is measured: input moment and output moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxshare.calibration.statistics import Statistics
+from fxshare.errors import FactoriseError
+from fxshare.sites.site import Site
+
+
+def slice_statistics(
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    statistics: Statistics,
+    *,
+    centred: bool = True,
+) -> dict[str, SliceStatistics]:
+    """Statistics per slice. With ``centred`` a site that has a bias is judged by the covariance of
+    its input: the mean's part of the error goes into the bias."""
+    found = {}
+    grams: dict[object, Tensor] = {}
+    for site in sites:
+        # what is looked up gets no bias that could take up a mean
+        biased = centred and site.bias and not site.lookups
+        key = (statistics.key([site.name]), biased)
+        mean = statistics.mean(site.name) if biased else None
+        if key not in grams:
+            gram = statistics.gram(site.name)
+            grams[key] = gram if mean is None else gram - torch.outer(mean, mean)
+        # losses are per token: a linear called twice a token counts twice, an expert that sees a
+        # tenth of the tokens a tenth
+        rows = statistics.tokens_of(site.name) / max(statistics.tokens, 1)
+        for s in site.slices:
+            moment = statistics.moment(s.name, site.name) if statistics.gradients else None
+            found[s.name] = SliceStatistics(
+                weight_OI=weights[site.name][s.start : s.stop],
+                gram_II=grams[key],
+                moment_OO=None if moment is None else moment if rows == 1 else moment * rows,
+                input=key,
+                mean_I=mean,
+            )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class SliceStatistics:
+    """Everything about one slice that planning and factorising need, in float64.
+
+    ``gram_II`` is shared by slices of the same input. ``moment_OO`` is ``A``, or ``(O,)`` its
+    diagonal; None means the identity (activation error alone).
+    """
+
+    weight_OI: Tensor
+    gram_II: Tensor
+    moment_OO: Tensor | None
+    input: object
+    mean_I: Tensor | None = None
+
+    def times_moment(self, gap_OI: Tensor) -> Tensor:
+        """``A gap`` ``(O, I)``."""
+        return gap_OI if self.moment_OO is None else _times(self.moment_OO.double(), gap_OI)
+
+
+def _times(left: Tensor, right_OI: Tensor) -> Tensor:
+    return left[:, None] * right_OI if left.ndim == 1 else left @ right_OI
+
+
+@dataclass(frozen=True, eq=False)
+class OutputRoot:
+    """``A^½`` and its inverse, eigenvalues below ``floor`` raised to it; diagonals ``(O,)`` of a
+    diagonal ``A``."""
+
+    root_OO: Tensor
+    inverse_OO: Tensor
+    floored: int
+
+    def apply(self, weight_OI: Tensor) -> Tensor:
+        """``A^½ weight`` ``(O, I)``."""
+        return _times(self.root_OO, weight_OI)
+
+    def undo(self, weight_OI: Tensor) -> Tensor:
+        """``A^-½ weight`` ``(O, I)``."""
+        return _times(self.inverse_OO, weight_OI)
+
+
+def output_root(moment_OO: Tensor, *, relative_floor: float = 1e-8) -> OutputRoot:
+    """The symmetric square root of a damped ``A`` (never a bare Cholesky: A is singular where a
+    unit is dead)."""
+    moment = moment_OO.double()
+    if not bool(moment.isfinite().all()):
+        raise FactoriseError("gradient statistics: expected finite entries, found NaN or infinity")
+    vectors: Tensor | None = None
+    if moment.ndim == 1:
+        values = moment
+    else:
+        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    largest = float(values.max())
+    if largest <= 0:
+        raise FactoriseError("gradient statistics are all zero: the loss does not depend on it")
+    floor = relative_floor * largest
+    floored = int((values < floor).sum())
+    scale = values.clamp(min=floor).sqrt()
+    if vectors is None:
+        return OutputRoot(scale, 1 / scale, floored)
+    return OutputRoot((vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T, floored)

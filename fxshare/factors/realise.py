@@ -1,0 +1,164 @@
+"""From a plan to the tensors that the passes put into the graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxshare.base.numerics import relative_error
+from fxshare.base.progress import track
+from fxshare.calibration.gram import pooled_gram
+from fxshare.calibration.statistics import Statistics
+from fxshare.config import ShareConfig
+from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
+from fxshare.factors.group import GroupFactors, factorise_group
+from fxshare.factors.metric import slice_statistics
+from fxshare.factors.pivots import Pivoted, complement, pivot
+from fxshare.factors.spectra import Spectra
+from fxshare.plans.plan import Group, Plan
+from passes import PivotedGroup, SharedGroup
+
+
+@dataclass
+class Factorised:
+    """The factors of every group in the model's dtype, and what is known about them."""
+
+    groups: list[SharedGroup] = field(default_factory=list)
+    pivots: list[PivotedGroup] = field(default_factory=list)
+    weighted_errors: dict[str, float] = field(default_factory=dict)
+    slice_errors: dict[str, float] = field(default_factory=dict)
+    bias_shifts: dict[str, float] = field(default_factory=dict)
+    """``‖b' − b‖`` of every slice whose bias was moved."""
+    floored: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, float] = field(default_factory=dict)
+    """Largest ``|T|`` of every pivoted basis."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        group: Group,
+        basis_RI: Tensor,
+        coefficients: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        *,
+        pivoted: Pivoted | None = None,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take in one group's float64 factors, cast to the dtype of ``weights`` (by slice)."""
+        dtype = weights[group.slices[0]].dtype
+        basis = basis_RI.to(dtype)
+        plain = {name: c.to(dtype) for name, c in coefficients.items()}
+        self.groups.append(SharedGroup(group.name, basis, plain, dict(biases or {})))
+        stored, effective = plain, basis.double()
+        if pivoted is not None:
+            table = pivoted.table_RT.to(dtype)
+            stored = {name: (c @ pivoted.block_RR).to(dtype) for name, c in coefficients.items()}
+            kept = pivoted.kept_J
+            self.pivots.append(PivotedGroup(group.name, kept.to(torch.int32), table, stored))
+            self.tables[group.name] = pivoted.largest
+            effective = torch.zeros_like(basis_RI)
+            effective[:, kept] = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
+            effective[:, complement(kept, effective.shape[1])] = table.double()
+        for name, c in stored.items():
+            self.slice_errors[name] = relative_error(weights[name], c.double() @ effective)
+
+
+def sharing_factors(
+    plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics | None, cfg: ShareConfig
+) -> Factorised:
+    """Basis Sharing, group by group; groups with the same inputs share one whitening."""
+    rows = _rows(plan, weights)
+    sites_of = {
+        group.name: tuple(dict.fromkeys(plan.site_of(name).name for name in group.slices))
+        for group in plan.groups
+    }
+    order = list(plan.groups)
+    if statistics is not None:
+        order.sort(key=lambda group: statistics.key(sites_of[group.name]))
+    result = Factorised()
+    key: object = None
+    whitening: Whitening | None = None
+    for group in track(order, "factorising", total=len(order)):
+        start = time.perf_counter()
+        if statistics is None:
+            whitening = identity_whitening(group.in_features)
+        elif whitening is None or key != statistics.key(sites_of[group.name]):
+            key = statistics.key(sites_of[group.name])
+            pooled = pooled_gram([statistics.gram(name) for name in sites_of[group.name]])
+            whitening = whiten(pooled, relative_floor=cfg.calibration.relative_floor)
+        try:
+            factors = factorise([rows[name] for name in group.slices], whitening, group.rank)
+        except FactoriseError as error:
+            raise FactoriseError(f"group {group.name!r}: {error}") from error
+        coefficients = dict(zip(group.slices, factors.coefficients, strict=True))
+        pivoted = pivot(factors.basis_RI) if group.storage == "pivoted" else None
+        result.add(group, factors.basis_RI, coefficients, rows, pivoted=pivoted)
+        result.weighted_errors[group.name] = factors.weighted_error
+        result.floored[group.name] = whitening.floored
+        result.seconds[group.name] = time.perf_counter() - start
+    return _in_order(result, plan)
+
+
+def planned_factors(
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    made: Mapping[str, GroupFactors],
+) -> Factorised:
+    """The factors that a search has already made."""
+    rows = _rows(plan, weights)
+    shifts = {
+        name: _bias_rows(plan, name, biases) + shift
+        for one in made.values()
+        for name, shift in one.bias_shift.items()
+    }
+    result = Factorised()
+    for group in plan.groups:
+        one = made[group.name]
+        moved = {n: shifts[n].to(rows[n].dtype) for n in group.slices if n in shifts}
+        for name, bias in moved.items():
+            gap = bias.double() - _bias_rows(plan, name, biases)
+            result.bias_shifts[name] = float(gap.norm())
+        result.add(group, one.basis_RI, one.coefficients, rows, pivoted=one.pivoted, biases=moved)
+        result.weighted_errors[group.name] = one.lost / one.total if one.total > 0 else 0.0
+        result.floored[group.name] = one.floored
+    return result
+
+
+def remade_factors(
+    plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics, cfg: ShareConfig
+) -> dict[str, GroupFactors]:
+    """Factors of a planned plan that was read from a file, from fresh statistics."""
+    if not statistics.gradients:
+        raise PlanError("a planned plan needs gradient statistics to be carried out")
+    slices = slice_statistics(plan.sites, weights, statistics, centred=cfg.planner.bias)
+    spectra = Spectra(slices, relative_floor=cfg.calibration.relative_floor)
+    refit = cfg.planner.refit
+    if refit is None:
+        refit = plan.outlook.refit if plan.outlook is not None else True
+    return {
+        group.name: factorise_group(group, spectra, refit=refit, bias=cfg.planner.bias)
+        for group in track(plan.groups, "factorising", total=len(plan.groups))
+    }
+
+
+def _rows(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {s.name: weights[x.name][s.start : s.stop] for x in plan.sites for s in x.slices}
+
+
+def _bias_rows(plan: Plan, name: str, biases: Mapping[str, Tensor]) -> Tensor:
+    site = plan.site_of(name)
+    s = next(s for s in site.slices if s.name == name)
+    return biases[site.name][s.start : s.stop].double()
+
+
+def _in_order(result: Factorised, plan: Plan) -> Factorised:
+    position = {group.name: at for at, group in enumerate(plan.groups)}
+    result.groups.sort(key=lambda group: position[group.name])
+    result.pivots.sort(key=lambda group: position[group.name])
+    return result

@@ -1,0 +1,1 @@
+"""Models by name, and saved folders: what was saved is compiled again and filled."""

@@ -1,0 +1,166 @@
+"""``fxshare.load``: a folder that :func:`fxshare.save` made, compiled again and filled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxshare.base.numerics import tolerance
+from fxshare.capture import device_of
+from fxshare.config import ShareConfig, load_config
+from fxshare.errors import FxShareWarning, StoreError
+from fxshare.generation.shell import generate
+from fxshare.loading.rebuild import rebuild
+from fxshare.models.source import Source
+from fxshare.plans.plan import Plan
+from fxshare.result.face import Verbs
+from fxshare.result.module import attach, record_of
+from fxshare.result.record import Record
+from fxshare.result.report import Report
+from fxshare.store.calls import decode_inputs
+from fxshare.store.manifest import (
+    CONFIG,
+    DTYPES,
+    PLAN,
+    REPORT,
+    Manifest,
+    read_manifest,
+    read_text,
+    verify_files,
+)
+from fxshare.store.pretrained import save_pretrained
+from fxshare.store.probe import Probe, distance, take
+from fxshare.store.skeleton import ModelSource, skeleton
+from fxshare.store.tensors import fill
+from passes import Pass
+from passes.errors import FxShareError
+
+
+@torch.inference_mode(False)  # what is made under it could never be trained
+def load(
+    path: str | os.PathLike[str],
+    model: ModelSource | None = None,
+    *,
+    passes: Sequence[Pass] = (),
+    device: str | torch.device | None = None,
+    check: bool = True,
+) -> Any:
+    """Read a folder that :func:`save` made; the result is what was saved, tensor by tensor.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    model
+        The structure of the original model, where the folder cannot say it: a module (its weights
+        are not used, and it is not changed), a function that makes one, or
+        ``"package.module:function"``. Models of transformers and the embedded one need none.
+    passes
+        The passes of your own that the model was compiled with, in the same order.
+    device
+        Where the result is to be; the CPU where None.
+    check
+        Run the module on the call that was tried when it was saved, and compare.
+
+    Raises
+    ------
+    StoreError
+        The folder is damaged, from a newer version, needs ``model`` or ``passes``, or the rebuilt
+        module is not the one that was saved.
+    ConfigError, PlanError
+        A configuration or a plan that this version of fxshare does not accept any more.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    record = _record(folder, manifest)
+    _check_passes(folder, record, passes)
+    target = torch.device("cpu" if device is None else device)
+    structure = skeleton(manifest.source, model)
+    result, lowered = rebuild(structure, manifest, record, passes, target)
+    record = replace(record, lowered=lowered)
+    fill(result, manifest.tensors, folder, list(manifest.files), target)
+    for name, module in result.named_modules():
+        module.training = manifest.training != (name in manifest.training_differs)
+    verbs = Verbs(generate, save_pretrained)
+    attach(result, record, verbs)
+    difference = None
+    if check and manifest.probe is not None and target.type != "meta":
+        difference = _compare(folder, manifest, result, manifest.probe)
+    if record_of(result).graph_sha256 != manifest.graph_sha256:
+        note = f"the graph text differs from the saved one ({manifest.then_and_now()})"
+        if difference is None:
+            warnings.warn(f"{folder}: {note}; its output was not compared", FxShareWarning, 2)
+        else:
+            note += f"; the output is within {difference:.1e} of the saved one"
+        notes = (*record.report.notes, note)
+        attach(result, replace(record, report=replace(record.report, notes=notes)), verbs)
+    return result
+
+
+def _record(folder: Path, manifest: Manifest) -> Record:
+    config: ShareConfig = load_config(folder / CONFIG)
+    try:
+        report = Report.from_dict(json.loads(read_text(folder, REPORT)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{folder / REPORT} is not a report: {error}") from error
+    return Record(
+        config=config,
+        plan=Plan.from_json(read_text(folder, PLAN)),
+        report=report,
+        front_end=manifest.front_end,
+        source=Source(**manifest.source.model_dump()),
+        relaxed=manifest.relaxed,
+        slice_errors=manifest.slice_errors,
+        bias_shifts=manifest.bias_shifts,
+        inputs=decode_inputs(manifest.inputs),
+        extra_passes=manifest.extra_passes,
+        lowering=manifest.lowering,
+    )
+
+
+def _check_passes(folder: Path, record: Record, passes: Sequence[Pass]) -> None:
+    expected = record.extra_passes
+    found = tuple(p.name or type(p).__name__ for p in passes)
+    if found == expected:
+        return
+    named = f" (the configuration names {', '.join(record.config.passes)})"
+    raise StoreError(
+        f"{folder}: the model was compiled with the passes {list(expected)}"
+        f"{named if record.config.passes else ''}, found {list(found)}; give the same ones, in "
+        "this order, as load(..., passes=[...]). load executes nothing that is only named in the "
+        "folder"
+    )
+
+
+def _compare(folder: Path, manifest: Manifest, result: nn.Module, saved: Probe) -> float:
+    record = record_of(result)
+    depth = 2 * len(record.plan.sites) + 1
+    limit = tolerance(DTYPES[saved.dtype], depth)
+    try:
+        found = take(result, record, seed=saved.seed)
+        difference = distance(saved, found)
+    except FxShareError:
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"{folder}: the rebuilt module fails on the call that was tried when it was saved: "
+            f"{type(error).__name__}: {error}; {manifest.then_and_now()}"
+        ) from error
+    if not difference <= limit or math.isnan(difference):
+        raise StoreError(
+            f"{folder}: the rebuilt module's {saved.output} on {device_of(result)} is "
+            f"{difference:.1e} of its largest value from the saved one; rounding explains "
+            f"{limit:.1e}. {manifest.then_and_now()}; use those versions, or check=False to look "
+            "at it all the same"
+        )
+    return difference

@@ -1,0 +1,274 @@
+"""A model by its name, as the command line and scripts give it; downloaded only where the name is
+a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from fxshare.data.stream import TextTokenizer
+from fxshare.errors import ConfigError, DataError, FxShareWarning
+from fxshare.loading.hub import is_hub_id, snapshot
+from fxshare.loading.weights import check_weights
+from fxshare.models.quantised import quantisation_of, refusal_of_quantised
+from fxshare.models.source import EMBEDDED, USER
+from fxshare.store.transformers import MODEL_TYPE
+from passes.errors import FxShareError
+
+Kind = Literal["saved", "transformers", "factory", "embedded"]
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, what kind of name it was loaded by, its tokenizer where it came with one, and the
+    folder of its files."""
+
+    name: str
+    kind: Kind
+    model: nn.Module
+    tokenizer: TextTokenizer | None = None
+    folder: Path | None = None
+
+
+def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
+    """Load a model from the disk or from Python.
+
+    Parameters
+    ----------
+    name
+        One of: a folder that :func:`fxshare.save` wrote; a transformers folder (``config.json`` and
+        weights); ``package.module:factory``, an ``nn.Module`` or a callable without arguments that
+        returns one, imported with the current folder on the Python path; ``embedded``, the demo's
+        model (a folder of that name is ``./embedded``); ``owner/name`` on the Hugging Face hub,
+        where there is no folder ``owner`` here, from the cache or downloaded.
+    original
+        The model that a saved folder was made from; used where the folder cannot tell its class.
+
+    Raises
+    ------
+    ConfigError
+        The name is none of these; the message says what was tried.
+    DataError
+        A folder without weights, with weights that are incomplete or quantised, or one that
+        transformers cannot read; a hub id that is neither cached nor to be had.
+    StoreError
+        A saved folder that is damaged or needs ``original``.
+    """
+    if name == "embedded":
+        from fxshare.embedded import load_embedded, load_tokenizer
+
+        return LoadedModel(name, "embedded", load_embedded(), load_tokenizer())
+    folder = Path(name)
+    if not folder.exists() and is_hub_id(name):
+        folder = snapshot(name)
+    if folder.is_dir():
+        if is_saved(str(folder)):
+            return _saved(name, folder, original)
+        if (folder / "config.json").is_file():
+            return _transformers(name, folder)
+        raise DataError(
+            f"{name}: expected fxshare.json (a folder written by fxshare.save) or config.json (a "
+            f"transformers folder), found {_contents(folder)}"
+        )
+    module_name, colon, attribute = name.partition(":")
+    if colon and module_name and attribute and not folder.exists():
+        return LoadedModel(name, "factory", _made(name, module_name, attribute))
+    near = difflib.get_close_matches(name, ["embedded"], n=1)
+    file = "it is a file" if folder.is_file() else "no such folder"
+    raise ConfigError(
+        f"{name!r} is not a model: expected a folder written by fxshare.save or a transformers "
+        f"folder ({file}), package.module:factory (no ':' with names on both sides), or "
+        f"'embedded', or owner/name on the Hugging Face hub."
+        f"{' Did you mean embedded?' if near else ''}"
+    )
+
+
+def is_saved(name: str) -> bool:
+    """Whether the name is that of a folder that :func:`fxshare.save` wrote."""
+    from fxshare.store.manifest import MANIFEST
+
+    return (Path(name) / MANIFEST).is_file()
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+
+
+def _saved(name: str, folder: Path, original: nn.Module | None) -> LoadedModel:
+    from fxshare.loading.load import load
+    from fxshare.store.manifest import read_manifest
+
+    tells = read_manifest(folder).source.kind != USER
+    model = load(folder, None if tells else original)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None and model.fxshare.source.kind == EMBEDDED:
+        from fxshare.embedded import load_tokenizer
+
+        tokenizer = load_tokenizer()
+    return LoadedModel(name, "saved", model, tokenizer, folder)
+
+
+def _transformers(name: str, folder: Path) -> LoadedModel:
+    config = _config_of(folder)
+    architectures = config.get("architectures") or []
+    if config.get("model_type") == MODEL_TYPE:
+        raise DataError(
+            f"{name}: config.json is that of a folder of fxshare.save, but fxshare.json is missing;"
+            " copy the whole folder"
+        )
+    method = quantisation_of(config)
+    if method is not None:
+        raise DataError(refusal_of_quantised(name, method))
+    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise DataError(
+            f"{name}: expected weights ({' or '.join(_WEIGHTS)}) beside config.json, found "
+            f"{_contents(folder)}"
+        )
+    check_weights(folder)
+    transformers = _import_transformers(name)
+    causal = any(str(a).endswith(_CAUSAL) for a in architectures)
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    try:
+        with _progress_on_terminals_only(transformers):
+            model, info = auto.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises whatever the file at fault made it raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{name}: transformers cannot load this folder: {reason[0]}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{name}: the folder has no weights for {len(missing)} parameters of "
+            f"{type(model).__name__}, which are random now: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}",
+            FxShareWarning,
+            stacklevel=3,
+        )
+    return LoadedModel(name, "transformers", model, _tokenizer(folder), folder)
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, found {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def _import_transformers(name: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise DataError(
+            f"{name}: a transformers folder needs the transformers library, which cannot be "
+            f"imported ({error}); pip install 'fxshare[hf]'"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _progress_on_terminals_only(transformers: Any) -> Iterator[None]:
+    bars = transformers.utils.logging
+    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
+
+
+def _tokenizer(folder: Path) -> TextTokenizer | None:
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        return None
+    transformers = _import_transformers(str(folder))
+    try:
+        # Whole files are encoded at once and cut into windows: no length is too much.
+        tokenizer: TextTokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, model_max_length=sys.maxsize
+        )
+    except Exception as error:  # as above; token files can still be used
+        warnings.warn(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); only "
+            "token files can be used as data",
+            FxShareWarning,
+            stacklevel=4,
+        )
+        return None
+    return tokenizer
+
+
+def _made(name: str, module_name: str, attribute: str) -> nn.Module:
+    with _current_folder_on_path():
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{name}: there is no module {error.name!r} in the current folder or on the "
+                "Python path; expected package.module:factory"
+            ) from error
+        except Exception as error:
+            raise FxShareError(
+                f"{name}: importing {module_name} failed: {type(error).__name__}: {error}"
+            ) from error
+        if not hasattr(module, attribute):
+            near = difflib.get_close_matches(attribute, dir(module), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}: module {module_name} has no {attribute!r}.{hint}")
+        made = getattr(module, attribute)
+        if not isinstance(made, nn.Module) and callable(made):
+            made = _called(name, made)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"{name}: expected an nn.Module or a callable that returns one, found a "
+            f"{type(made).__name__}"
+        )
+    return made
+
+
+def _called(name: str, factory: Any) -> Any:
+    try:
+        return factory()
+    except FxShareError:
+        raise
+    except Exception as error:
+        raise FxShareError(f"{name}: the factory raised {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+__all__ = ["Kind", "LoadedModel", "is_saved", "load_model"]

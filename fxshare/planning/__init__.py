@@ -1,0 +1,1 @@
+"""Planning: which slices share a basis, at which rank, and what stays dense."""

@@ -1,0 +1,243 @@
+"""The planned mode from a configuration: statistics, search, and a plan within a budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.losses import Loss
+from fxshare.calibration.statistics import Statistics
+from fxshare.capture import Captured
+from fxshare.config import Planner, ShareConfig
+from fxshare.errors import PlanError
+from fxshare.factors.group import GroupFactors
+from fxshare.factors.metric import SliceStatistics, slice_statistics
+from fxshare.factors.spectra import Spectra
+from fxshare.planning.held_back import hold_back
+from fxshare.planning.judge import Judge
+from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.nodes import nodes_of
+from fxshare.planning.options import Options, limit_of, options_of
+from fxshare.planning.rules import check_layers
+from fxshare.planning.search import Planned, Search, slope
+from fxshare.planning.solver.solve import least_cost
+from fxshare.planning.trials import Trial, trials
+from fxshare.plans.outlook import Outlook, TrialResult
+from fxshare.plans.plan import Plan
+from fxshare.sites.site import Site, Skipped
+from fxshare.sites.tensors import site_biases, substituted
+
+
+@dataclass(eq=False)
+class Budgeted:
+    """A plan within its budget and the factors that realise it."""
+
+    plan: Plan
+    factors: Mapping[str, GroupFactors]
+    statistics: Statistics
+
+
+def plan_within_budget(
+    model: nn.Module,
+    captured: Captured,
+    sites: Sequence[Site],
+    skipped: Sequence[Skipped],
+    weights: Mapping[str, Tensor],
+    batches: Iterable[object],
+    cfg: ShareConfig,
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Budgeted:
+    """Plan and factorise under the configuration's budget.
+
+    A tenth of the calibration data is held back from the statistics; the plans of the search are
+    compared on it.
+
+    Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
+    each other, and :class:`CalibrationError` where gradients are missing or not finite.
+    """
+    assert cfg.budget is not None
+    start = time.perf_counter()
+    planner = cfg.planner
+    data = hold_back(model, captured, batches, planner.search)
+
+    def gather(run: nn.Module, on: Captured) -> Statistics:
+        return calibrate(
+            run,
+            on,
+            data.fit,
+            sites,
+            max_tokens=cfg.calibration.max_tokens,
+            total=len(data.fit),
+            gradients=True,
+            loss=loss,
+            labels=planner.labels,
+            seed=seed,
+        )
+
+    statistics = gather(model, captured)
+    slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
+    floor = cfg.calibration.relative_floor
+    options = options_of(cfg.budget, planner, model)
+    check_layers(planner, sites)
+    judge = None
+    if planner.search != "off":
+        tokens = data.held_back_tokens(statistics)
+        judge = Judge(model, captured, sites, data.held_back, tokens=tokens, loss=loss)
+    budget = limit_of(model, cfg.budget, sites, options)
+    if cfg.budget.max_loss_increase is not None:
+        problem = make_problem(nodes_of(sites, slices), Spectra(slices, floor), options)
+        strategy = _strategy(planner)
+        budget = float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
+    search = Search(
+        sites=tuple(sites),
+        weights=weights,
+        biases=site_biases(model, sites),
+        options=options,
+        budget=budget,
+        judge=judge,
+        refit=planner.refit,
+        bias=planner.bias,
+        relative_floor=floor,
+        cache=None if planner.cache is None else Path(planner.cache),
+        sketch=planner.sketch,
+    )
+    todo = _trials(planner, options)
+    best = search.run(slices, todo)
+    if judge is not None:
+        for number in range(planner.remeasure):
+            again = _remeasured(captured, model, search, best, number, gather)
+            slices_again = slice_statistics(sites, weights, again, centred=planner.bias)
+            rerun = search.run(slices_again, todo, label=_label(number))
+            if rerun.measured < best.measured:
+                best, slices = rerun, slices_again
+    limit = cfg.budget.max_loss_increase
+    if limit is not None and judge is not None:
+        best = _within_loss(search, best, slices, limit)
+    along = 0.0
+    if judge is not None and not judge.is_distance and best.factors:
+        some, tokens = data.some_to_fit(model, captured, statistics)
+        fit = Judge(model, captured, sites, some, tokens=tokens, loss=loss)
+        along = slope(search, best, fit)
+    plan = Plan(
+        mode="planned",
+        sites=tuple(sites),
+        groups=best.groups,
+        skipped=tuple(skipped),
+        outlook=_outlook(
+            best, search, options, statistics, judge, along, time.perf_counter() - start
+        ),
+    )
+    return Budgeted(plan, best.factors, statistics)
+
+
+def _label(number: int) -> str:
+    return ", remeasured" if number == 0 else f", remeasured {number + 1} times"
+
+
+def _strategy(planner: Planner) -> str:
+    return planner.strategy
+
+
+def _trials(planner: Planner, options: Options) -> list[Trial]:
+    # a strategy that was asked for by name is kept to: "separate" means no sharing at all
+    mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
+    found = trials(planner.search, mergeable=mergeable)
+    return [t if t.strategy != "layers" else replace(t, strategy=_strategy(planner)) for t in found]
+
+
+def _remeasured(
+    captured: Captured,
+    model: nn.Module,
+    search: Search,
+    best: Planned,
+    number: int,
+    gather: Callable[[nn.Module, Captured], Statistics],
+) -> Statistics:
+    """Statistics on a model compressed half as much; later rounds on the best plan so far."""
+    middle = best
+    if number == 0:
+        dense = search.dense_cost(best)
+        half = replace(search, budget=(search.budget + dense) / 2, judge=None, tried=[])
+        assert best.spectra is not None
+        middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
+    weights, biases = search.dense(middle.factors)
+    if captured.front_end == "modules":
+        return gather(substituted(model, search.sites, weights, biases), captured)
+    graph = substituted(captured.graph, search.sites, weights, biases)
+    return gather(model, replace(captured, graph=graph))
+
+
+def _within_loss(
+    search: Search, best: Planned, slices: Mapping[str, SliceStatistics], limit: float
+) -> Planned:
+    """Raise the budget until the measured loss keeps the limit; the prediction was a start."""
+    dense = float(search.dense_cost(best))
+    low, high = search.budget, dense
+    if best.measured <= limit:
+        low, high = 0.0, search.budget
+    found = best if best.measured <= limit else None
+    for _ in range(6):
+        search.budget = (low + high) / 2
+        try:
+            one = search.run(slices, [best.trial], label=" within max_loss_increase")
+        except PlanError:
+            low = search.budget
+            continue
+        if one.measured <= limit:
+            found, high = one, search.budget
+        else:
+            low = search.budget
+    if found is None:
+        raise PlanError(
+            f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
+            f"{best.measured:.3g}. Raise it, or match fewer weights"
+        )
+    return found
+
+
+def _outlook(
+    best: Planned,
+    search: Search,
+    options: Options,
+    statistics: Statistics,
+    judge: Judge | None,
+    along: float,
+    seconds: float,
+) -> Outlook:
+    solution = best.solution
+    return Outlook(
+        loss_name=statistics.loss,
+        unit=options.unit,
+        budget=solution.budget,
+        cost=solution.cost,
+        price=solution.price,
+        predicted=best.predicted + along,
+        slope=along,
+        bound=best.bound,
+        gap=max(best.predicted - best.bound, 0.0),
+        measured=best.measured if math.isfinite(best.measured) else None,
+        strategy=solution.strategy,
+        trial=best.trial.name,
+        refit=best.refitted,
+        trials=tuple(
+            TrialResult(
+                name=t.trial,
+                predicted=t.predicted,
+                measured=t.measured if math.isfinite(t.measured) else None,
+                cost=t.cost,
+                groups=t.groups,
+                seconds=t.seconds,
+            )
+            for t in search.tried
+        ),
+        held_back_tokens=0 if judge is None else judge.tokens,
+        seconds=seconds,
+    )

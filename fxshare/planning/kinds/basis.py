@@ -1,0 +1,95 @@
+"""The shared basis, the first kind of candidate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from fxshare.factors.spectra import Spectra
+from fxshare.planning.nodes import shape_of
+from fxshare.planning.options import Options, second_unit, unit_cost
+from fxshare.planning.rules import named_apart
+from fxshare.planning.solver.curve import DENSE, Curve, restrict
+from fxshare.planning.solver.problem import Node, Part, Problem
+from fxshare.planning.solver.solve import Choice, Solution
+from fxshare.plans.cost import Storage, ranks
+from fxshare.plans.plan import Group
+
+
+def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) -> Problem:
+    """The partition problem with curves from spectra.
+
+    The curves' second unit is FLOPs, or with ``time_kept`` parts of the dense time.
+    """
+    alone = [shape_of(nodes, frozenset({name})) for name in nodes]
+    side, limit = second_unit(alone, options)
+
+    def curve(part: Part) -> Curve:
+        shape = shape_of(nodes, part)
+        rank = ranks(shape, options.rank_multiple)
+        dense = unit_cost(shape, np.array([0]), "plain", options, dense=True)
+        costs, losses, chosen, sides = [], [], [], []
+        if not any(nodes[name].layer in options.keep_dense for name in part):
+            tails = spectra.tails(part)
+            for storage in ("plain",) if shape.lookups else options.storages:
+                cost = unit_cost(shape, rank, storage, options)
+                keep = cost < dense[0]
+                costs.append(cost[keep])
+                losses.append(tails[rank[keep]])
+                chosen.append(rank[keep] * 2 + (storage == "pivoted"))
+                sides.append(side(shape, rank[keep], storage))
+        costs.append(dense)
+        losses.append(np.zeros(1))
+        chosen.append(np.array([DENSE]))
+        sides.append(side(shape, np.array([0]), None))
+        whole = Curve(*(np.concatenate(each) for each in (costs, losses, chosen, sides)))
+        ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
+        return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
+
+    return Problem(
+        nodes,
+        curve,
+        may_share=options.may_share,
+        max_group=options.max_group,
+        tie=options.tie,
+        side_limit=limit,
+    )
+
+
+def rank_of(choice: Choice) -> tuple[int, Storage]:
+    """Rank and storage that an option of a basis candidate stands for."""
+    return choice.rank // 2, "pivoted" if choice.rank % 2 else "plain"
+
+
+def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:
+    """The plan's groups; slices that stay dense are in none."""
+    groups = []
+    for choice in solution.choices:
+        if choice.rank == DENSE:
+            continue
+        rank, storage = rank_of(choice)
+        part = choice.candidate.slices
+        members = sorted((nodes[n] for n in part), key=lambda n: (n.layer, n.site, n.name))
+        shape = shape_of(nodes, part)
+        types = list(dict.fromkeys(n.type for n in members))
+        labels = list(dict.fromkeys(n.label for n in members))
+        layers = tuple(sorted({n.layer for n in members if n.layer >= 0}))
+        where = f"{layers[0]}_{layers[-1]}" if layers else members[0].site
+        name = "_".join(filter(None, ["basis", *types, *(labels[:4]), where]))
+        groups.append(
+            Group(
+                name=re.sub(r"\W", "_", name),
+                type="+".join(types),
+                label="+".join(labels),
+                layers=layers,
+                slices=tuple(n.name for n in members),
+                in_features=shape.in_features,
+                out_features=shape.out_features,
+                rank=rank,
+                storage=storage,
+                loss=choice.loss,
+            )
+        )
+    return named_apart(groups)

@@ -1,0 +1,155 @@
+"""What the planner minimises under what limits, from the configuration's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from fxshare.capture import dtype_of
+from fxshare.config import Budget, Planner
+from fxshare.cost_model import SIDE_UNIT, Rates, dense_seconds, time_shares
+from fxshare.cost_model.device import how_to_measure_for, rates_of_model
+from fxshare.errors import PlanError
+from fxshare.planning.nodes import shape_of
+from fxshare.planning.solver.problem import Node, Part
+from fxshare.plans.cost import Ints, Shape, Storage, flops, numbers, weights_bytes
+from fxshare.sites.site import Site
+
+
+def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
+    """What the configuration allows the planner, costs in the unit of its limit."""
+    alone = budget.params_kept is None and budget.max_bytes is None
+    alone = alone and budget.max_loss_increase is None
+    storages: dict[str, tuple[Storage, ...]] = {
+        "auto": ("plain", "pivoted"),
+        "plain": ("plain",),
+        "pivoted": ("pivoted",),
+    }
+    return Options(
+        unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
+        storages=storages[planner.storage],
+        element_size=dtype_of(model).itemsize,
+        max_group=planner.max_group,
+        rank_multiple=planner.rank_multiple,
+        floor=planner.floor,
+        ceiling=planner.ceiling,
+        flops_kept=None if alone else budget.flops_kept,
+        time_kept=budget.time_kept,
+        rates=None if budget.time_kept is None else _rates(model),
+        keep_dense=frozenset(planner.keep_dense),
+        may_share=tuple(frozenset(types) for types in planner.may_share),
+        tie=tuple(frozenset(names) for names in planner.tie),
+    )
+
+
+def _rates(model: nn.Module) -> Rates:
+    rates = rates_of_model(model)
+    if rates is None:
+        raise PlanError(
+            "budget.time_kept: times are predicted from constants of this device, which were not "
+            f"measured for the model's dtype and this number of threads; run "
+            f"{how_to_measure_for(model)}"
+        )
+    return rates
+
+
+def limit_of(model: nn.Module, budget: Budget, sites: Sequence[Site], options: Options) -> float:
+    """The budget in the options' unit."""
+    dense = sum(site.weights for site in sites)
+    if budget.params_kept is not None:
+        return float(int(budget.params_kept * dense))
+    if budget.max_bytes is not None:
+        whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        rest = whole - dense * options.element_size
+        if budget.max_bytes <= rest:
+            raise PlanError(
+                f"budget.max_bytes: {budget.max_bytes:,} bytes; what is not rewritten alone takes "
+                f"{rest:,}. Match more weights, or raise the budget"
+            )
+        return float(budget.max_bytes - rest)
+    if budget.max_loss_increase is not None:
+        return float(dense)
+    assert budget.flops_kept is not None
+    return budget.flops_kept * 2 * dense
+
+
+Unit = Literal["numbers", "bytes", "flops"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a planning problem allows. ``floor`` and ``ceiling`` are shares of a group's dense cost;
+    ``flops_kept`` bounds the plan's operations by that share of the dense ones."""
+
+    unit: Unit = "numbers"
+    storages: tuple[Storage, ...] = ("plain", "pivoted")
+    element_size: int = 4
+    max_group: int | None = None
+    rank_multiple: int | None = None
+    floor: float = 0.0
+    ceiling: float = 1.0
+    flops_kept: float | None = None
+    time_kept: float | None = None
+    """Bounds the predicted time by that share of the dense one; needs ``rates``."""
+    rates: Rates | None = None
+    keep_dense: frozenset[int] = frozenset()
+    may_share: tuple[frozenset[str], ...] = ()
+    tie: tuple[Part, ...] = ()
+
+
+Side = Callable[[Shape, Ints, "Storage | None"], Ints]
+"""The cost of a group in the second unit at ranks; dense where there is no storage."""
+
+
+def second_unit(alone: Sequence[Shape], options: Options) -> tuple[Side, float | None]:
+    """What the plan is bounded in beside its budget, and the bound; ``alone`` are the shapes of all
+    slices."""
+    if options.time_kept is None:
+        limit = options.flops_kept
+        whole = sum(shape.dense_flops for shape in alone)
+        return _operations, None if limit is None else limit * whole
+    rates = options.rates
+    assert rates is not None
+    whole_seconds = dense_seconds(rates, alone)
+
+    def share(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
+        return time_shares(rates, shape, rank, storage, whole_seconds)
+
+    return share, options.time_kept * SIDE_UNIT
+
+
+def _operations(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
+    if storage is None:
+        return np.array([shape.dense_flops])
+    return flops(shape, rank, storage)
+
+
+def unit_cost(
+    shape: Shape,
+    rank: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    storage: Storage,
+    options: Options,
+    *,
+    dense: bool = False,
+) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    if options.unit == "numbers":
+        return np.array([shape.dense_numbers]) if dense else numbers(shape, rank, storage)
+    if options.unit == "bytes":
+        size = options.element_size
+        if dense:
+            return np.array([shape.dense_numbers * size])
+        return weights_bytes(shape, rank, storage, size)
+    return np.array([shape.dense_flops]) if dense else flops(shape, rank, storage)
+
+
+def dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:
+    shape = shape_of(nodes, frozenset({name}))
+    if options.unit == "numbers":
+        return shape.dense_numbers
+    if options.unit == "bytes":
+        return shape.dense_numbers * options.element_size
+    return shape.dense_flops

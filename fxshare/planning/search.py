@@ -1,0 +1,249 @@
+"""A small search over plans, judged by the measured loss on held-back calibration data.
+
+Far from dense a quadratic model says little, and by how much is not known beforehand. So a few
+plans are made (with a floor under every rank, blended with uniform ranks, with same-input types
+merged, with statistics measured again on a half-compressed model), each is tried on data that the
+statistics have not seen, and the best is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxshare.base.progress import track
+from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.group import GroupFactors, factorise_group, quadratic_loss, refitted
+from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.spectra import Spectra
+from fxshare.planning.blend import blend
+from fxshare.planning.judge import Judge
+from fxshare.planning.kinds.basis import groups_of, make_problem
+from fxshare.planning.nodes import nodes_of
+from fxshare.planning.options import Options, dense_cost
+from fxshare.planning.solver.problem import Node
+from fxshare.planning.solver.solve import Solution, solve
+from fxshare.planning.trials import Trial, Tried
+from fxshare.plans.plan import Group
+from fxshare.sites.site import Site
+
+
+def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) -> float:
+    """The first-order part of a plan's loss increase: the mean gradient along its change of the
+    weights, as a central difference at ``± step`` of that change.
+
+    The planner's quadratic model has no such part, since it vanishes where training has converged
+    on the calibration data. Where the plan changes little, the slope is most of what it loses.
+    """
+    weights, biases = search.dense(plan.factors)
+
+    def at(share: float) -> float:
+        moved = []
+        for new, old in ((weights, search.weights), (biases, search.biases)):
+            moved.append({k: v.lerp(old[k].to(v), 1 - share) for k, v in new.items()})
+        return judge(moved[0], moved[1])
+
+    return (at(step) - at(-step)) / (2 * step)
+
+
+@dataclass(eq=False)
+class Planned:
+    """A plan that was tried: its groups, its factors, and what it was predicted to lose."""
+
+    solution: Solution
+    groups: tuple[Group, ...]
+    factors: dict[str, GroupFactors]
+    trial: Trial
+    refitted: bool
+    measured: float = math.nan
+    predicted: float = math.nan
+    """In the model's loss, whatever the ranks were chosen by."""
+    bound: float = 0.0
+    spectra: Spectra | None = None
+
+
+@dataclass(eq=False)
+class Search:
+    """Everything that trials share. ``budget`` is in the options' unit."""
+
+    sites: tuple[Site, ...]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    options: Options
+    budget: float
+    judge: Judge | None
+    refit: bool | None = None
+    bias: bool = True
+    relative_floor: float = 1e-8
+    cache: Path | None = None
+    sketch: int | None = None
+    tried: list[Tried] = field(default_factory=list)
+    # by the identity of the statistics, which the loss-aware spectra keep alive
+    _known: dict[int, dict[bool, Spectra]] = field(default_factory=dict)
+
+    def run(
+        self, slices: Mapping[str, SliceStatistics], todo: Sequence[Trial], *, label: str = ""
+    ) -> Planned:
+        """Try every trial on these statistics and return the best."""
+        spectra = self._spectra(slices)
+        best: Planned | None = None
+        failures: list[str] = []
+        known: dict[object, Planned] = {}
+        bound = 0.0
+        for trial in track(list(todo), f"searching{label}", total=len(todo)):
+            start = time.perf_counter()
+            try:
+                one = self._plan(trial, spectra[trial.loss_aware])
+                twin = known.setdefault(_signature(one), one)
+                if twin is one:
+                    self._realise(one)
+                    _price(one, slices)
+                else:  # the trial led to a plan that was tried already
+                    one.factors, one.refitted = twin.factors, twin.refitted
+                    one.measured, one.predicted = twin.measured, twin.predicted
+                    one.groups = twin.groups
+            except (PlanError, FactoriseError) as error:
+                # a floor above the budget, or one that asks for ranks which the weights lack
+                failures.append(f"{trial.name}: {error}")
+                continue
+            self.tried.append(
+                Tried(
+                    trial.name + label,
+                    one.predicted,
+                    one.measured,
+                    one.solution.cost,
+                    len(one.groups),
+                    time.perf_counter() - start,
+                )
+            )
+            # ranks chosen by activation error have no bound in the model's loss: the last one holds
+            one.bound = one.solution.bound if trial.loss_aware else bound
+            bound = one.bound
+            if best is None or one.measured < best.measured:
+                best = one
+        if best is None:
+            raise PlanError("; ".join(failures))
+        return best
+
+    def _spectra(self, slices: Mapping[str, SliceStatistics]) -> dict[bool, Spectra]:
+        """Loss-aware spectra and those of activation error; runs on the same statistics share
+        them, because the spectra are most of what planning costs."""
+        if id(slices) not in self._known:
+            plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
+            self._known[id(slices)] = {
+                aware: Spectra(
+                    slices if aware else plain,
+                    relative_floor=self.relative_floor,
+                    cache=self.cache,
+                    sketch=self.sketch,
+                )
+                for aware in (True, False)
+            }
+        return self._known[id(slices)]
+
+    def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
+        nodes = nodes_of(self.sites, spectra.slices)
+        dense = sum(dense_cost(nodes, name, self.options) for name in nodes)
+        share = self.budget / dense
+        options = replace(
+            self.options,
+            floor=max(self.options.floor, trial.floor * share),
+            may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
+        )
+        problem = make_problem(nodes, spectra, options)
+        solution = solve(problem, self.budget, strategy=trial.strategy)
+        if trial.blend:
+            solution = blend(solution, problem, trial.blend, share, options)
+        groups = groups_of(solution, nodes)
+        return Planned(solution, groups, {}, trial, False, spectra=spectra)
+
+    def dense_cost(self, planned: Planned) -> int:
+        """What everything dense would cost, in the options' unit."""
+        assert planned.spectra is not None
+        nodes = nodes_of(self.sites, planned.spectra.slices)
+        return sum(dense_cost(nodes, name, self.options) for name in nodes)
+
+    def _realise(self, one: Planned) -> None:
+        """Factorise, with and without the refits that are left to measurement, and measure."""
+        assert one.spectra is not None
+        plain = {
+            g.name: factorise_group(g, one.spectra, refit=False, bias=self.bias) for g in one.groups
+        }
+        best = math.inf
+        # with one input a coefficient is fitted to it already
+        several = any(_inputs(g, one.spectra) > 1 for g in one.groups)
+        undecided = self.refit is None and self.judge is not None and several
+        for refit in (True, False) if undecided else (self.refit is not False,):
+            factors = plain
+            if refit:
+                factors = {
+                    name: refitted(f, one.spectra, bias=self.bias) for name, f in plain.items()
+                }
+            measured = math.nan
+            if self.judge is not None:
+                measured = self.judge(*self.dense(factors))
+            if not one.factors or measured < best:
+                one.factors, one.measured, one.refitted = factors, measured, refit
+                best = measured
+
+    def dense(
+        self, factors: Mapping[str, GroupFactors]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The sites' weights multiplied out, and their shifted biases."""
+        products = {
+            name: (f.product(name), f.bias_shift.get(name))
+            for f in factors.values()
+            for name in f.group.slices
+        }
+        weights: dict[str, Tensor] = {}
+        shifts: dict[str, Tensor] = {}
+        for site in self.sites:
+            if not any(s.name in products for s in site.slices):
+                continue
+            rows, moved = [], []
+            for s in site.slices:
+                product, shift = products.get(s.name, (None, None))
+                own = self.weights[site.name][s.start : s.stop].double()
+                rows.append(own if product is None else product)
+                moved.append(own.new_zeros(s.out_features) if shift is None else shift)
+            weights[site.name] = torch.cat(rows)
+            if any(products.get(s.name, (None, None))[1] is not None for s in site.slices):
+                shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
+        return weights, shifts
+
+
+def _inputs(group: Group, spectra: Spectra) -> int:
+    return len({spectra.slices[name].input for name in group.slices})
+
+
+def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
+    """Give a plan its predicted loss; where the ranks were chosen by activation error, the groups'
+    losses are measured in the loss-aware metric, on the factors themselves."""
+    if one.trial.loss_aware:
+        one.predicted = one.solution.loss
+        return
+    groups = []
+    for group in one.groups:
+        factors = one.factors[group.name]
+        lost = sum(quadratic_loss(slices[name], factors.product(name)) for name in group.slices)
+        groups.append(group.model_copy(update={"loss": lost}))
+    one.groups = tuple(groups)
+    one.predicted = sum(group.loss or 0.0 for group in groups)
+
+
+def _signature(one: Planned) -> object:
+    groups = frozenset((g.slices, g.rank, g.storage) for g in one.groups)
+    return one.trial.loss_aware, groups
+
+
+def _same_input_types(nodes: Mapping[str, Node]) -> tuple[frozenset[str], ...]:
+    by_input: dict[object, set[str]] = {}
+    for node in nodes.values():
+        by_input.setdefault(node.input, set()).add(node.type)
+    return tuple({frozenset(types) for types in by_input.values() if len(types) > 1})

@@ -1,0 +1,235 @@
+"""Ways to partition the slices at one price. Each returns a list of parts.
+
+``layers`` and ``pairs`` are exact over the partitions that they consider (runs of consecutive
+layers of a family; groups of at most two neighbours), ``exhaustive`` over all set partitions;
+``agglomerative`` is a heuristic with local moves. ``auto`` takes the best of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import networkx as nx
+
+from fxshare.planning.solver.problem import Part, Problem
+
+Strategy = Callable[[Problem, float], list[Part]]
+MOST_EXHAUSTIVE = 8
+# agglomeration asks for the spectrum of every set it looks at, most of them not runs of layers: for
+# the 48 slices of the embedded model ten times as many as `layers` and `same_input` together
+_MOST_AGGLOMERATIVE = 24
+_TIE = 1e-12
+
+
+def separate(problem: Problem, price: float) -> list[Part]:
+    """No sharing: one part a slice."""
+    del price
+    return problem.singletons()
+
+
+def layers(problem: Problem, price: float) -> list[Part]:
+    """Runs of consecutive layers of each family: shortest path in the DAG of layer boundaries."""
+    return _runs(problem, price, _families(problem, problem.singletons()))
+
+
+def _families(problem: Problem, parts: Sequence[Part]) -> list[list[Part]]:
+    """Per family its parts by layer; slices of one layer stay together."""
+    rows: dict[object, dict[int, Part]] = {}
+    alone: list[list[Part]] = []
+    for part in parts:
+        families = {problem.nodes[name].family for name in part}
+        at = {problem.nodes[name].layer for name in part}
+        if len(at) > 1:
+            alone.append([part])
+            continue
+        row = rows.setdefault(frozenset(families), {})
+        layer = next(iter(at))
+        row[layer] = row.get(layer, frozenset()) | part
+    return [[row[layer] for layer in sorted(row)] for row in rows.values()] + alone
+
+
+def _runs(problem: Problem, price: float, rows: list[list[Part]]) -> list[Part]:
+    chosen: list[Part] = []
+    for row in rows:
+        best = [0.0] + [float("inf")] * len(row)
+        back: list[tuple[int, Part]] = [(0, frozenset())] * (len(row) + 1)
+        # boundaries between layers, in order, are their own topological order: one sweep relaxes
+        # every edge of the DAG, and networkx' general shortest path would only sort them again
+        for end in range(1, len(row) + 1):
+            part: Part = frozenset()
+            for start in range(end - 1, -1, -1):
+                part |= row[start]
+                if not problem.allowed(part):
+                    break
+                value = best[start] + problem.value(part, price)
+                # dense slices cost the same together as apart: of equal values, up to rounding, the
+                # shorter run is taken, whatever the losses are scaled by
+                if value < best[end] * (1 - _TIE):
+                    best[end], back[end] = value, (start, part)
+        at = len(row)
+        while at:
+            at, part = back[at]
+            chosen.append(part)
+    return chosen
+
+
+def pairs(problem: Problem, price: float) -> list[Part]:
+    """Groups of at most two neighbours: maximum-weight matching (Edmonds), exact."""
+    graph = problem.graph(price)
+    useful: nx.Graph[Part] = nx.Graph()
+    useful.add_nodes_from(graph.nodes)
+    useful.add_edges_from((a, b, d) for a, b, d in graph.edges(data=True) if d["weight"] > 0)
+    matched = nx.max_weight_matching(useful)
+    joined = [a | b for a, b in matched]
+    rest = set(graph.nodes) - {part for pair in matched for part in pair}
+    return joined + [part for part in graph.nodes if part in rest]
+
+
+def same_input(problem: Problem, price: float) -> list[Part]:
+    """First join slices that read one activation, family with family, where that pays over all
+    layers together; then runs of layers of the joined families."""
+    rows = _families(problem, problem.singletons())
+    merged = True
+    while merged:
+        merged = False
+        options = []
+        for a, b in itertools.combinations(range(len(rows)), 2):
+            both = _zip_rows(problem, rows[a], rows[b])
+            if both is None:
+                continue
+            gain = sum(problem.value(p, price) for p in rows[a] + rows[b]) - sum(
+                problem.value(p, price) for p in both
+            )
+            if gain > 0:
+                options.append((gain, a, b, both))
+        if options:
+            _, a, b, both = max(options, key=lambda option: option[0])
+            rows = [row for i, row in enumerate(rows) if i not in (a, b)] + [both]
+            merged = True
+    return _runs(problem, price, rows)
+
+
+def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Part] | None:
+    """The rows joined layer by layer, if every layer's parts read the same activation."""
+    if len(left) != len(right):
+        return None
+    both = []
+    for a, b in zip(left, right, strict=True):
+        if len({problem.nodes[name].input for name in a | b}) > 1 or not problem.may_join(a | b):
+            return None
+        both.append(a | b)
+    return both
+
+
+def agglomerative(problem: Problem, price: float) -> list[Part]:
+    """Join the neighbours that gain most until none gains, then move single slices between
+    neighbouring groups while that helps (Kernighan & Lin 1970; Fiduccia & Mattheyses 1982)."""
+    parts = problem.singletons()
+    finest = list(parts)
+    while True:
+        best_gain, best = 0.0, None
+        for a, b in problem.neighbours(parts):
+            both = a | b
+            if not problem.may_join(both):
+                continue
+            gain = problem.value(a, price) + problem.value(b, price) - problem.value(both, price)
+            if gain > best_gain:
+                best_gain, best = gain, (a, b)
+        if best is None:
+            break
+        parts = [p for p in parts if p not in best] + [best[0] | best[1]]
+    return _local_moves(problem, price, parts, finest)
+
+
+def _local_moves(
+    problem: Problem, price: float, parts: list[Part], finest: list[Part]
+) -> list[Part]:
+    moved = True
+    while moved:
+        moved = False
+        for piece in finest:
+            home = next(p for p in parts if piece <= p)
+            rest = home - piece
+            if rest and not problem.may_join(rest):
+                continue  # it is what links the others
+            before = problem.value(home, price)
+            without = problem.value(rest, price) if rest else 0.0
+            options: list[tuple[float, Part | None]] = []
+            if rest:
+                options.append((before - without - problem.value(piece, price), None))
+            for other in parts:
+                if other == home or not problem.may_join(other | piece):
+                    continue
+                both = problem.value(other | piece, price)
+                options.append((before + problem.value(other, price) - without - both, other))
+            if not options:
+                continue
+            gain, target = max(options, key=lambda option: option[0])
+            if gain > 1e-12 * max(before, 1e-300):
+                parts = [p for p in parts if p not in (home, target)]
+                parts += [p for p in (rest, piece | (target or frozenset())) if p]
+                moved = True
+    return parts
+
+
+def exhaustive(problem: Problem, price: float) -> list[Part]:
+    """The best of all set partitions into parts that may be groups; for a handful of slices.
+
+    Exact in ``O(3ⁿ)``: the best partition of a set is the best part that has its first element, and
+    the best partition of the rest.
+    """
+    items = problem.singletons()
+    whole = (1 << len(items)) - 1
+    worth: dict[int, tuple[float, Part]] = {}
+    for mask in range(1, whole + 1):
+        part = frozenset[str]().union(*(x for at, x in enumerate(items) if mask >> at & 1))
+        if problem.may_join(part):
+            worth[mask] = (problem.value(part, price), part)
+    best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
+    for mask in range(1, whole + 1):
+        first = mask & -mask
+        best[mask] = min(
+            (worth[taken][0] + best[mask ^ taken][0], taken)
+            for taken in _submasks(mask)
+            if taken & first and taken in worth
+        )
+    parts = []
+    mask = whole
+    while mask:
+        taken = best[mask][1]
+        parts.append(worth[taken][1])
+        mask ^= taken
+    return parts
+
+
+def _submasks(mask: int) -> Iterator[int]:
+    """All non-empty subsets of a set of bits."""
+    taken = mask
+    while taken:
+        yield taken
+        taken = (taken - 1) & mask
+
+
+def auto(problem: Problem, price: float) -> list[Part]:
+    """The best of the others at this price."""
+    # a family with several slices a layer (experts) is one part a layer to `layers`
+    tried: list[Strategy] = [separate, layers, same_input]
+    count = len(problem.singletons())
+    if count <= MOST_EXHAUSTIVE:
+        tried = [exhaustive]
+    elif count <= _MOST_AGGLOMERATIVE:
+        tried.append(agglomerative)
+    found = [strategy(problem, price) for strategy in tried]
+    return min(found, key=lambda parts: sum(problem.value(p, price) for p in parts))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "separate": separate,
+    "layers": layers,
+    "pairs": pairs,
+    "same_input": same_input,
+    "agglomerative": agglomerative,
+    "exhaustive": exhaustive,
+    "auto": auto,
+}

@@ -1,0 +1,66 @@
+"""The candidates that the search realises and judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Effort = Literal["off", "quick", "thorough"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to plan."""
+
+    name: str
+    strategy: str = "layers"
+    floor: float = 0.0
+    """Least share of every group's dense cost, as a share of the budget's."""
+    blend: float = 0.0
+    """How far ranks are drawn towards uniform ones; 1 is uniform."""
+    merge: bool = False
+    """Whether types that read one activation may share a basis."""
+    loss_aware: bool = True
+    """Whether the gradient statistics are used; without them errors of activations count."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial's outcome. ``measured`` is the loss increase per token on the held-back data."""
+
+    trial: str
+    predicted: float
+    measured: float
+    cost: int
+    groups: int
+    seconds: float
+
+
+def trials(effort: Effort, *, mergeable: bool) -> list[Trial]:
+    """The trials of each effort; the first is the plain optimum of the quadratic model."""
+    first = Trial("planned")
+    if effort == "off":
+        return [first]
+    found = [
+        first,
+        Trial("floor 0.3", floor=0.3),
+        Trial("floor 0.6", floor=0.6),
+        Trial("blend 0.5", blend=0.5),
+        Trial("uniform", strategy="separate", blend=1.0),
+        Trial("uniform, activation error", strategy="separate", blend=1.0, loss_aware=False),
+    ]
+    if mergeable:
+        found.append(Trial("same input merged", strategy="same_input", merge=True))
+    if effort == "thorough":
+        found += [
+            Trial("floor 0.15", floor=0.15),
+            Trial("floor 0.8", floor=0.8),
+            Trial("blend 0.25", blend=0.25),
+            Trial("blend 0.75", blend=0.75),
+            Trial("floor 0.3, blend 0.25", floor=0.3, blend=0.25),
+        ]
+        if mergeable:
+            found.append(
+                Trial("same input merged, floor 0.3", strategy="same_input", merge=True, floor=0.3)
+            )
+    return found

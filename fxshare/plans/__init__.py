@@ -1,0 +1,6 @@
+"""What a plan is: groups of slices with ranks, what was expected of it, and what it costs."""
+
+from fxshare.plans.outlook import Outlook, TrialResult
+from fxshare.plans.plan import Group, Plan
+
+__all__ = ["Group", "Outlook", "Plan", "TrialResult"]

@@ -1,0 +1,48 @@
+"""What the planner expected of a plan, and the trials it chose it from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fxshare.sites.site import Frozen
+
+
+class TrialResult(Frozen):
+    """One plan of the search, as it turned out on held-back calibration data."""
+
+    name: str
+    predicted: float
+    measured: float | None
+    cost: int
+    groups: int
+    seconds: float
+
+
+class Outlook(Frozen):
+    """What a plan is expected to lose, per token, above the dense model.
+
+    ``bound`` is the Lagrangian dual bound: no plan over the partitions that were considered is
+    predicted to lose less within the budget, the slope apart. ``gap`` is the distance to it.
+    """
+
+    loss_name: str
+    unit: Literal["numbers", "bytes", "flops"]
+    budget: float
+    cost: int
+    price: float
+    """Loss saved by one more unit of budget."""
+    predicted: float
+    """Of the second-order model, and the slope."""
+    slope: float = 0.0
+    """The first-order part: the mean gradient along the change of the weights, on the calibration
+    data; 0 without a search, and for a loss that is a distance to the dense output."""
+    bound: float
+    gap: float
+    measured: float | None = None
+    """On held-back calibration data; None without a search."""
+    strategy: str
+    trial: str
+    refit: bool
+    trials: tuple[TrialResult, ...] = ()
+    held_back_tokens: int = 0
+    seconds: float = 0.0

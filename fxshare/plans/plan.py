@@ -1,0 +1,177 @@
+"""What a plan is: sites, their slices, groups with ranks. Data only; no torch in it.
+
+Names cross stages, fx nodes do not: everything here is named by qualified module names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import reprlib
+from collections import Counter
+from typing import Literal
+
+from pydantic import ValidationError, model_validator
+
+from fxshare.errors import PlanError
+from fxshare.plans.outlook import Outlook
+from fxshare.sites.site import Frozen, Site, Skipped
+
+VERSION = 1
+
+
+class Group(Frozen):
+    """Slices that share one basis."""
+
+    name: str
+    """Module name of the basis at the root of the graph module."""
+    type: str
+    label: str
+    """Which slices of a site: ``q.3``, ``q``, or empty for whole sites."""
+    layers: tuple[int, ...]
+    slices: tuple[str, ...]
+    in_features: int
+    out_features: int
+    """Stacked output width of all slices."""
+    rank: int
+    storage: Literal["plain", "pivoted"] = "plain"
+    """``pivoted`` keeps ``rank`` inputs as they are and a table for the others."""
+    loss: float | None = None
+    """Predicted increase of the model's loss per token; None where it was not predicted."""
+
+    @property
+    def dense_numbers(self) -> int:
+        """Stored numbers before: ``in · O``."""
+        return self.in_features * self.out_features
+
+    @property
+    def stored_numbers(self) -> int:
+        """Stored numbers after: ``rank · (in + O)`` plain; pivoted ``rank²`` less, and ``rank``
+        index entries."""
+        plain = self.rank * (self.in_features + self.out_features)
+        return plain if self.storage == "plain" else plain - self.rank**2 + self.rank
+
+
+class Plan(Frozen):
+    """Everything that rewriting needs to know, and nothing that depends on weights."""
+
+    version: int = VERSION
+    mode: Literal["exact", "sharing", "planned"]
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    outlook: Outlook | None = None
+    """What was predicted, and how good the plan can be; planned mode only."""
+
+    @model_validator(mode="after")
+    def _is_partition(self) -> Plan:
+        known = {s.name: site for site in self.sites for s in site.slices}
+        home: dict[str, str] = {}
+        for group in self.groups:
+            for name in group.slices:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"group {group.name!r}: {name!r} is not a slice of any site{hint}"
+                    )
+                if name in home:
+                    raise ValueError(
+                        f"slice {name!r} is in group {home[name]!r} and in {group.name!r}; a slice "
+                        "has one basis, once"
+                    )
+                home[name] = group.name
+        names = Counter(group.name for group in self.groups)
+        if names and max(names.values()) > 1:
+            raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
+        for group in self.groups:
+            looked_up = [name for name in group.slices if known[name].lookups]
+            if looked_up and group.storage == "pivoted":
+                raise ValueError(
+                    f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and its "
+                    "basis is stored plain; found storage 'pivoted'"
+                )
+            widths = {known[name].in_features for name in group.slices}
+            if widths != {group.in_features}:
+                raise ValueError(
+                    f"group {group.name!r} says in_features {group.in_features}, its slices read "
+                    f"{sorted(widths)}"
+                )
+            out = sum(
+                s.out_features
+                for site in self.sites
+                for s in site.slices
+                if s.name in set(group.slices)
+            )
+            if out != group.out_features:
+                raise ValueError(
+                    f"group {group.name!r} says out_features {group.out_features}, its slices "
+                    f"have {out}"
+                )
+            if not 1 <= group.rank <= min(group.in_features, group.out_features):
+                raise ValueError(
+                    f"group {group.name!r}: rank {group.rank} is outside 1.."
+                    f"{min(group.in_features, group.out_features)}"
+                )
+        return self
+
+    @property
+    def dense_numbers(self) -> int:
+        """Numbers in the matched weights before rewriting."""
+        return sum(site.weights for site in self.sites)
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers after: bases, coefficients, and the slices outside every group."""
+        grouped = sum(group.dense_numbers for group in self.groups)
+        return self.dense_numbers - grouped + sum(group.stored_numbers for group in self.groups)
+
+    @property
+    def params_kept(self) -> float:
+        """Stored numbers after over weights before."""
+        return self.stored_numbers / self.dense_numbers
+
+    def site_of(self, slice_name: str) -> Site:
+        """The site that a slice belongs to; :class:`PlanError` if there is none."""
+        for site in self.sites:
+            if any(s.name == slice_name for s in site.slices):
+                return site
+        raise PlanError(f"the plan has no slice named {slice_name!r}")
+
+    def to_json(self) -> str:
+        """The plan as a JSON document that people can edit."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read and check a plan; :class:`PlanError` says what does not hold."""
+        try:
+            version = json.loads(text).get("version", VERSION)
+            if version > VERSION:
+                raise PlanError(
+                    f"the plan has version {version}, this fxshare reads up to {VERSION}; upgrade "
+                    "fxshare"
+                )
+            return Plan.model_validate_json(text)
+        except ValidationError as error:
+            raise PlanError(_fault(error, text)) from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise PlanError(f"not a plan: {error}") from error
+
+
+def _fault(error: ValidationError, text: str) -> str:
+    """The first fault, with the name of the group or site that has it."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    loc = list(first["loc"])
+    where = []
+    if len(loc) > 1 and isinstance(loc[1], int):
+        entry = json.loads(text)[loc[0]][loc[1]]
+        named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        where.append(f"{str(loc[0])[:-1]} {entry['name']!r}" if named else f"{loc[0]}.{loc[1]}")
+        loc = loc[2:]
+    where.append(".".join(str(step) for step in loc))
+    found = "" if first["type"] == "missing" else f"; found {reprlib.repr(first['input'])}"
+    said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+    return ": ".join(filter(None, (*where, said))) + found

@@ -1,0 +1,1 @@
+"""A configuration from the model itself: ``fxshare.init`` and ``fxshare.propose``."""

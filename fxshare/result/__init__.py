@@ -1,0 +1,1 @@
+"""The result: a rewritten module, its record, its report."""

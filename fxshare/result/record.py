@@ -1,0 +1,105 @@
+"""What a compiled model knows about itself: ``gm.fxshare``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxshare.capture import FrontEnd
+from fxshare.capture.call import Call, Shapes
+from fxshare.config import ShareConfig
+from fxshare.models.source import Source
+from fxshare.plans.plan import Plan
+from fxshare.result.inputs import InputSpec, is_leaf
+from fxshare.result.report import Report
+from passes import Origin
+from passes.graph.slices import Slice
+from passes.pipeline import Prefer
+
+Step = Literal["memory", "speed", "readable"]
+
+
+@dataclass(frozen=True, eq=False)
+class Readable:
+    """The graph that a lowered one was made from: ``graph`` without values in its tensors, and
+    where each of its linears is in the lowered graph (:class:`passes.Origin`); one that is not
+    among the ``origins`` is there under its own name."""
+
+    graph: fx.GraphModule
+    origins: Mapping[str, Origin]
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """How a module was lowered.
+
+    ``graphs`` are the readable graphs by the name of the module that each was; the whole has the
+    empty name. ``slices`` are the places of the slices in the readable module.
+    """
+
+    prefer: Prefer
+    graphs: Mapping[str, Readable]
+    slices: Mapping[str, Slice]
+    dense: tuple[str, ...] = ()
+    """The groups that were multiplied out."""
+    written_out: tuple[str, ...] = ()
+    """The groups whose pivoted bases are stored whole."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The plan, the report, and where everything is.
+
+    ``slice_errors`` are ``‖W − C B‖_F / ‖W‖_F`` per slice as they were when factorised, so that a
+    rewrite that wired the wrong basis can be told from one that is merely lossy.
+    ``bias_shifts`` are ``‖b' − b‖`` per slice whose bias took up the mean of what was lost.
+    ``inputs`` are the two example calls as specs (names to :class:`InputSpec` or constants).
+    ``lowering`` is how the graph was lowered (``"memory"``, ``"speed"``) or made readable again
+    (``"readable"``), one step after the other, and ``lowered`` what the last one made, where the
+    module is lowered now.
+    ``extra_passes`` names the passes that are not ours; ``graph_sha256`` is the result's, see
+    :func:`graph_sha256`.
+    """
+
+    config: ShareConfig
+    plan: Plan
+    report: Report
+    front_end: FrontEnd
+    source: Source
+    relaxed: tuple[int, ...] = ()
+    slice_errors: Mapping[str, float] = field(default_factory=dict)
+    bias_shifts: Mapping[str, float] = field(default_factory=dict)
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    extra_passes: tuple[str, ...] = ()
+    graph_sha256: str = ""
+    lowering: tuple[Step, ...] = ()
+    lowered: Lowered | None = None
+
+    @staticmethod
+    def specs(shapes: Shapes | None) -> tuple[Mapping[str, Any], ...]:
+        """The example calls as specs."""
+        if shapes is None:
+            return ()
+        calls = [shapes.base] if shapes.other is None else [shapes.base, shapes.other]
+        return tuple(
+            {
+                k: pytree.tree_map_only(Tensor, InputSpec.of, v, is_leaf=is_leaf)
+                for k, v in call.items()
+            }
+            for call in calls
+        )
+
+    def random_call(self, number: int, *, seed: int, device: torch.device) -> Call:
+        """A random call of the form of example ``number``."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: pytree.tree_map_only(
+                InputSpec, lambda spec: spec.random(generator, device), value, is_leaf=is_leaf
+            )
+            for name, value in self.inputs[number].items()
+        }

@@ -1,0 +1,291 @@
+"""The report of a compilation: what was matched, shared, kept dense, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fxshare.plans.cost import Shape, flops, weights_bytes
+from fxshare.plans.plan import Group, Plan
+from fxshare.sites.site import Site, Skipped
+
+_LISTED = 4
+"""So many weights that were left alone for one reason have a line each; more are one line."""
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group, or in exact mode one site.
+
+    ``flops_*`` are floating-point operations per token (a multiply-add counts 2), the basis
+    product counted once per distinct input. ``weighted_error`` is ``Σ‖(W − C B) S‖² / Σ‖W S‖²``;
+    None where nothing was factorised.
+    """
+
+    name: str
+    type: str
+    label: str
+    layers: tuple[int, ...]
+    slices: int
+    in_features: int
+    out_features: int
+    rank: int | None
+    storage: str
+    numbers_before: int
+    numbers_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    weighted_error: float | None
+    floored: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a user may ask about a compilation. ``str(report)`` is a table."""
+
+    model: str
+    mode: str
+    front_end: str
+    dtype: str
+    groups: tuple[GroupReport, ...]
+    sites: int
+    skipped: tuple[Skipped, ...] = ()
+    parameters_before: int = 0
+    parameters_after: int = 0
+    calibration: dict[str, Any] | None = None
+    passes: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def numbers_before(self) -> int:
+        """Weights of the matched linears, biases apart."""
+        return sum(g.numbers_before for g in self.groups)
+
+    @property
+    def numbers_after(self) -> int:
+        """Stored numbers of their replacement, biases apart."""
+        return sum(g.numbers_after for g in self.groups)
+
+    @property
+    def params_kept(self) -> float:
+        """Stored numbers after over weights before."""
+        return self.numbers_after / max(self.numbers_before, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, totals included."""
+        plain = asdict(self)
+        plain["skipped"] = [s.model_dump() for s in self.skipped]
+        totals = {
+            "numbers_before": self.numbers_before,
+            "numbers_after": self.numbers_after,
+            "params_kept": self.params_kept,
+        }
+        return {**plain, "totals": totals}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`; ``KeyError``, ``TypeError`` or ``ValueError`` where it is
+        no such data."""
+        values = {key: value for key, value in plain.items() if key != "totals"}
+        values["groups"] = tuple(
+            GroupReport(**{**group, "layers": tuple(group["layers"])}) for group in plain["groups"]
+        )
+        values["skipped"] = tuple(Skipped(**skipped) for skipped in plain["skipped"])
+        return Report(**values | {key: tuple(plain[key]) for key in ("passes", "notes")})
+
+    def to_json(self) -> str:
+        """The report as a JSON document."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table."""
+        header = ["group", "layers", "slices", "in→out", "rank", "numbers before", "after", "kept"]
+        header += ["bytes after", "FLOPs/token before", "after", "weighted error", "s"]
+        rows = [
+            [
+                g.name,
+                _layers(g.layers),
+                str(g.slices),
+                f"{g.in_features}→{g.out_features}",
+                g.storage if g.rank is None else f"{g.rank}{' pivoted' * (g.storage == 'pivoted')}",
+                f"{g.numbers_before:,}",
+                f"{g.numbers_after:,}",
+                f"{g.numbers_after / g.numbers_before:.3f}",
+                f"{g.bytes_after:,}",
+                f"{g.flops_before:,}",
+                f"{g.flops_after:,}",
+                "–" if g.weighted_error is None else f"{g.weighted_error:.3e}",
+                f"{g.seconds:.2f}",
+            ]
+            for g in self.groups
+        ]
+        return header, rows
+
+    def summary(self) -> list[str]:
+        """The lines above the table."""
+        before, after = self.parameters_before, self.parameters_after
+        flops = [sum(getattr(g, f) for g in self.groups) for f in ("flops_before", "flops_after")]
+        lines = [
+            f"{self.model}: {self.mode} mode, captured by {self.front_end}, {self.dtype}",
+            f"{self.sites} sites in {len(self.groups)} groups; params_kept {self.params_kept:.4f} "
+            f"({self.numbers_before:,} weights → {self.numbers_after:,} stored numbers)",
+            f"whole model: {before:,} → {after:,} parameters; matched linears: {flops[0]:,} → "
+            f"{flops[1]:,} FLOPs per token",
+        ]
+        if self.calibration is not None:
+            c = self.calibration
+            lines.append(
+                f"calibrated on {c['tokens']:,} tokens in {c['batches']} batches, "
+                f"{c['seconds']:.1f} s, {c['bytes']:,} bytes of statistics"
+            )
+        elif self.mode == "sharing":
+            lines.append("no calibration data: plain SVD of the weights, all inputs counted alike")
+        floored = [g for g in self.groups if g.floored]
+        if floored:
+            most = max(floored, key=lambda g: g.floored)
+            lines.append(
+                f"singular statistics in {len(floored)} groups: up to {most.floored} of "
+                f"{most.in_features} eigenvalues were raised to the floor ({most.name})"
+            )
+        lines += [f"note: {note}" for note in self.notes]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for s in self.skipped:
+            alike.setdefault((s.type, s.reason), []).append(s.name)
+        for (type_name, reason), names in alike.items():
+            if len(names) > _LISTED:  # the experts of a model are thousands
+                names = [f"{names[0]}, ..., {names[-1]} ({len(names):,} in all)"]
+            lines += [f"not rewritten: {name} ({type_name}): {reason}" for name in names]
+        return lines
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        header, rows = self.rows()
+        lines = [f"- {line}" for line in self.summary()] + [""]
+        lines.append("| " + " | ".join(header) + " |")
+        lines.append("|" + "---|" * len(header))
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        header, rows = self.rows()
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [header, *rows]
+        ]
+        return "\n".join([*self.summary(), *table])
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    if not layers:
+        return "–"
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
+def group_reports(
+    plan: Plan,
+    element_size: int,
+    *,
+    errors: dict[str, float] | None = None,
+    floored: dict[str, int] | None = None,
+    seconds: dict[str, float] | None = None,
+) -> tuple[GroupReport, ...]:
+    """A row per group of the plan, and one per site outside every group."""
+    site_of = {s.name: site for site in plan.sites for s in site.slices}
+    grouped = {name for group in plan.groups for name in group.slices}
+    rows = [
+        _group_row(
+            group,
+            shape=_shape(group, [site_of[name] for name in group.slices]),
+            element_size=element_size,
+            error=(errors or {}).get(group.name),
+            floored=(floored or {}).get(group.name, 0),
+            seconds=(seconds or {}).get(group.name, 0.0),
+        )
+        for group in plan.groups
+    ]
+    for site in plan.sites:
+        alone = [s for s in site.slices if s.name not in grouped]
+        if alone:
+            numbers = site.in_features * sum(s.out_features for s in alone)
+            rows.append(
+                GroupReport(
+                    name=site.name,
+                    type=site.type,
+                    label="",
+                    layers=() if site.layer is None else (site.layer,),
+                    slices=len(alone),
+                    in_features=site.in_features,
+                    out_features=sum(s.out_features for s in alone),
+                    rank=None,
+                    storage="dense",
+                    numbers_before=numbers,
+                    numbers_after=numbers,
+                    bytes_before=numbers * element_size,
+                    bytes_after=numbers * element_size,
+                    flops_before=2 * numbers if site.calls else 0,
+                    flops_after=2 * numbers if site.calls else 0,
+                    weighted_error=None,
+                    floored=0,
+                    seconds=0.0,
+                )
+            )
+    return tuple(rows)
+
+
+def _shape(group: Group, sites: Sequence[Site]) -> Shape:
+    """The shape of a group whose slices are in these sites; each site that multiplies reads the
+    basis with an input of its own."""
+    distinct = {site.name: site for site in sites}.values()
+    return Shape(
+        group.in_features,
+        group.out_features,
+        sum(bool(site.calls) for site in distinct),
+        sum(len(site.lookups) for site in distinct),
+        sum(site.out_features for site in distinct if not site.calls),
+    )
+
+
+def _group_row(
+    group: Group,
+    *,
+    shape: Shape,
+    element_size: int,
+    error: float | None,
+    floored: int,
+    seconds: float,
+) -> GroupReport:
+    rank = np.array([group.rank])
+    return GroupReport(
+        name=group.name,
+        type=group.type,
+        label=group.label,
+        layers=group.layers,
+        slices=len(group.slices),
+        in_features=group.in_features,
+        out_features=group.out_features,
+        rank=group.rank,
+        storage=group.storage,
+        numbers_before=group.dense_numbers,
+        numbers_after=group.stored_numbers,
+        bytes_before=group.dense_numbers * element_size,
+        bytes_after=int(weights_bytes(shape, rank, group.storage, element_size)[0]),
+        flops_before=shape.dense_flops,
+        flops_after=int(flops(shape, rank, group.storage)[0]),
+        weighted_error=error,
+        floored=floored,
+        seconds=seconds,
+    )

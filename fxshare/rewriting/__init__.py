@@ -1,0 +1,1 @@
+"""From a captured graph and factors to the finished module, and its lowering."""

@@ -1,0 +1,44 @@
+"""The default passes for a plan, applied to a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxshare.plans.plan import Plan
+from passes import (
+    Applied,
+    LookedUp,
+    Pass,
+    PivotedGroup,
+    Rows,
+    SharedGroup,
+    SplitSite,
+    default_passes,
+    run,
+)
+
+
+def rewrite(
+    graph: fx.GraphModule,
+    plan: Plan,
+    groups: Sequence[SharedGroup],
+    fuse: bool,
+    extra: Sequence[Pass] = (),
+    *,
+    pivots: Sequence[PivotedGroup] = (),
+) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
+    """Apply the default passes for a plan to a captured graph."""
+    sites = [
+        SplitSite(site.calls, tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
+        for site in plan.sites
+        if not site.lookups
+    ]
+    looked_up = [
+        LookedUp(site.slices[0].name, site.lookups, site.calls)
+        for site in plan.sites
+        if site.lookups
+    ]
+    passes = default_passes(sites, groups, pivots, fuse=fuse, extra=extra, looked_up=looked_up)
+    return run(graph, passes)

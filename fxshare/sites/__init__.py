@@ -1,0 +1,1 @@
+"""Sites: the weights that a configuration matches, and how their rows split into slices."""

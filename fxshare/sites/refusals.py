@@ -1,0 +1,126 @@
+"""Why a module or a parameter cannot be a site, and what was meant instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fxshare.config import ShareConfig
+from fxshare.errors import MatchError
+from fxshare.sites.site import Site, Skipped
+from passes import is_embedding, is_linear, lookup_refusal, weight_and_bias
+from passes.graph.graph import is_conv1d
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    method = method or getattr(found, "quant_method", type(found).__name__)
+    raise MatchError(
+        f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights "
+        "are integers with scales, which cannot be factorised. Load the original in floating "
+        "point, compile that, and quantise the result (torchao does it)"
+    )
+
+
+def holds_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
+    if is_embedding(module):
+        if not looked_up:
+            return f"is a {kind}, whose rows are looked up; say `embedding: true` to factorise it"
+        reason = lookup_refusal(module)
+        if reason is not None:
+            return reason
+    elif not is_linear(module):
+        return f"is a {kind}, not an nn.Linear or Conv1D"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is not a parameter (weight norm or pruning computes it); make it one"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "has forward hooks or a forward of its own, which rewriting would drop"
+    weight = module.weight
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}; only plain tensors are rewritten"
+    return None
+
+
+def tie_refusal(
+    readers: list[str], modules: Mapping[str, nn.Module], *, looked_up: bool
+) -> str | None:
+    """Why the readers of one weight cannot be rewritten together; None where they can."""
+    owners = {reader: modules.get(reader.rpartition(".")[0]) for reader in readers}
+    linears = {r: m for r, m in owners.items() if m is not None and is_linear(m)}
+    first = next(iter(linears.values()), None)
+    for reader, other in owners.items():
+        if not reader.endswith("weight") or other is None or not holds_weight(other):
+            return f"its weight is tied to {reader!r}: rewriting it would store the weight twice"
+        if reader in linears:
+            assert first is not None
+            if type(other) is not type(first):
+                return f"its weight is tied to {reader!r}, which reads it another way"
+            if weight_and_bias(other)[1] is not first.bias:
+                return f"its weight is tied to {reader!r}, which has another bias"
+            continue
+        why = lookup_refusal(other) if is_embedding(other) else f"is a {type(other).__name__}"
+        if why is None and not looked_up:
+            why = "looks its rows up; say `embedding: true` to rewrite both"
+        if why is not None:
+            return f"its weight is tied to {reader!r}, which {why}"
+    embedding = next((r for r in owners if r not in linears), None)
+    if embedding is not None and first is not None and is_conv1d(first):
+        return f"its weight is tied to {embedding!r}, which reads it transposed"
+    return None
+
+
+def every_type_has_sites(
+    cfg: ShareConfig,
+    sites: list[Site],
+    skipped: list[Skipped],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    linears = [name for name, module in modules.items() if is_linear(module)]
+    empty: dict[str, str] = {}
+    for type_name, spec in cfg.weight_types.items():
+        if any(site.type == type_name for site in sites):
+            continue
+        refused = [s for s in skipped if s.type == type_name]
+        if refused:
+            raise MatchError(
+                f"weight type {type_name!r}: pattern {spec.pattern!r} matches {len(refused)} "
+                f"modules and none can be rewritten; {refused[0].name!r} {refused[0].reason}"
+            )
+        empty[type_name] = spec.pattern
+    if not empty:
+        return
+    listed = "; ".join(
+        f"weight type {t!r}: pattern {p!r} matches no module" for t, p in empty.items()
+    )
+    family = ""
+    if len(empty) == len(cfg.weight_types):
+        family = "; the configuration seems to be for another family of models"
+    raise MatchError(
+        f"{listed} (re.match on the qualified name, from its start); "
+        f"{_nearest(next(iter(empty.values())), linears)}{family}; 'fxshare init MODEL -o "
+        "cfg.yaml' writes a configuration for a model"
+    )
+
+
+def _nearest(pattern: str, linears: list[str]) -> str:
+    if not linears:
+        return "the model has no linear modules"
+    plain = re.sub(r"\\d\+?|[\\^$.*+?()\[\]{}|]", "", pattern)
+    scored = difflib.get_close_matches(plain, linears, n=3, cutoff=0.0)
+    return f"the nearest linear modules are {', '.join(map(repr, scored))}"

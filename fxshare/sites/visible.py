@@ -1,0 +1,161 @@
+"""The sites as a captured graph shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+from torch import fx
+
+from fxshare.capture import Captured
+from fxshare.sites.match import Matching
+from fxshare.sites.site import Site, Skipped
+from passes import (
+    LinearCall,
+    LookedUp,
+    UnstackExperts,
+    linear_calls,
+    lookups,
+    other_reader,
+    run,
+    stacks,
+)
+
+_UNSEEN = "is not called by this graph"
+_NO_MODULE = (
+    "is a parameter that the code of its module reads, which capture: modules keeps as it is: it "
+    "stays dense. A graph shows its calls: give an example of the inputs (calibration data, or "
+    "example=...) and capture: auto or fx"
+)
+
+
+def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
+    """The capture with a linear for each expert that is a site (:class:`passes.UnstackExperts`)."""
+    wanted = {call.rpartition(".")[0] for site in sites for call in site.calls}
+    parameters = tuple(name for name in stacks(captured.graph) if name in wanted)
+    if not parameters:
+        return captured
+    graph, _ = run(captured.graph, [UnstackExperts(parameters=parameters)])
+    return replace(captured, graph=graph)
+
+
+def visible_sites(
+    gm: fx.GraphModule, matching: Matching, *, side_by_side: bool = False
+) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+    """The sites that the graph calls; a linear that is never called stays as it is.
+
+    ``side_by_side`` says that the graph is of module granularity, which calls modules alone.
+    """
+    called: dict[str, list[LinearCall]] = {}
+    parts: dict[str, list[str]] = {}
+    looked_up = {lookup.name for lookup in lookups(gm)}
+    for call in linear_calls(gm):
+        called.setdefault(call.name, []).append(call)
+        whole, cut, _ = call.name.partition(".rows_")
+        if cut and call.name not in parts.setdefault(whole, []):
+            parts[whole].append(call.name)
+    sites, skipped = [], list(matching.skipped)
+    for site in matching.sites:
+        if site.lookups:
+            found = _as_looked_up(gm, site, set(called), looked_up)
+        else:
+            found = _as_called(site, called, parts, site.name in matching.parameters)
+        if found == _UNSEEN and side_by_side and site.name in matching.parameters:
+            found = _NO_MODULE
+        if isinstance(found, str):
+            skipped.append(Skipped(name=site.name, type=site.type, reason=found))
+        else:
+            sites.extend(found)
+    return tuple(sites), tuple(skipped)
+
+
+def _as_called(
+    site: Site,
+    called: Mapping[str, Sequence[LinearCall]],
+    parts: Mapping[str, Sequence[str]],
+    is_parameter: bool,
+) -> list[Site] | str:
+    """The site as the graph reads it: under other names, transposed, or in parts, each of which is
+    a site of its own (cross attention reads q from one input, k and v from another)."""
+    if site.name in parts:
+        if site.name in called:
+            return "is read as a whole and in parts"
+        found = [_part_of(site, name, called[name][0]) for name in parts[site.name]]
+        missing = next((one for one in found if isinstance(one, str)), None)
+        return missing or [one for one in found if isinstance(one, Site)]
+    calls = tuple(name for name in site.calls if name in called)
+    if not calls:
+        return _UNSEEN
+    if is_parameter:
+        return _turned(site, called[calls[0]][0])
+    return [site if calls == site.calls else _called_as(site, calls, calls)]
+
+
+def _as_looked_up(
+    gm: fx.GraphModule, site: Site, called: AbstractSet[str], looked_up: AbstractSet[str]
+) -> list[Site] | str:
+    """The site with the readers that the graph has: torch.export has one name for all of them."""
+    calls = tuple(name for name in site.readers if name in called)
+    lookups = tuple(name for name in site.readers if name in looked_up)
+    if not lookups:
+        return (
+            "no node of this graph looks its rows up (a model may read them another way; "
+            "capture: modules leaves embeddings as they are)"
+        )
+    if not calls and site.calls:
+        return f"is tied to {site.calls[0]!r}, which this graph does not call"
+    odd = other_reader(gm, LookedUp(site.name, lookups, calls))
+    if odd is not None:
+        return f"is also read by node {odd.name!r}, which neither looks rows up nor multiplies"
+    found = site.model_copy(update={"calls": calls, "lookups": lookups})
+    if found.name not in found.readers:
+        found = _called_as(found, found.readers, calls)
+    return [found if calls else found.model_copy(update={"bias": False})]
+
+
+def _part_of(site: Site, name: str, call: LinearCall) -> Site | str:
+    start, stop = map(int, name.rpartition(".rows_")[2].split("_"))
+    inside = [s for s in site.slices if start <= s.start and s.stop <= stop]
+    if not inside or (inside[0].start, inside[-1].stop) != (start, stop):
+        return f"is read in parts that its slices do not follow (rows {start}:{stop}); split it"
+    update = {
+        "name": name,
+        "calls": (name,),
+        "out_features": stop - start,
+        "slices": tuple(
+            s.model_copy(update={"start": s.start - start, "stop": s.stop - start}) for s in inside
+        ),
+    }
+    found = _turned(site.model_copy(update=update), call)
+    return found if isinstance(found, str) else found[0]
+
+
+def _turned(site: Site, call: LinearCall) -> list[Site] | str:
+    """A parameter's site with the orientation that its call shows; matching takes a matrix for
+    ``(out, in)``."""
+    turned = site
+    if call.transposed and len(site.slices) == 1:
+        update = {
+            "in_features": site.out_features,
+            "out_features": site.in_features,
+            "slices": (site.slices[0].model_copy(update={"stop": site.in_features}),),
+            "transposed": True,
+        }
+        turned = site.model_copy(update=update)
+    if tuple(call.weight_OI.shape) != (turned.out_features, turned.in_features):
+        return f"is read as {tuple(call.weight_OI.shape)}, which its slices do not fit"
+    if call.bias_O is not None and not site.bias:
+        return "is called with a bias that does not go with it by its name"
+    # another `bias` of the module may go with something else
+    return [turned.model_copy(update={"bias": call.bias_O is not None})]
+
+
+def _called_as(site: Site, readers: tuple[str, ...], calls: tuple[str, ...]) -> Site:
+    """The site under the names that the graph knows: torch.export keeps one of several for a tied
+    weight."""
+    name = site.name if site.name in readers else readers[0]
+    slices = tuple(
+        s.model_copy(update={"name": name + s.name.removeprefix(site.name)}) for s in site.slices
+    )
+    return site.model_copy(update={"name": name, "calls": calls, "slices": slices})

@@ -1,0 +1,153 @@
+"""``fxshare.save``: a compiled model as a folder of tensors and data, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxshare.capture import dtype_of
+from fxshare.config import dump_config
+from fxshare.errors import StoreError
+from fxshare.models.source import Source
+from fxshare.plans.plan import Plan
+from fxshare.result.fingerprint import graph_sha256
+from fxshare.result.module import record_of
+from fxshare.result.products import slices_of
+from fxshare.result.record import Record
+from fxshare.store.calls import encode_inputs
+from fxshare.store.card import card
+from fxshare.store.folder import new_folder
+from fxshare.store.manifest import (
+    CARD,
+    CONFIG,
+    PLAN,
+    REPORT,
+    REPORT_TABLE,
+    Manifest,
+    SavedSource,
+    dtype_name,
+    file_entry,
+    versions,
+    write_manifest,
+)
+from fxshare.store.probe import Probe, take
+from fxshare.store.tensors import tensors_of, write_tensors
+from fxshare.store.tokenizer import TokenizerSource, write_tokenizer
+from fxshare.store.transformers import write_hf_configs
+
+MAX_SHARD_BYTES = 5 * 10**9
+_PROBE_SEED = 20240917
+
+
+def save(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: TokenizerSource | None = None,
+) -> None:
+    """Write a compiled model to a folder, whole or not at all.
+
+    Parameters
+    ----------
+    gm
+        What :func:`fxshare.compile` or :func:`fxshare.load` returned; its tensors are saved as they
+        are now, so a trained one keeps what it learned.
+    path
+        The folder to make; missing parents are made too.
+    force
+        Replace a folder that :func:`save` made before, with everything in it.
+    max_shard_bytes
+        Tensors go into several files where one would be larger than this.
+    tokenizer
+        A folder whose tokenizer files are copied, or a tokenizer of transformers.
+
+    Raises
+    ------
+    StoreError
+        The folder exists, cannot be written, or the model has something that a folder cannot hold.
+    FxShareError
+        ``gm`` was not made by fxshare.
+    """
+    gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
+    record = record_of(gm)
+    if max_shard_bytes < 1:
+        raise StoreError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
+    if graph_sha256(gm) != record.graph_sha256:
+        raise StoreError(
+            f"the graph of {type(gm).__name__} was changed after it was compiled, and a folder is "
+            "loaded by compiling again: make the change a pass and give it to fxshare.compile"
+            "(passes=[...]), or save the weights yourself"
+        )
+    inputs = encode_inputs(record.inputs)
+    source = _source_now(gm, record)
+    probe = _probe_of(gm, record)
+    with new_folder(Path(path), force=force) as folder:
+        entries, names = write_tensors(tensors_of(gm), folder, max_shard_bytes)
+        texts = {
+            CONFIG: dump_config(record.config),
+            PLAN: record.plan.to_json(),
+            REPORT: record.report.to_json(),
+            REPORT_TABLE: record.report.to_markdown(),
+            CARD: card(record),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        main = dtype_name(dtype_of(gm))
+        write_hf_configs(source, folder, dtype=main)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, folder)
+        manifest = Manifest(
+            versions=versions(),
+            source=SavedSource(**asdict(source)),
+            front_end=record.front_end,
+            relaxed=record.relaxed,
+            extra_passes=record.extra_passes,
+            lowering=record.lowering,
+            training=gm.training,
+            training_differs=tuple(n for n, m in gm.named_modules() if m.training != gm.training),
+            dtype=main,
+            site_dtypes={n: d for n, d in _site_dtypes(gm, record.plan).items() if d != main},
+            inputs=inputs,
+            slice_errors=dict(record.slice_errors),
+            bias_shifts=dict(record.bias_shifts),
+            tensors=entries,
+            graph_sha256=record.graph_sha256,
+            probe=probe if isinstance(probe, Probe) else None,
+            no_probe=None if isinstance(probe, Probe) else probe,
+            files={name: file_entry(folder / name) for name in (*names, *texts)},
+        )
+        write_manifest(folder, manifest)
+
+
+def _source_now(gm: nn.Module, record: Record) -> Source:
+    """The source with the defaults of ``generate`` as the user may have changed them."""
+    generation: Any = getattr(gm, "generation_config", None)
+    if record.source.generation_config is None or not hasattr(generation, "to_dict"):
+        return record.source
+    return replace(record.source, generation_config=generation.to_dict())
+
+
+def _site_dtypes(gm: nn.Module, plan: Plan) -> dict[str, str]:
+    places = slices_of(gm)
+    found = {}
+    for site in plan.sites:
+        linear = gm.get_submodule(places[site.slices[0].name].module)
+        assert isinstance(linear.weight, torch.Tensor)
+        found[site.name] = dtype_name(linear.weight.dtype)
+    return found
+
+
+def _probe_of(gm: nn.Module, record: Record) -> Probe | str:
+    if not record.inputs:
+        return "captured without example inputs"
+    try:
+        return take(gm, record, seed=_PROBE_SEED)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Is the rewritten model what it says it is? Comparison with the original."""

@@ -1,0 +1,97 @@
+"""The original with every matched weight as the factors multiply out to, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.plans.plan import Plan
+from fxshare.result.module import record_of
+from fxshare.result.products import site_bias, slice_product
+from fxshare.sites.site import Site
+from fxshare.sites.tensors import substitute
+from passes.graph.graph import is_conv1d, is_linear, structure_copy
+
+LARGE = 1 << 26
+"""Bytes of matched weights up to which all products are held at once."""
+
+
+class Products(Mapping[str, Tensor]):
+    """The weight ``(out, in)`` of every site multiplied out, in float64, made when asked for."""
+
+    def __init__(self, gm: nn.Module, plan: Plan) -> None:
+        self._gm = gm
+        self._sites = {site.name: site for site in plan.sites}
+
+    def __getitem__(self, name: str) -> Tensor:
+        site = self._sites[name]
+        return torch.cat([slice_product(self._gm, s.name) for s in site.slices])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def is_large(model: nn.Module, plan: Plan) -> bool:
+    """Whether the products of all sites together would be a burden on memory."""
+    # half precision is compared in float32
+    size = max(4, next((p.itemsize for p in model.parameters()), 4))
+    return sum(site.out_features * site.in_features for site in plan.sites) * size > LARGE
+
+
+def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) -> nn.Module:
+    """A copy of ``model`` with the weights, and in planned mode the biases, that ``gm`` stands for.
+
+    ``by_call`` makes each weight when its module is called and drops it after: memory of one
+    weight, and time for every call. A weight that is read without a call stays the original's then.
+    """
+    plan = record_of(gm).plan
+    copy = structure_copy(model)
+    biases: dict[str, Tensor] = {}
+    if plan.mode == "planned":
+        moved = ((site.name, site_bias(gm, site)) for site in plan.sites)
+        biases = {name: bias for name, bias in moved if bias is not None}
+    products = Products(gm, plan)
+    if not by_call:
+        substitute(copy, plan.sites, products, biases)
+        return copy
+    called = [site for site in plan.sites if _is_called(copy, site)]
+    others = [site for site in plan.sites if site not in called]
+    substitute(copy, others, products, biases)
+    substitute(copy, called, {}, biases)
+    for site in called:
+        for name in site.calls:
+            _make_when_called(copy.get_submodule(name), products, site)
+    return copy
+
+
+def _is_called(model: nn.Module, site: Site) -> bool:
+    try:
+        names = site.readers  # an embedding is not called with a weight to make first
+        return all(is_linear(model.get_submodule(name)) for name in names)
+    except AttributeError:
+        return False
+
+
+def _make_when_called(module: nn.Module, products: Mapping[str, Tensor], site: Site) -> None:
+    original = module._parameters["weight"]
+    assert original is not None
+
+    def put(module: nn.Module, _: Sequence[Any]) -> None:
+        new = products[site.name]
+        stored = (new.t() if is_conv1d(module) else new).to(original).contiguous()
+        module._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+
+    def drop(module: nn.Module, *_: Any) -> None:
+        module._parameters["weight"] = original
+
+    module.register_forward_pre_hook(put)
+    module.register_forward_hook(drop, always_call=True)
+
+
+__all__ = ["Products", "is_large", "multiplied_out"]

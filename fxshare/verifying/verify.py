@@ -1,0 +1,254 @@
+"""Is the rewritten model what it says it is? Numerical comparison with the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxshare.base.numerics import Distance, relative_error, tolerance, worst
+from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
+from fxshare.capture.adapted import runnable
+from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
+from fxshare.capture.guards import hold_dtype
+from fxshare.errors import CheckFailed, MatchError
+from fxshare.plans.plan import Plan
+from fxshare.result.module import record_of
+from fxshare.result.products import site_bias, slice_product
+from fxshare.sites.tensors import site_tensors
+from fxshare.verifying.evaluated import evaluated
+from fxshare.verifying.multiplied import is_large, multiplied_out
+from passes.errors import FxShareError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``limit`` is what rounding explains; ``original`` the distance from the
+    uncompressed model, for information (in exact mode the same as ``distance``)."""
+
+    what: str
+    distance: Distance
+    limit: float
+    original: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the distance is within the limit."""
+        return self.distance.relative <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons. In exact mode the outputs are compared with the original's; in the sharing
+    mode with those of the original in which every matched weight is multiplied out."""
+
+    mode: str
+    dtype: str
+    depth: int
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check is within its limit."""
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        checks = [{**asdict(c), "ok": c.ok} for c in self.checks]
+        return {
+            "ok": self.ok,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "depth": self.depth,
+            "checks": checks,
+        }
+
+    def __str__(self) -> str:
+        head = (
+            f"{'equal' if self.ok else 'DIFFERENT'}: {self.mode} mode, compared in {self.dtype} at "
+            f"depth {self.depth}"
+        )
+        rows = [
+            f"  {'ok  ' if c.ok else 'FAIL'} {c.what}: {c.distance}; limit {c.limit:.1e}"
+            + ("" if self.mode == "exact" else f"; from the original {c.original:.2e}")
+            for c in self.checks
+        ]
+        return "\n".join([head, *rows])
+
+
+def verify(
+    model: nn.Module,
+    gm: nn.Module,
+    inputs: Sequence[object] | object = None,
+    *,
+    seed: int = 0,
+    strict: bool = False,
+) -> Verification:
+    """Compare a compiled model with the model it was made from.
+
+    ``inputs`` is one batch or a list of batches; beside them random ones of the captured form are
+    tried, at the captured shapes and at batch 1. Half-precision models are compared in float32,
+    where rounding hides less, unless their code has a path for that dtype alone. In the sharing
+    mode the slices' weights are compared as well: the relative error of each must be the one that
+    was recorded when it was factorised.
+
+    Raises :class:`CheckFailed` when ``strict`` and a check fails, and :class:`FxShareError` when
+    there is nothing to compare on. The models, the RNG and the grad mode stay as they are.
+    """
+    record = record_of(gm)
+    _check_sites(model, record.plan)
+    model = runnable(model)
+    calls = _calls(model, gm, inputs, seed)
+    if not calls:
+        raise FxShareError(
+            "nothing to verify on: the model was captured without example inputs; give inputs=..."
+        )
+    half = dtype_of(model) in (torch.float16, torch.bfloat16) and not _own_way(gm)
+    left, right = evaluated(model, half), evaluated(gm, half)
+    depth = 2 * len(record.plan.sites) + 1
+    dtype = torch.float32 if half else dtype_of(model)
+    limit = tolerance(dtype, depth)
+    if half:
+        calls = [(what, _as_float32(call)) for what, call in calls]
+    if record.plan.mode == "exact":
+        checks = _outputs(left, left, right, calls, limit)
+    else:
+        by_call = is_large(model, record.plan)
+        checks = _outputs(multiplied_out(left, gm, by_call=by_call), left, right, calls, limit)
+        if by_call and not all(check.ok for check in checks):
+            # the model may read a weight without calling its module
+            checks = _outputs(multiplied_out(left, gm), left, right, calls, limit)
+    checks += [_weights(model, gm), _biases(model, gm)]
+    result = Verification(record.plan.mode, str(dtype).removeprefix("torch."), depth, tuple(checks))
+    if strict and not result.ok:
+        raise CheckFailed(str(result))
+    return result
+
+
+def _outputs(
+    left: nn.Module,
+    original: nn.Module,
+    right: nn.Module,
+    calls: Sequence[tuple[str, Call]],
+    limit: float,
+) -> list[Check]:
+    """The outputs of ``right`` compared with those of ``left``, and with the ``original``'s."""
+    checks = []
+    for what, call in calls:
+        with quiet():
+            expected = left(**call)
+            found = right(**{k: v for k, v in call.items() if holds_tensor(v)})
+            exact = expected if original is left else original(**call)
+        distance = worst(expected, found)
+        from_original = distance if original is left else worst(exact, found)
+        checks.append(Check(what, distance, limit, from_original.relative))
+    return checks
+
+
+def _check_sites(model: nn.Module, plan: Plan) -> None:
+    for site in plan.sites:
+        try:
+            found = f"one of {tuple(site_tensors(model, site)[0].shape)}"
+        except MatchError:
+            found = f"no weight {site.name!r}"
+        if found == f"one of {(site.out_features, site.in_features)}":
+            continue
+        raise FxShareError(
+            f"{type(model).__name__} is not the model that was compiled: expected "
+            f"{site.name!r} to be a linear ({site.out_features}, {site.in_features}), found {found}"
+        )
+
+
+def _calls(
+    model: nn.Module, gm: nn.Module, inputs: Sequence[object] | object, seed: int
+) -> list[tuple[str, Call]]:
+    device = device_of(model)
+    given: list[object] = []
+    if inputs is not None:
+        given = list(inputs) if isinstance(inputs, list) else [inputs]
+    record = record_of(gm)
+    keep = record.inputs[0] if record.inputs else ()
+    calls: list[tuple[str, Call]] = []
+    for number, batch in enumerate(given):
+        call = completed(model, without_labels(model, bind(model, batch), keep))
+        calls.append((f"given {number} {_shape(call)}", to_device(call, device)))
+    for number in range(len(record.inputs)):
+        call = record.random_call(number, seed=seed + number, device=device)
+        calls.append((f"random {_shape(call)}", call))
+    if len(record.inputs) > 1:
+        call = resized(record.random_call(0, seed=seed + 7, device=device), batch=1)
+        calls.append((f"random {_shape(call)}", call))
+    return calls
+
+
+def _shape(call: Call) -> str:
+    return " ".join("×".join(map(str, t.shape)) for t in tensors(call)[:1])
+
+
+def _as_float32(call: Call) -> Call:
+    return {
+        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def _own_way(gm: nn.Module) -> bool:
+    """Whether the graph was traced on a path that the model takes in its own dtype only."""
+    graph = gm.graph if isinstance(gm, fx.GraphModule) else fx.Graph()
+    holds = any(node.target is hold_dtype for node in graph.nodes)
+    return holds and record_of(gm).front_end == "fx"
+
+
+def _weights(model: nn.Module, gm: nn.Module) -> Check:
+    """The worst deviation of a slice's relative error from the recorded one."""
+    record = record_of(gm)
+    result = Distance(0.0, 0.0, 0.0, 0.0, "slice", ())
+    for site in record.plan.sites:
+        weight_OI, _ = site_tensors(model, site)
+        for s in site.slices:
+            # a slice outside every group still has its own rows
+            expected = record.slice_errors.get(s.name, 0.0)
+            found = relative_error(weight_OI[s.start : s.stop], slice_product(gm, s.name))
+            gap = abs(found - expected)
+            if not gap <= result.relative:
+                result = Distance(gap, gap, expected, found, f"slice {s.name}", (s.out_features,))
+    return Check("relative error of each slice's weight", result, _limit(gm), result.found)
+
+
+def _limit(gm: nn.Module) -> float:
+    """What may lie between a recorded error and the same error measured again.
+
+    Both are float64 sums over the stored numbers, whatever those are rounded to; 64 eps of a half
+    precision would let a basis of the wrong group pass. A cast after compiling rounds once more.
+    """
+    dtype = dtype_of(gm)
+    as_recorded = str(dtype).removeprefix("torch.") == record_of(gm).report.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    return 64 * torch.finfo(torch.float32 if as_recorded and half else dtype).eps
+
+
+def _biases(model: nn.Module, gm: nn.Module) -> Check:
+    """The worst deviation of a slice's shift of the bias from the recorded one."""
+    record = record_of(gm)
+    result = Distance(0.0, 0.0, 0.0, 0.0, "bias", ())
+    for site in record.plan.sites:
+        _, bias = site_tensors(model, site)
+        found = site_bias(gm, site)
+        if bias is None and found is None:
+            continue
+        size = 0.0 if bias is None else max(float(bias.detach().double().norm()), 1e-30)
+        for s in site.slices:
+            expected = record.bias_shifts.get(s.name, 0.0)
+            gap = math.inf
+            moved = math.nan
+            if bias is not None and found is not None:
+                rows = slice(s.start, s.stop)
+                moved = float((found[rows].double() - bias.detach()[rows].double()).norm())
+                gap = abs(moved - expected) / size
+            if not gap <= result.relative:
+                result = Distance(gap, gap, expected, moved, f"bias of {s.name}", (s.out_features,))
+    return Check("shift of each slice's bias", result, _limit(gm), result.found)

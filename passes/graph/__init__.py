@@ -1,0 +1,1 @@
+"""Reading and writing graphs: linears, operands, lookups, slices, origins, writes."""

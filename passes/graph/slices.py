@@ -1,0 +1,103 @@
+"""Where the slices of the original weights are now.
+
+Names outlive nodes and modules: ``transformer.h.0.attn.c_attn.q.3`` names the rows of head 3 of q
+before any rewriting, after splitting, and after its coefficient was fused with its neighbours'.
+Every pass that moves a slice writes its new place into ``gm.meta["slices"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.errors import PassError
+from passes.graph.graph import weight_and_bias
+
+_KEY = "slices"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows ``start:stop`` of the linear ``module`` compute one slice; with ``basis`` set, that
+    linear is a coefficient and reads the product of the basis module of that name; ``pivoted``
+    says that the basis is stored as kept inputs and a table (:class:`passes.PivotBasis`)."""
+
+    module: str
+    start: int
+    stop: int
+    basis: str | None = None
+    pivoted: bool = False
+    folded: str | None = None
+    """The basis in whose order of inputs (kept, then the others) this slice's rows are."""
+    basis_rows: tuple[int, int] | None = None
+    """The rows of the basis module that are this slice's, where several bases are stacked in it."""
+
+
+def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
+    """Every slice by its name, in the order in which they were split."""
+    found: Mapping[str, Slice] = gm.meta.get(_KEY, {})
+    return found
+
+
+def set_slices(gm: fx.GraphModule, places: Mapping[str, Slice]) -> None:
+    """Record new places; a fresh mapping, because copies of a graph share their ``meta`` values."""
+    gm.meta[_KEY] = {**slices(gm), **places}
+
+
+def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
+    """The weight ``(out, in)`` that the slice stands for: a view, or ``coefficient @ basis``.
+
+    Raises :class:`PassError` when there is no such slice.
+    """
+    place = slices(gm).get(name)
+    if place is None:
+        known = ", ".join(list(slices(gm))[:4])
+        raise PassError(f"no slice named {name!r}; the graph has {known or 'none'}, ...")
+    weight_OI, _ = weight_and_bias(gm.get_submodule(place.module))
+    rows = rows_of(gm, place, weight_OI)
+    if place.basis is None:
+        return rows
+    return torch.matmul(rows, basis_of(gm, place))
+
+
+def rows_of(gm: nn.Module, place: Slice, tensor: Tensor) -> Tensor:
+    """A slice's rows of its module's weight or bias, in their original order."""
+    rows = tensor[place.start : place.stop]
+    order = None if place.folded is None else gather_order(gm, place.folded)
+    return rows if order is None else rows.index_select(0, order.argsort().to(rows.device))
+
+
+def gather_order(gm: nn.Module, basis: str) -> Tensor | None:
+    """The inputs of a pivoted basis in the order in which it reads them: the kept ones ascending,
+    then the others; None while its ``kept`` buffer has no values yet (meta device)."""
+    module = gm.get_submodule(basis)
+    kept = module.kept
+    assert isinstance(kept, Tensor)
+    if kept.device.type == "meta":
+        return None
+    weight_RT, _ = weight_and_bias(module)
+    others = torch.ones(sum(weight_RT.shape), dtype=torch.bool, device=kept.device)
+    others[kept.long()] = False
+    return torch.cat([kept.long(), others.nonzero().flatten()])
+
+
+def basis_of(gm: nn.Module, place: Slice) -> Tensor:
+    """The basis ``(R, I)`` that the slice's coefficient reads the product of."""
+    assert place.basis is not None
+    basis_RI = basis_matrix(gm, place.basis, pivoted=place.pivoted)
+    return basis_RI if place.basis_rows is None else basis_RI[slice(*place.basis_rows)]
+
+
+def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:
+    """The basis ``(R, I)`` of a module, whether it is stored whole or pivoted."""
+    module = gm.get_submodule(name)
+    weight_RT, _ = weight_and_bias(module)
+    if not pivoted:
+        return weight_RT
+    order = gather_order(gm, name)
+    assert order is not None
+    whole = torch.eye(len(weight_RT), dtype=weight_RT.dtype, device=weight_RT.device)
+    return torch.cat([whole, weight_RT], 1).index_select(1, order.argsort())

@@ -1,0 +1,143 @@
+"""Which nodes write into memory that others read, so that reading twice may give two values."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from passes.graph.graph import is_linear
+
+_IN_PLACE_OPERATORS = frozenset(
+    {
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.itruediv,
+        operator.ifloordiv,
+        operator.imod,
+        operator.ipow,
+        operator.iand,
+        operator.ior,
+        operator.ixor,
+        operator.imatmul,
+        operator.setitem,
+    }
+)
+_ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+# these may hand back their input or a view of it, and their schemas do not say so
+_UNANNOTATED = frozenset(
+    {
+        "alpha_dropout",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "broadcast_tensors",
+        "dropout",
+        "einsum",
+        "feature_alpha_dropout",
+        "feature_dropout",
+        "meshgrid",
+        "pad",
+        "type_as",
+    }
+)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the node writes into an input: ``x.add_(1)``, ``out=x``, ``inplace=True``."""
+    if "out" in node.kwargs:
+        return True
+    if node.op == "call_module":
+        return any(getattr(m, "inplace", False) is True for m in _module(node).modules())
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    return node.target in _IN_PLACE_OPERATORS or name.endswith("_") or _asks_in_place(node)
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether a node writes into the memory of ``node``'s value, directly or through a view.
+
+    Errs on the side of yes: an operation that is not known to make a new tensor counts as a view.
+    """
+    seen, stack = {node}, [node]
+    while stack:
+        at = stack.pop()
+        if any(is_in_place(user) for user in at.users):
+            return True
+        aliases = [user for user in at.users if _may_alias(user)]
+        if _may_alias(at):
+            aliases += at.all_input_nodes
+        stack += [alias for alias in aliases if alias not in seen]
+        seen.update(aliases)
+    return False
+
+
+class Written(dict[fx.Node, bool]):
+    """:func:`is_written` of nodes, asked once each: an input has as many readers as slices, and the
+    answer takes a look at all of them. Good for as long as no write comes or goes."""
+
+    def __missing__(self, node: fx.Node) -> bool:
+        self[node] = is_written(node)
+        return self[node]
+
+
+def _module(node: fx.Node) -> nn.Module:
+    owner = node.graph.owning_module
+    assert owner is not None, "the graph belongs to no module"
+    return owner.get_submodule(str(node.target))
+
+
+def _asks_in_place(node: fx.Node) -> bool:
+    """``F.relu(x, inplace=True)`` and ``F.relu(x, True)``."""
+    assert callable(node.target)
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # builtins have no signature
+        return node.kwargs.get("inplace") is True
+    return bound.arguments.get("inplace") is True
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the result may share memory with an input."""
+    if node.op == "call_module":
+        module = _module(node)
+        known = is_linear(module) or type(module).__module__.startswith("torch.nn.modules.")
+        return not known or isinstance(module, _ALIASING_MODULES) or is_in_place(node)
+    if node.op == "call_method":
+        return _returns_view(str(node.target))
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return _aliases(schema)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return node.target is operator.getitem or node.target in _IN_PLACE_OPERATORS
+    return _returns_view(getattr(node.target, "__name__", ""))
+
+
+@functools.cache
+def _returns_view(name: str) -> bool:
+    """By the schema of the aten operation of that name; an unknown name may do anything."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return True
+    return any(_aliases(getattr(packet, overload)._schema) for overload in packet.overloads())
+
+
+def _aliases(schema: torch._C.FunctionSchema) -> bool:
+    if schema.name.removeprefix("aten::") in _UNANNOTATED:
+        return True
+    # the `out` overloads hand back what they wrote; nodes that write are found by is_in_place
+    infos = [value.alias_info for value in schema.returns]
+    return any(info is not None and not info.is_write for info in infos)

@@ -1,0 +1,1 @@
+"""Passes that pack a readable graph for speed."""

@@ -1,0 +1,1 @@
+"""Passes that rewrite linears into slices over shared bases."""

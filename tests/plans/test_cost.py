@@ -1,0 +1,92 @@
+"""Costs against tensors that are really there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxshare.plans.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
+
+shapes = st.builds(Shape, st.integers(1, 40), st.integers(1, 60), st.integers(1, 3))
+storages = st.sampled_from(["plain", "pivoted"])
+
+
+def stored(shape: Shape, rank: int, storage: Storage, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors of a group, with the stacked outputs as one coefficient."""
+    coefficient = torch.empty(shape.out_features, rank, dtype=dtype)
+    if storage == "plain":
+        return [torch.empty(rank, shape.in_features, dtype=dtype), coefficient]
+    table = torch.empty(rank, shape.in_features - rank, dtype=dtype)
+    return [table, torch.empty(rank, dtype=torch.int32), coefficient]
+
+
+@given(shapes, storages, st.sampled_from([torch.float64, torch.float32, torch.float16]), st.data())
+@settings(deadline=None, max_examples=60)
+def test_numbers_and_bytes_are_those_of_the_tensors(
+    shape: Shape, storage: Storage, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, shape.full_rank))
+    tensors = stored(shape, rank, storage, dtype)
+    at = np.array([rank])
+    assert numbers(shape, at, storage).tolist() == [sum(t.numel() for t in tensors)]
+    found = weights_bytes(shape, at, storage, dtype.itemsize)
+    assert found.tolist() == [sum(t.numel() * t.element_size() for t in tensors)]
+    assert found.dtype == np.int64
+
+
+@given(shapes, storages, st.data())
+@settings(deadline=None, max_examples=60)
+def test_flops_are_two_a_stored_weight_and_use(
+    shape: Shape, storage: Storage, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, shape.full_rank))
+    basis, *_, coefficient = stored(shape, rank, storage, torch.float32)
+    expected = 2 * (shape.inputs * basis.numel() + coefficient.numel())
+    assert flops(shape, np.array([rank]), storage).tolist() == [expected]
+
+
+@given(shapes)
+@settings(deadline=None)
+def test_break_even_is_the_last_rank_that_saves(shape: Shape) -> None:
+    at = np.array([shape.break_even_rank, shape.break_even_rank + 1])
+    last, next_ = numbers(shape, at, "plain")
+    assert last <= shape.dense_numbers < next_
+
+
+@given(st.integers(1, 40), st.integers(1, 60))
+@settings(deadline=None)
+def test_pivoted_at_full_rank_is_dense_and_the_indices(features: int, out: int) -> None:
+    shape = Shape(features, out)
+    full = np.array([shape.full_rank])
+    assert numbers(shape, full, "pivoted") == shape.dense_numbers + shape.full_rank
+    assert weights_bytes(shape, full, "pivoted", 2) == 2 * shape.dense_numbers + 4 * shape.full_rank
+    assert flops(shape, full, "pivoted") == shape.dense_flops
+
+
+@given(shapes)
+@settings(deadline=None)
+def test_pivoted_costs_rise_with_the_rank(shape: Shape) -> None:
+    every = np.arange(1, shape.full_rank + 1)
+    assert (np.diff(numbers(shape, every, "pivoted")) > 0).all()
+
+
+@pytest.mark.parametrize("multiple", [8, 16, 64])
+@given(st.integers(64, 5000), st.integers(64, 5000))
+@settings(deadline=None, max_examples=20)
+def test_ranks_are_the_multiples_up_to_full_rank(multiple: int, features: int, out: int) -> None:
+    found = ranks(Shape(features, out), multiple)
+    assert found.tolist() == list(range(multiple, min(features, out) + 1, multiple))
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000))
+@settings(deadline=None)
+def test_ranks_are_few_and_reach_up_to_full_rank_by_default(features: int, out: int) -> None:
+    found = ranks(Shape(features, out))
+    step = int(found[0])
+    assert step & (step - 1) == 0
+    assert len(found) <= 512
+    assert min(features, out) - step < found[-1] <= min(features, out)
+    assert step == 1 or len(found) > 250

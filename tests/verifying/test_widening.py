@@ -1,0 +1,79 @@
+"""A half-precision module that is widened computes what its float32 copy does, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxshare.base.numerics import float_leaves
+from fxshare.verifying.widening import Widened, widen
+from passes.graph.graph import structure_copy
+from tests.toys import TOYS, Toy
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def widened(model: nn.Module) -> nn.Module:
+    copy = structure_copy(model)
+    widen(copy)
+    return copy
+
+
+def values(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    with torch.no_grad():
+        return list(float_leaves(model(*inputs)))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
+def test_the_numbers_are_those_of_a_float32_copy(toy: Toy, dtype: torch.dtype) -> None:
+    model = toy.model(dtype=dtype)
+    inputs = toy.inputs()
+    expected = values(structure_copy(model, clone_parameters=True).float(), inputs)
+    found = values(widened(model), inputs)
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    for (_, left), (_, right) in zip(expected, found, strict=True):
+        assert torch.equal(left, right)
+        assert type(right) is Tensor
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
+def test_matrices_are_read_and_not_copied(toy: Toy) -> None:
+    model = toy.model(dtype=torch.bfloat16)
+    copy = widened(model)
+    own = {p.data_ptr() for p in model.parameters()}
+    for name, parameter in copy.named_parameters(remove_duplicate=False):
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.dtype == torch.float32
+        assert isinstance(parameter, Widened) == (parameter.ndim > 1), name
+        if isinstance(parameter, Widened):
+            assert parameter._stored.data_ptr() in own
+    ties = [
+        len({id(p) for _, p in m.named_parameters(remove_duplicate=False)}) for m in (model, copy)
+    ]
+    assert ties[0] == ties[1]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w, x: x @ w,
+        lambda w, x: torch.addmm(x.new_zeros(6), x, w),
+        lambda w, x: torch.einsum("bi,io->bo", x, w[:, 1:4]),
+        lambda w, x: nn.functional.linear(x, w.t().contiguous()),
+        lambda w, x: x.to(w.dtype) @ w.detach().clone(),
+        lambda w, x: nn.functional.embedding(torch.tensor([[0, 3], [2, 2]]), w, padding_idx=2),
+        lambda w, x: torch.stack([w, w]).sum(0) + w.new_ones(()),
+        lambda w, x: w.to(x) * 2,
+    ],
+)
+def test_every_way_to_read_a_weight(use: Any) -> None:
+    stored = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    found = use(Widened(stored), x)
+    assert type(found) is Tensor
+    assert torch.equal(found, use(stored.float(), x))
