@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fxshare.errors import DataError, StoreError
-from fxshare.store.transformers import HF_GENERATION, MODEL_TYPE
+from fxshare.store.transformers import HF_CONFIG, HF_GENERATION, MODEL_TYPE
 
 # Options that change where files come from, or that only the loading of dense weights knows.
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -130,7 +130,8 @@ assert set(fxshare.__all__) <= set(dir(fxshare))
 assert callable(fxshare.export)
 homes = {getattr(fxshare, name).__module__.partition(".")[0] for name in fxshare.__all__}
 assert homes == {"fxshare", "passes"}
-assert fxshare.sites.match.match and not hasattr(fxshare, "nothing") and not hasattr(fxshare, "_home")
+assert fxshare.sites.match.match
+assert not hasattr(fxshare, "nothing") and not hasattr(fxshare, "_home")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def synthetic_problem(layers: int, *, seed: int = 0) -> Problem:
 
 
 def bench_planner(layers: Sequence[int] = (4, 8, 16, 32, 80), *, kept: float = 0.8) -> PlannerBench:
-    """Time :func:`fxshare.planning.solver.solve.solve` (strategy ``auto``) at each number of layers."""
+    """Time the solver (:func:`solve`, strategy ``auto``) at each number of layers."""
     timings = []
     for count in layers:
         problem = synthetic_problem(count)

@@ -40,7 +40,7 @@ class Statistics:
 
     def moment(self, slice_name: str, site: str) -> Tensor:
         """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token; its
-        diagonal ``(out,)`` where no more was kept (:func:`fxshare.calibration.gradients.is_diagonal`)."""
+        diagonal ``(out,)`` where no more was kept (:func:`is_diagonal`)."""
         if site in self.lookups:
             return self._metric(site).rows_V
         return self._moment(slice_name, self.tokens_of(site))

@@ -1,7 +1,7 @@
 """The planned mode: statistics in, a plan with predicted loss out; and its factors.
 
-Joins the pure planner (:mod:`fxshare.planning.solver`) to tensors: spectra price the candidates, the chosen
-groups are factorised in the metric they were priced in, refitted, and pivoted.
+Joins the pure solver (:mod:`fxshare.planning.solver`) to tensors: spectra price the candidates, the
+chosen groups are factorised in the metric they were priced in, refitted, and pivoted.
 """
 
 from __future__ import annotations
