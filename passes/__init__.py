@@ -3,8 +3,6 @@
 Imports torch and the standard library only; knows no configuration, no files, no transformers.
 """
 
-from __future__ import annotations
-
 from passes.base import Pass
 from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
 from passes.graph.graph import (

@@ -5,8 +5,6 @@ Three front ends, in the order in which ``capture="auto"`` tries them: the value
 at two shapes.
 """
 
-from __future__ import annotations
-
 from fxshare.capture.call import Call, Shapes, bind, resized, tensors, to_device
 from fxshare.capture.captured import Captured, FrontEnd, Mode, device_of, dtype_of, quiet
 from fxshare.capture.check import erase_guards, evaluate_unguarded, guard_nodes

@@ -8,8 +8,6 @@ one a line, each naming the source, the dotted key, what was found and what is e
 This package imports neither torch nor transformers, so a configuration can be checked without them.
 """
 
-from __future__ import annotations
-
 from fxshare.config.budget import Budget
 from fxshare.config.calibration import Calibration
 from fxshare.config.composition import ConfigSource, load_config

@@ -3,8 +3,6 @@
 Legend: T rows (tokens), I input features, O output features, R rank.
 """
 
-from __future__ import annotations
-
 from fxshare.cost_model.forecast import (
     DECODE,
     PREFILL,

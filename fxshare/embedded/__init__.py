@@ -20,7 +20,7 @@ def _read(name: str) -> bytes:
     if not resource.is_file():
         raise DataError(
             f"fxshare.embedded: expected the packaged file {name}, found none; install the wheel,"
-            " or train the model with `python -m fxshare.embedded.train --out DIR` and copy the file"
+            " or train it with `python -m fxshare.embedded.train --out DIR` and copy the file"
         )
     return resource.read_bytes()
 
