@@ -97,12 +97,12 @@ def read_rates(device: str, name: str, dtype: str, threads: int) -> Rates | None
     """
     path = rates_path(device, name, dtype, threads)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError:
         return None
     try:
-        return _parsed(json.loads(text))
-    except (KeyError, TypeError, ValueError) as error:
+        return _parsed(json.loads(content))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         warnings.warn(
             f"{path}: not a file of device constants ({error}), times are not predicted; measure "
             f"again: {how_to_measure(device, dtype, threads)}",

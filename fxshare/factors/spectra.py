@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxshare.base.cache import read_entry, write_entry
 from fxshare.factors.factorise import Factors, Whitening, factorise, whiten
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
 
@@ -164,19 +165,13 @@ class Spectra:
     def _read(self, key: str | None) -> NDArray[np.float64] | None:
         if key is None or self.cache is None:
             return None
-        path = self.cache / f"{key}.npy"
-        if not path.exists():
-            return None
-        found: NDArray[np.float64] = np.load(path, allow_pickle=False)
-        return found
+        content = read_entry(self.cache, f"{key}.spectrum")
+        return None if content is None else np.frombuffer(content, np.float64).copy()
 
     def _write(self, key: str | None, tails: NDArray[np.float64]) -> None:
         if key is None or self.cache is None:
             return
-        self.cache.mkdir(parents=True, exist_ok=True)
-        temporary = self.cache / f".{key}.npy"
-        np.save(temporary, tails, allow_pickle=False)
-        temporary.replace(self.cache / f"{key}.npy")
+        write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
 
 
 def _leading(matrix: Tensor, count: int, seed: int) -> Tensor:

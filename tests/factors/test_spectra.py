@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxshare.errors import FactoriseError
+from fxshare.errors import FactoriseError, FxShareWarning
 from fxshare.factors.group import factorise_group
 from fxshare.factors.metric import SliceStatistics, output_root
 from fxshare.factors.spectra import Spectra
@@ -164,6 +164,33 @@ def test_a_change_of_content_is_not_read_from_the_cache(tmp_path: Path, change: 
     again = Spectra(slices, cache=tmp_path, relative_floor=1e-6)
     again.tails(frozenset("abc"))
     assert again.computed == 1
+
+
+def test_a_damaged_cache_is_not_there(tmp_path: Path) -> None:
+    slices = {"a": slice_of(4, 7, 0), "b": slice_of(5, 7, 1)}
+    expected = Spectra(slices, cache=tmp_path).tails(frozenset("ab")).tolist()
+    Spectra(slices, cache=tmp_path).tails(frozenset("a"))
+    one, other = sorted(tmp_path.iterdir())
+    whole = one.read_bytes(), other.read_bytes()
+    flipped = bytearray(whole[0])
+    flipped[40] ^= 1
+    for damaged in (b"", whole[0][:-8], whole[0][:10], bytes(flipped), b"\0" * 100, whole[1]):
+        one.write_bytes(damaged)
+        other.write_bytes(whole[0])  # an entry of another key is none either
+        spectra = Spectra(slices, cache=tmp_path)
+        assert spectra.tails(frozenset("ab")).tolist() == expected
+        assert spectra.computed == 1
+        # and it was made good
+        assert Spectra(slices, cache=tmp_path).tails(frozenset("ab")).tolist() == expected
+
+
+def test_a_cache_that_cannot_be_written_says_so_and_costs_time_only(tmp_path: Path) -> None:
+    slices = {"a": slice_of(4, 7, 0)}
+    (tmp_path / "file").write_text("in the way")
+    spectra = Spectra(slices, cache=tmp_path / "file")
+    with pytest.warns(FxShareWarning, match=r"nothing is kept.*cannot write"):
+        found = spectra.tails(frozenset("a"))
+    assert found.tolist() == Spectra(slices).tails(frozenset("a")).tolist()
 
 
 @given(st.integers(0, 100))
