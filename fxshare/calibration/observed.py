@@ -51,6 +51,8 @@ class InputObserver(nn.Module):
 
 
 class Width(nn.Module):
+    """Stands where an observer of inputs would, to tell how wide they are."""
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
@@ -67,6 +69,8 @@ def _lookup_tap(width: int) -> GradientTap:
 
 
 def tap_of(site: Site) -> GradientTap:
+    """The tap for the gradients at a site's output: per slice a Gram, or its diagonal where
+    :func:`is_diagonal` says so."""
     diagonal = {s.name for s in site.slices if is_diagonal(site, s)}
     return GradientTap(site.slices, diagonal)
 

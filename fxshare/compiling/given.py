@@ -36,6 +36,8 @@ def named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
 
 
 def check_plan(plan: Plan, sites: Sequence[Site]) -> None:
+    """Raise :class:`PlanError` for a given plan whose sites are not those that the configuration
+    matches in the model."""
     found = {site.name: site for site in sites}
     for site in plan.sites:
         real = found.get(site.name)

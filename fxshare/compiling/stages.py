@@ -26,6 +26,11 @@ from fxshare.sites.visible import unstacked, visible_sites
 def within_budget(
     stages: Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
 ) -> Budgeted:
+    """The plan under the configuration's budget, with its factors.
+
+    Raises :class:`CalibrationError` without calibration data, and what
+    :func:`plan_within_budget` raises.
+    """
     if stages.batches is None:
         raise CalibrationError(
             "a budget needs calibration data to predict losses with: give calibration=..., or use "
@@ -47,6 +52,7 @@ def within_budget(
 def configuration(
     model: nn.Module, cfg: ConfigSource | Sequence[ConfigSource] | None
 ) -> ShareConfig:
+    """The configuration as given, or what :func:`fxshare.init` finds in the model where None."""
     return init(model) if cfg is None else load_config(cfg)
 
 
@@ -88,6 +94,7 @@ def prepare(
     example: object,
     mode: Mode | None,
 ) -> Stages:
+    """Match and capture a model: all that a plan needs to be made."""
     check_module(model)
     matching = match(model, cfg)
     first, batches = _peek(calibration)
@@ -111,6 +118,7 @@ def prepare(
 
 
 def check_module(model: object) -> None:
+    """Raise :class:`ConfigError` for what is no module, :class:`MatchError` for a quantised one."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"

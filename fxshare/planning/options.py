@@ -136,6 +136,8 @@ def unit_cost(
     *,
     dense: bool = False,
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Costs of a group of this shape at every one of the ranks, in the unit of ``options``; with
+    ``dense`` the one cost of its slices as they are."""
     if options.unit == "numbers":
         return np.array([shape.dense_numbers]) if dense else numbers(shape, rank, storage)
     if options.unit == "bytes":
@@ -147,6 +149,7 @@ def unit_cost(
 
 
 def dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:
+    """What the slice ``name`` costs dense, in the unit of ``options``."""
     shape = shape_of(nodes, frozenset({name}))
     if options.unit == "numbers":
         return shape.dense_numbers

@@ -45,5 +45,6 @@ class InputSpec:
 
 
 def is_leaf(value: object) -> bool:
+    """Whether a value of a call is one place for a spec: no dict, list or tuple."""
     # containers of other classes, such as a cache, are constants and not places for specs
     return type(value) not in (dict, list, tuple)

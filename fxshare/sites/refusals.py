@@ -17,6 +17,7 @@ from passes.graph.graph import is_conv1d
 
 
 def refuse_quantised(model: nn.Module) -> None:
+    """Raise :class:`MatchError` where the weights of ``model`` are quantised."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if found is None:
         return
@@ -30,10 +31,12 @@ def refuse_quantised(model: nn.Module) -> None:
 
 
 def holds_weight(module: nn.Module) -> bool:
+    """Whether a module has a tensor called ``weight``."""
     return isinstance(getattr(module, "weight", None), Tensor)
 
 
 def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
+    """Why a module that a pattern matches cannot be rewritten; None where it can."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
         return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
@@ -91,6 +94,7 @@ def every_type_has_sites(
     skipped: list[Skipped],
     modules: Mapping[str, nn.Module],
 ) -> None:
+    """Raise :class:`MatchError` for weight types without a site, saying why they have none."""
     linears = [name for name, module in modules.items() if is_linear(module)]
     empty: dict[str, str] = {}
     for type_name, spec in cfg.weight_types.items():

@@ -27,6 +27,10 @@ def _from_config(model: nn.Module, names: tuple[str, ...]) -> int | None:
 def slices_of_rows(
     site: str, out_features: int, spec: WeightType, type_name: str, model: nn.Module
 ) -> tuple[SliceSpec, ...]:
+    """The rows of one weight as slices, split as its weight type says.
+
+    Raises :class:`MatchError` for heads or parts that do not divide the rows or cannot be found.
+    """
     if not spec.split:
         return (SliceSpec(name=site, start=0, stop=out_features),)
     if spec.split == "gate_up":

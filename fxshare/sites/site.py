@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
+    """Data that is not changed once made and refuses fields that it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 

@@ -89,6 +89,7 @@ def own_settings() -> Iterator[None]:
 
 
 def write_drawing(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all, in the format that the name of ``path`` ends with."""
     kind = path.suffix.lower().removeprefix(".")
     # no dates and no version of the library: equal pictures are equal files
     undated: dict[str, dict[str, Any]] = {
@@ -104,6 +105,7 @@ def write_drawing(figure: Figure, path: Path) -> None:
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """How wide a text is when drawn, in inches; ``size`` in points."""
     if not text:
         return 0.0
     from matplotlib.font_manager import FontProperties
@@ -116,6 +118,7 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def mixed(colour: str, other: str, share: float) -> str:
+    """``colour`` with this share of ``other`` in it; each is ``#rrggbb``."""
     parts = [
         round(int(colour[at : at + 2], 16) * (1 - share) + int(other[at : at + 2], 16) * share)
         for at in (1, 3, 5)
