@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,31 +68,10 @@ def calibrate(
     backward = Backward(running, loss, labels, seed)
     needed = bytes_needed(captured, sites, gradients=gradients)
     _LOG.info("statistics of %d sites will hold at most %s bytes", len(sites), f"{needed:,}")
-    count = tokens = 0
-    device = device_of(model)
-    keep = captured.shapes.base if captured.shapes else ()
+    tracked = track(batches, "calibrating", total=total)
+    observe = backward if gradients else lambda call, batch: running(call)
     try:
-        for batch in track(batches, "calibrating", total=total):
-            given = without_labels(model, bind(model, batch), keep)
-            call = to_device(completed(model, given), device)
-            _check_finite(call, count)
-            try:
-                with quiet():
-                    if gradients:
-                        backward(call, batch)
-                    else:
-                        running(call)
-            except FxShareError:
-                raise
-            except Exception as error:
-                raise CalibrationError(
-                    f"calibration batch {count} failed in the model: {type(error).__name__}: "
-                    f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
-                ) from error
-            count += 1
-            tokens = max((o.tokens for o in running.counting), default=0)
-            if max_tokens is not None and tokens >= max_tokens:
-                break
+        count, tokens = _stream(model, captured, tracked, running, observe, max_tokens)
     finally:
         running.close()
     if count == 0:
@@ -119,6 +98,39 @@ def calibrate(
         loss=backward.name,
         mean_loss=backward.total / max(tokens, 1) if gradients else math.nan,
     )
+
+
+def _stream(
+    model: nn.Module,
+    captured: Captured,
+    batches: Iterable[object],
+    running: GraphStage | HookStage,
+    observe: Callable[[Call, object], object],
+    max_tokens: int | None,
+) -> tuple[int, int]:
+    """Run batches until ``max_tokens`` were seen; how many batches and tokens that were."""
+    count = tokens = 0
+    device = device_of(model)
+    keep = captured.shapes.base if captured.shapes else ()
+    for batch in batches:
+        given = without_labels(model, bind(model, batch), keep)
+        call = to_device(completed(model, given), device)
+        _check_finite(call, count)
+        try:
+            with quiet():
+                observe(call, batch)
+        except FxShareError:
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"calibration batch {count} failed in the model: {type(error).__name__}: "
+                f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
+            ) from error
+        count += 1
+        tokens = max((o.tokens for o in running.counting), default=0)
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    return count, tokens
 
 
 def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:

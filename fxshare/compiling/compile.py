@@ -33,6 +33,7 @@ from fxshare.sites.tensors import dense_weights, site_biases
 from fxshare.store.pretrained import save_pretrained
 from fxshare.verifying.verify import verify
 from passes import Pass
+from passes.runner import Applied
 
 
 @torch.inference_mode(False)  # what is made under it could never be trained
@@ -104,33 +105,7 @@ def compile(
     )
     result = assemble(model, stages.captured, rewritten, plan, copy=copy)
     keep_structure(result, model, own)
-    report = Report(
-        model=type(model).__name__,
-        mode=plan.mode,
-        front_end=stages.captured.front_end,
-        dtype=str(dtype_of(model)).removeprefix("torch."),
-        groups=group_reports(
-            plan,
-            dtype_of(model).itemsize,
-            errors=factors.weighted_errors,
-            floored=factors.floored,
-            seconds=factors.seconds,
-        ),
-        sites=len(plan.sites),
-        skipped=plan.skipped,
-        parameters_before=_count(model),
-        parameters_after=_count(result),
-        calibration=None if statistics is None else _describe(statistics),
-        passes=tuple({"name": a.name, "rewrites": a.rewrites, "exact": a.exact} for a in applied),
-        notes=(*stages.captured.notes, *(statistics.notes if statistics else ())),
-        seconds={
-            "capture": stages.captured.seconds,
-            "calibrate": statistics.seconds if statistics else 0.0,
-            "factorise": sum(factors.seconds.values()),
-            "rewrite": sum(a.seconds for a in applied),
-            "total": time.perf_counter() - start,
-        },
-    )
+    report = _report(stages, plan, factors, statistics, applied, result, start)
     record = Record(
         config=cfg,
         plan=plan,
@@ -180,6 +155,45 @@ def _plan_and_factors(
         return plan, sharing_factors(plan, weights, given, cfg), given
     biases = site_biases(model, plan.sites)
     return plan, planned_factors(plan, weights, biases, made), statistics
+
+
+def _report(
+    stages: Stages,
+    plan: Plan,
+    factors: Factorised,
+    statistics: Statistics | None,
+    applied: Sequence[Applied],
+    result: nn.Module,
+    start: float,
+) -> Report:
+    model = stages.model
+    return Report(
+        model=type(model).__name__,
+        mode=plan.mode,
+        front_end=stages.captured.front_end,
+        dtype=str(dtype_of(model)).removeprefix("torch."),
+        groups=group_reports(
+            plan,
+            dtype_of(model).itemsize,
+            errors=factors.weighted_errors,
+            floored=factors.floored,
+            seconds=factors.seconds,
+        ),
+        sites=len(plan.sites),
+        skipped=plan.skipped,
+        parameters_before=_count(model),
+        parameters_after=_count(result),
+        calibration=None if statistics is None else _describe(statistics),
+        passes=tuple({"name": a.name, "rewrites": a.rewrites, "exact": a.exact} for a in applied),
+        notes=(*stages.captured.notes, *(statistics.notes if statistics else ())),
+        seconds={
+            "capture": stages.captured.seconds,
+            "calibrate": statistics.seconds if statistics else 0.0,
+            "factorise": sum(factors.seconds.values()),
+            "rewrite": sum(a.seconds for a in applied),
+            "total": time.perf_counter() - start,
+        },
+    )
 
 
 def _count(module: nn.Module) -> int:

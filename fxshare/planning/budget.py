@@ -33,6 +33,8 @@ from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
+Gather = Callable[[nn.Module, Captured], Statistics]
+
 
 @dataclass(eq=False)
 class Budgeted:
@@ -67,75 +69,109 @@ def plan_within_budget(
     start = time.perf_counter()
     planner = cfg.planner
     data = hold_back(model, captured, batches, planner.search)
-
-    def gather(run: nn.Module, on: Captured) -> Statistics:
-        return calibrate(
-            run,
-            on,
-            data.fit,
-            sites,
-            max_tokens=cfg.calibration.max_tokens,
-            total=len(data.fit),
-            gradients=True,
-            loss=loss,
-            labels=planner.labels,
-            seed=seed,
-        )
-
+    gather = _gathering(data.fit, sites, cfg, loss, seed)
     statistics = gather(model, captured)
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
-    floor = cfg.calibration.relative_floor
     options = options_of(cfg.budget, planner, model)
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
         tokens = data.held_back_tokens(statistics)
         judge = Judge(model, captured, sites, data.held_back, tokens=tokens, loss=loss)
-    budget = limit_of(model, cfg.budget, sites, options)
-    if cfg.budget.max_loss_increase is not None:
-        problem = make_problem(nodes_of(sites, slices), Spectra(slices, floor), options)
-        strategy = _strategy(planner)
-        budget = float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
     search = Search(
         sites=tuple(sites),
         weights=weights,
         biases=site_biases(model, sites),
         options=options,
-        budget=budget,
+        budget=_budget_in_unit(model, cfg, sites, slices, options),
         judge=judge,
         refit=planner.refit,
         bias=planner.bias,
-        relative_floor=floor,
+        relative_floor=cfg.calibration.relative_floor,
         cache=None if planner.cache is None else Path(planner.cache),
         sketch=planner.sketch,
     )
-    todo = _trials(planner, options)
-    best = search.run(slices, todo)
-    if judge is not None:
-        for number in range(planner.remeasure):
-            again = _remeasured(captured, model, search, best, number, gather)
-            slices_again = slice_statistics(sites, weights, again, centred=planner.bias)
-            rerun = search.run(slices_again, todo, label=_label(number))
-            if rerun.measured < best.measured:
-                best, slices = rerun, slices_again
-    limit = cfg.budget.max_loss_increase
-    if limit is not None and judge is not None:
-        best = _within_loss(search, best, slices, limit)
+
+    def remeasured(best: Planned, number: int) -> Mapping[str, SliceStatistics]:
+        again = _remeasured(captured, model, search, best, number, gather)
+        return slice_statistics(sites, weights, again, centred=planner.bias)
+
+    best = _searched(search, slices, cfg, remeasured)
     along = 0.0
     if judge is not None and not judge.is_distance and best.factors:
         some, tokens = data.some_to_fit(model, captured, statistics)
         fit = Judge(model, captured, sites, some, tokens=tokens, loss=loss)
         along = slope(search, best, fit)
+    outlook = _outlook(best, search, statistics, along, time.perf_counter() - start)
     plan = Plan(
         mode="planned",
-        sites=tuple(sites),
+        sites=search.sites,
         groups=best.groups,
         skipped=tuple(skipped),
-        outlook=_outlook(
-            best, search, options, statistics, judge, along, time.perf_counter() - start
-        ),
+        outlook=outlook,
     )
     return Budgeted(plan, best.factors, statistics)
+
+
+def _gathering(
+    batches: list[object], sites: Sequence[Site], cfg: ShareConfig, loss: Loss | None, seed: int
+) -> Gather:
+    def gather(run: nn.Module, on: Captured) -> Statistics:
+        return calibrate(
+            run,
+            on,
+            batches,
+            sites,
+            max_tokens=cfg.calibration.max_tokens,
+            total=len(batches),
+            gradients=True,
+            loss=loss,
+            labels=cfg.planner.labels,
+            seed=seed,
+        )
+
+    return gather
+
+
+def _budget_in_unit(
+    model: nn.Module,
+    cfg: ShareConfig,
+    sites: Sequence[Site],
+    slices: Mapping[str, SliceStatistics],
+    options: Options,
+) -> float:
+    """The budget in the options' unit; for a limit of the loss the least cost predicted to keep it,
+    from which the search starts."""
+    assert cfg.budget is not None
+    budget = limit_of(model, cfg.budget, sites, options)
+    if cfg.budget.max_loss_increase is None:
+        return budget
+    spectra = Spectra(slices, cfg.calibration.relative_floor)
+    problem = make_problem(nodes_of(sites, slices), spectra, options)
+    strategy = _strategy(cfg.planner)
+    return float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
+
+
+def _searched(
+    search: Search,
+    slices: Mapping[str, SliceStatistics],
+    cfg: ShareConfig,
+    remeasured: Callable[[Planned, int], Mapping[str, SliceStatistics]],
+) -> Planned:
+    """The best plan of the search. With a judge also on statistics that are measured again on what
+    was found so far, and within the limit of the loss."""
+    todo = _trials(cfg.planner, search.options)
+    best = search.run(slices, todo)
+    if search.judge is None:
+        return best
+    for number in range(cfg.planner.remeasure):
+        slices_again = remeasured(best, number)
+        rerun = search.run(slices_again, todo, label=_label(number))
+        if rerun.measured < best.measured:
+            best, slices = rerun, slices_again
+    assert cfg.budget is not None
+    limit = cfg.budget.max_loss_increase
+    return best if limit is None else _within_loss(search, best, slices, limit)
 
 
 def _label(number: int) -> str:
@@ -159,7 +195,7 @@ def _remeasured(
     search: Search,
     best: Planned,
     number: int,
-    gather: Callable[[nn.Module, Captured], Statistics],
+    gather: Gather,
 ) -> Statistics:
     """Statistics on a model compressed half as much; later rounds on the best plan so far."""
     middle = best
@@ -204,18 +240,12 @@ def _within_loss(
 
 
 def _outlook(
-    best: Planned,
-    search: Search,
-    options: Options,
-    statistics: Statistics,
-    judge: Judge | None,
-    along: float,
-    seconds: float,
+    best: Planned, search: Search, statistics: Statistics, along: float, seconds: float
 ) -> Outlook:
     solution = best.solution
     return Outlook(
         loss_name=statistics.loss,
-        unit=options.unit,
+        unit=search.options.unit,
         budget=solution.budget,
         cost=solution.cost,
         price=solution.price,
@@ -238,6 +268,6 @@ def _outlook(
             )
             for t in search.tried
         ),
-        held_back_tokens=0 if judge is None else judge.tokens,
+        held_back_tokens=0 if search.judge is None else search.judge.tokens,
         seconds=seconds,
     )

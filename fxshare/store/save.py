@@ -28,8 +28,10 @@ from fxshare.store.manifest import (
     PLAN,
     REPORT,
     REPORT_TABLE,
+    FileEntry,
     Manifest,
     SavedSource,
+    TensorEntry,
     dtype_name,
     file_entry,
     versions,
@@ -90,40 +92,57 @@ def save(
     probe = _probe_of(gm, record)
     with new_folder(Path(path), force=force) as folder:
         entries, names = write_tensors(tensors_of(gm), folder, max_shard_bytes)
-        texts = {
-            CONFIG: dump_config(record.config),
-            PLAN: record.plan.to_json(),
-            REPORT: record.report.to_json(),
-            REPORT_TABLE: record.report.to_markdown(),
-            CARD: card(record),
-        }
+        texts = _texts(record)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        main = dtype_name(dtype_of(gm))
-        write_hf_configs(source, folder, dtype=main)
+        write_hf_configs(source, folder, dtype=dtype_name(dtype_of(gm)))
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder)
-        manifest = Manifest(
-            versions=versions(),
-            source=SavedSource(**asdict(source)),
-            front_end=record.front_end,
-            relaxed=record.relaxed,
-            extra_passes=record.extra_passes,
-            lowering=record.lowering,
-            training=gm.training,
-            training_differs=tuple(n for n, m in gm.named_modules() if m.training != gm.training),
-            dtype=main,
-            site_dtypes={n: d for n, d in _site_dtypes(gm, record.plan).items() if d != main},
-            inputs=inputs,
-            slice_errors=dict(record.slice_errors),
-            bias_shifts=dict(record.bias_shifts),
-            tensors=entries,
-            graph_sha256=record.graph_sha256,
-            probe=probe if isinstance(probe, Probe) else None,
-            no_probe=None if isinstance(probe, Probe) else probe,
-            files={name: file_entry(folder / name) for name in (*names, *texts)},
-        )
-        write_manifest(folder, manifest)
+        files = {name: file_entry(folder / name) for name in (*names, *texts)}
+        write_manifest(folder, _manifest(gm, record, source, inputs, probe, entries, files))
+
+
+def _texts(record: Record) -> dict[str, str]:
+    """The files of a folder that people read."""
+    return {
+        CONFIG: dump_config(record.config),
+        PLAN: record.plan.to_json(),
+        REPORT: record.report.to_json(),
+        REPORT_TABLE: record.report.to_markdown(),
+        CARD: card(record),
+    }
+
+
+def _manifest(
+    gm: nn.Module,
+    record: Record,
+    source: Source,
+    inputs: tuple[dict[str, Any], ...],
+    probe: Probe | str,
+    tensors: dict[str, TensorEntry],
+    files: dict[str, FileEntry],
+) -> Manifest:
+    main = dtype_name(dtype_of(gm))
+    return Manifest(
+        versions=versions(),
+        source=SavedSource(**asdict(source)),
+        front_end=record.front_end,
+        relaxed=record.relaxed,
+        extra_passes=record.extra_passes,
+        lowering=record.lowering,
+        training=gm.training,
+        training_differs=tuple(n for n, m in gm.named_modules() if m.training != gm.training),
+        dtype=main,
+        site_dtypes={n: d for n, d in _site_dtypes(gm, record.plan).items() if d != main},
+        inputs=inputs,
+        slice_errors=dict(record.slice_errors),
+        bias_shifts=dict(record.bias_shifts),
+        tensors=tensors,
+        graph_sha256=record.graph_sha256,
+        probe=probe if isinstance(probe, Probe) else None,
+        no_probe=None if isinstance(probe, Probe) else probe,
+        files=files,
+    )
 
 
 def _source_now(gm: nn.Module, record: Record) -> Source:

@@ -15,6 +15,7 @@ from fxshare.base.numerics import tolerance, worst
 from fxshare.bench.capture import FAMILIES, bench_capture, family, lines
 from fxshare.bench.speed.alone import alone, alone_steps
 from fxshare.bench.speed.compiled import compiled_call
+from fxshare.bench.speed.measuring import Timing, measured
 from fxshare.bench.speed.notebook import SliceProducts, notebook_layout
 from fxshare.bench.speed.run import VARIANTS, SpeedBench, available, bench_run, chosen
 from fxshare.bench.speed.subject import (
@@ -146,7 +147,7 @@ def check_run(found: SpeedBench, variants: tuple[str, ...], modes: tuple[str, ..
 
 def test_every_variant_runs_eagerly(plain: Subject, tmp_path: Path) -> None:
     said: list[str] = []
-    found = bench_run(plain, modes=("eager",), repeats=2, prefill=20, say=said.append)
+    found = bench_run(plain, Timing(modes=("eager",), repeats=2, prefill=20), say=said.append)
     check_run(found, VARIANTS, ("eager",))
     by_name = {r.variant: r for r in found.rows if r.step == "prefill"}
     flops = {name: row.flops for name, row in by_name.items()}
@@ -164,7 +165,7 @@ def test_every_variant_runs_eagerly(plain: Subject, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_runs_say_what_compiling_took(plain: Subject) -> None:
-    found = bench_run(plain, variants=("lowered",), modes=("compiled",), repeats=1)
+    found = bench_run(plain, Timing(modes=("compiled",), repeats=1), variants=("lowered",))
     check_run(found, ("dense", "lowered"), ("compiled",))
     for row in found.rows:
         assert row.compile_seconds is not None
@@ -174,9 +175,8 @@ def test_compiled_runs_say_what_compiling_took(plain: Subject) -> None:
 
 @pytest.mark.slow
 def test_compilations_are_repeated_and_compared_with_dense(plain: Subject) -> None:
-    found = bench_run(
-        plain, variants=("lowered",), modes=("compiled",), repeats=1, compile_repeats=3
-    )
+    timing = Timing(modes=("compiled",), repeats=1, compile_repeats=3)
+    found = bench_run(plain, timing, variants=("lowered",))
     header, rows = compile_table(found)
     assert [row[:2] for row in rows] == [
         [step, variant] for step in ("prefill", "decode") for variant in ("dense", "lowered")
@@ -196,7 +196,6 @@ def test_compilations_are_repeated_and_compared_with_dense(plain: Subject) -> No
 
 def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
     from fxshare.bench.speed.compiled import CompiledCall
-    from fxshare.bench.speed.measuring import measured
     from fxshare.bench.speed.steps import StepCall
 
     seconds = {"dense": [1.0, 10.0, 2.0], "lowered": [1.5, 12.0, 2.8]}
@@ -212,7 +211,8 @@ def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fxshare.bench.speed.measuring.compiled_calls", lambda *a, **k: made)
         none = dict.fromkeys(models, None)
-        rows = measured(step, models, none, "compiled", None, repeats=1, compile_repeats=3)
+        timing = Timing(repeats=1, compile_repeats=3)
+        rows = measured(step, models, none, "compiled", None, timing)
     # 1.5, 1.2 and 1.4: the median over rounds, which is not the ratio of the medians
     assert [row.inductor_ratio for row in rows] == [1.0, pytest.approx(1.4)]
     assert [row.compile_cpu_ratio for row in rows] == [1.0, pytest.approx(1.4)]
@@ -222,10 +222,8 @@ def test_the_ratios_of_compilations_are_those_of_each_round() -> None:
 def test_the_linears_of_each_type_are_measured_alone(plain: Subject) -> None:
     found = bench_run(
         plain,
+        Timing(modes=("eager",), repeats=1, prefill=8),
         variants=("notebook", "lowered"),
-        modes=("eager",),
-        repeats=1,
-        prefill=8,
         by_type=True,
     )
     assert list(found.alone) == ["attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj"]
@@ -304,14 +302,14 @@ def test_predictions_stand_beside(plain: Subject, monkeypatch: pytest.MonkeyPatc
     from tests.cost_model.test_cost_model import SLOW
 
     monkeypatch.setattr("fxshare.bench.speed.run.rates_for", lambda device, dtype: SLOW)
-    found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
+    found = bench_run(plain, Timing(modes=("eager",), repeats=1), variants=("readable",))
     assert found.notes == ()
     for row in found.rows:
         assert row.predicted_seconds is not None
         assert row.predicted_seconds > SLOW.launch
     assert found.rows[0].predicted_speedup == 1
     monkeypatch.setattr("fxshare.bench.speed.run.rates_for", lambda device, dtype: None)
-    found = bench_run(plain, variants=("readable",), modes=("eager",), repeats=1)
+    found = bench_run(plain, Timing(modes=("eager",), repeats=1), variants=("readable",))
     assert "fxshare bench device --dtype float32" in found.notes[0]
     assert found.rows[0].predicted_seconds is None
 
@@ -336,9 +334,8 @@ def test_a_hugging_face_model_decodes_with_its_cache(tmp_path: Path) -> None:
         seed=0,
     )
     assert one.kv_cache
-    found = bench_run(
-        one, variants=("readable", "notebook"), modes=("eager",), repeats=2, prefill=16
-    )
+    timing = Timing(modes=("eager",), repeats=2, prefill=16)
+    found = bench_run(one, timing, variants=("readable", "notebook"))
     check_run(found, ("dense", "notebook", "readable"), ("eager",))
     assert found.kv_cache
 

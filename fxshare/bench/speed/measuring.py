@@ -20,7 +20,24 @@ from fxshare.capture import dtype_of
 from fxshare.cost_model import Rates, Step, seconds, step_bytes, step_flops
 from fxshare.cost_model.recorder import record_step
 
+MODES = ("eager", "compiled")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 _LEAST = 0.005
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How variants are timed: each ``repeats`` times in every one of ``modes``, on a prompt of
+    ``prefill`` tokens (fewer where the model takes fewer) and on one token. Each is compiled
+    ``compile_repeats`` times from nothing, and the last is run."""
+
+    modes: tuple[str, ...] = MODES
+    repeats: int = 7
+    prefill: int = 512
+    compile_mode: str = "default"
+    compile_repeats: int = 1
+    seed: int = 0
+    """Of the random tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +77,22 @@ def measured(
     steps: Mapping[str, Step | None],
     mode: str,
     rates: Rates | None,
-    *,
-    repeats: int,
-    compile_mode: str = "default",
-    compile_repeats: int = 1,
+    timing: Timing,
 ) -> list[Measurement]:
     """Every model at one step; ``dense`` must be among them. ``steps`` is what :func:`recorded`
     found."""
     compiled: dict[str, list[CompiledCall]] = {}
     calls: dict[str, Callable[[], object]] = {}
     if mode == "compiled":
-        compiled = compiled_calls(models, step, mode=compile_mode, repeats=compile_repeats)
+        compiled = compiled_calls(
+            models, step, mode=timing.compile_mode, repeats=timing.compile_repeats
+        )
         calls = {name: found[-1].run for name, found in compiled.items()}
     else:
         calls = {n: eager_call(m, step.calls[n], step.after[n]) for n, m in models.items()}
     numbers = {name: _number(call, step.device) for name, call in calls.items()}
     loops = {name: _loop(call, numbers[name], step.device) for name, call in calls.items()}
-    runs = interleaved(loops, repeats=repeats)
+    runs = interleaved(loops, repeats=timing.repeats)
     times = {name: [t / numbers[name] for t in taken] for name, taken in runs.items()}
     predicted = {
         name: None

@@ -14,7 +14,7 @@ from torch import nn
 from fxshare.base.machine import environment
 from fxshare.bench.speed.alone import alone, alone_steps
 from fxshare.bench.speed.compiled import warm_compiler
-from fxshare.bench.speed.measuring import Measurement, measured, recorded
+from fxshare.bench.speed.measuring import Measurement, Timing, measured, recorded
 from fxshare.bench.speed.notebook import notebook_layout
 from fxshare.bench.speed.steps import StepCall, step_calls
 from fxshare.bench.speed.subject import Subject
@@ -24,8 +24,6 @@ from fxshare.errors import ConfigError
 
 Lower = Callable[[Any], nn.Module]
 VARIANTS = ("dense", "exact", "exact-lowered", "notebook", "readable", "lowered")
-MODES = ("eager", "compiled")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -68,24 +66,17 @@ def chosen(names: str, known: Sequence[str], option: str) -> tuple[str, ...]:
 
 def bench_run(
     subject: Subject,
+    timing: Timing,
     *,
     variants: Sequence[str] = VARIANTS,
-    modes: Sequence[str] = MODES,
-    repeats: int = 7,
-    prefill: int = 512,
-    compile_mode: str = "default",
-    compile_repeats: int = 1,
     by_type: bool = False,
     lower: Lower | None = None,
     say: Callable[[str], None] = lambda line: None,
-    seed: int = 0,
 ) -> SpeedBench:
-    """Measure the variants of a subject at prefill (``prefill`` tokens, fewer where the model takes
-    fewer) and decode (one token).
+    """Measure the variants of a subject at prefill and decode.
 
-    ``dense`` is always among them. Each is compiled ``compile_repeats`` times from nothing, and the
-    last is run. With ``by_type`` the linears of each weight type are measured by themselves as
-    well. ``lower`` makes the fast graph from the readable one;
+    ``dense`` is always among them. With ``by_type`` the linears of each weight type are measured by
+    themselves as well. ``lower`` makes the fast graph from the readable one;
     :func:`fxshare.rewriting.lowering.lower` for speed where None.
 
     Raises :class:`ConfigError` for a variant that the subject does not have.
@@ -100,7 +91,7 @@ def bench_run(
     if rates is None:
         command = how_to_measure_for(subject.dense)
         notes.append(f"times are not predicted: this device was not measured, run {command}")
-    if "compiled" in modes:
+    if "compiled" in timing.modes:
         warm_compiler(device, dtype)
 
     def rows_of(
@@ -109,26 +100,18 @@ def bench_run(
         rows: list[Measurement] = []
         for step in steps:
             counted = recorded(models, step, notes)
-            for mode in modes:
+            for mode in timing.modes:
                 say(f"{what}{step.name}, {mode}")
-                rows += measured(
-                    step,
-                    models,
-                    counted,
-                    mode,
-                    rates,
-                    repeats=repeats,
-                    compile_mode=compile_mode,
-                    compile_repeats=compile_repeats,
-                )
+                rows += measured(step, models, counted, mode, rates, timing)
         return tuple(rows)
 
     with torch.no_grad():
-        rows = rows_of(models, step_calls(subject, models, prefill=prefill, seed=seed))
+        steps = step_calls(subject, models, prefill=timing.prefill, seed=timing.seed)
+        rows = rows_of(models, steps)
         found: dict[str, tuple[Measurement, ...]] = {}
         for part in alone(subject) if by_type else ():
             parts = _variants(part, names, lower or _lowered)
-            steps = alone_steps(part, parts, prefill=rows[0].tokens, seed=seed)
+            steps = alone_steps(part, parts, prefill=rows[0].tokens, seed=timing.seed)
             found[part.name] = rows_of(parts, steps, f"{part.name}, ")
     return SpeedBench(
         environment=environment(),
@@ -138,8 +121,8 @@ def bench_run(
         threads=threads_of(device),
         params_kept=subject.plan.params_kept,
         kv_cache=subject.kv_cache,
-        repeats=repeats,
-        compile_repeats=compile_repeats,
+        repeats=timing.repeats,
+        compile_repeats=timing.compile_repeats,
         rows=rows,
         alone=found,
         notes=tuple(notes),

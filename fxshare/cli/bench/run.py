@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from fxshare.cli.options import AsJson, Debug, Device, Dtype, Original, Seed, Th
 from fxshare.cli.output import Result, note, table
 
 if TYPE_CHECKING:
+    from fxshare.bench.speed.run import SpeedBench
     from fxshare.bench.speed.subject import Subject
 
 
@@ -92,29 +93,29 @@ def run(
     """
     from fxshare.bench.speed.device import device_of_name, dtype_of_name
     from fxshare.bench.speed.device import threads as using
-    from fxshare.bench.speed.run import COMPILE_MODES, MODES, VARIANTS, available, bench_run, chosen
+    from fxshare.bench.speed.measuring import COMPILE_MODES, MODES, Timing
+    from fxshare.bench.speed.run import VARIANTS, available, bench_run, chosen
     from fxshare.bench.speed.subject import GPTShape, Settings, named_subject, shape_subject
-    from fxshare.bench.speed.table import compile_table, draw, lines_below, type_table
-    from fxshare.bench.speed.table import table as rows_of
+    from fxshare.bench.speed.table import draw
     from fxshare.views.figure import check_drawable
 
     del as_json, debug
     if plot is not None:
         check_drawable(plot)
     wanted = None if variants is None else chosen(variants, VARIANTS, "--variants")
-    ways = chosen(modes, MODES, "--modes")
-    (mode,) = chosen(compile_mode, COMPILE_MODES, "--compile-mode")[:1]
+    timing = Timing(
+        modes=chosen(modes, MODES, "--modes"),
+        repeats=repeats,
+        prefill=prefill,
+        compile_mode=chosen(compile_mode, COMPILE_MODES, "--compile-mode")[0],
+        compile_repeats=compile_repeats,
+        seed=seed,
+    )
     place, kind = device_of_name(device), dtype_of_name(dtype)
-    options = {
-        "kept": kept,
-        "storage": storage,
-        "split": split,
-        "basis": basis,
-        "group_size": group_size,
-        "only": only,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = Settings(**given)  # type: ignore[arg-type]
+    given = _given(
+        kept=kept, storage=storage, split=split, basis=basis, group_size=group_size, only=only
+    )
+    settings = Settings(**given)
     with using(threads):
         if shape is None:
             subject: Subject = named_subject(
@@ -139,23 +140,28 @@ def run(
             )
         result = bench_run(
             subject,
+            timing,
             variants=available(subject) if wanted is None else wanted,
-            modes=ways,
-            repeats=repeats,
-            prefill=prefill,
-            compile_mode=mode,
-            compile_repeats=compile_repeats,
             by_type=by_type,
             say=note,
-            seed=seed,
         )
-    below = list(lines_below(result))
     if plot is not None:
         draw(result, plot)
-        below.append(f"written to {plot}")
+    return Result(result.to_dict(), _text(result, plot))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _text(result: SpeedBench, plot: Path | None) -> str:
+    from fxshare.bench.speed.table import compile_table, lines_below, type_table
+    from fxshare.bench.speed.table import table as rows_of
+
     tables = [(*rows_of(result), 3), (*compile_table(result), 2), (*type_table(result), 4)]
     shown = [table(header, rows, left=left) + "\n" for header, rows, left in tables if rows]
-    return Result(result.to_dict(), "\n".join([*shown, *below]))
+    below = [] if plot is None else [f"written to {plot}"]
+    return "\n".join([*shown, *lines_below(result), *below])
 
 
 def _shape_alone(model: str, config: list[Path] | None, original: str | None) -> None:
