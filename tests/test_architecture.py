@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import floor
+
 ROOT = Path(__file__).parent.parent
 CORE = {"torch", "pydantic", "yaml", "networkx", "safetensors", "numpy"}
 # the command line may have its own, but `import fxshare` does not import the command line
@@ -177,3 +179,117 @@ def test_no_module_level_registries(path: Path) -> None:
         if literal or call:
             empty.append(node.lineno)
     assert not empty, f"{path}: lines {empty}"
+
+
+# the structure; `python -m tests.floor` prints its figures ----------------------------------------
+
+
+def test_imports_point_from_later_stages_to_earlier_ones() -> None:
+    assert floor.upward(floor.imports(floor.sources())) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert floor.circles(floor.imports(floor.sources())) == []
+
+
+def test_the_solver_stands_alone() -> None:
+    assert floor.outside_the_solver(floor.sources()) == []
+
+
+def test_stages_are_folders() -> None:
+    assert {Path(file).name for file in floor.at_the_top(floor.sources())} <= floor.TOP_FILES
+
+
+def test_files_and_functions_stay_small() -> None:
+    files = floor.sources()
+    assert floor.too_long_files(files) == []
+    assert floor.too_long_functions(files) == []
+
+
+def test_only_public_verbs_have_many_parameters() -> None:
+    free = floor.public_verbs()
+    assert ("fxshare.compiling.compile", "compile") in free
+    assert ("fxshare.cli.bench.run", "run") in free
+    assert floor.too_many_parameters(floor.sources(), free) == []
+
+
+def test_the_order_of_stages_is_that_of_every_import() -> None:
+    late = "from fxshare.store.save import save"
+    source = {
+        "fxshare/sites/match.py": "from fxshare.errors import MatchError",
+        "fxshare/errors.py": "from passes.errors import FxShareError",
+        "fxshare/store/save.py": "import fxshare.sites.match",
+        "fxshare/sites/site.py": f"def f() -> None:\n    {late}",
+        "fxshare/data/batches.py": f"if TYPE_CHECKING:\n    {late}",
+        "fxshare/capture/call.py": "import fxshare.data.batches as b",  # of one line
+        "fxshare/plans/plan.py": "import fxshare",
+        "fxshare/__init__.py": late,
+        "passes/errors.py": "from fxshare import errors",
+    }
+    assert floor.upward(floor.imports(source)) == [
+        "fxshare.capture.call imports fxshare.data.batches",
+        "fxshare.data.batches imports fxshare.store.save",
+        "fxshare.plans.plan imports fxshare",
+        "fxshare.sites.site imports fxshare.store.save",
+        "passes.errors imports fxshare.errors",
+    ]
+    with pytest.raises(AssertionError, match=r"\['utils'\] stand in no line of STAGES"):
+        floor.upward(floor.imports({"fxshare/utils/lists.py": ""}))
+    with pytest.raises(AssertionError, match="line 1: relative import"):
+        floor.imports({"fxshare/sites/match.py": "from .site import Site"})
+
+
+def test_circles_are_found_through_functions_and_packages() -> None:
+    source = {
+        "fxshare/sites/__init__.py": "from fxshare.sites.match import match",
+        "fxshare/sites/match.py": "def f() -> None:\n    from fxshare.sites.rows import rows",
+        "fxshare/sites/rows.py": "from fxshare.sites import match_all",
+        "fxshare/sites/site.py": "import fxshare.sites.match",
+    }
+    rings = floor.circles(floor.imports(source))
+    assert rings == [["fxshare.sites", "fxshare.sites.match", "fxshare.sites.rows"]]
+
+
+def test_what_the_solver_may_not_import_is_found() -> None:
+    source = {
+        "fxshare/planning/solver/solve.py": """
+import numpy as np
+from fxshare.errors import PlanError
+from fxshare.planning.solver.curve import hull
+def f():
+    import torch.nn
+    from fxshare.plans.plan import Plan
+if TYPE_CHECKING:
+    from fxshare.planning.options import Options
+    from passes import Pass
+""",
+        "fxshare/planning/options.py": "import torch",
+    }
+    assert sorted(line.rpartition(" ")[2] for line in floor.outside_the_solver(source)) == [
+        "fxshare.planning.options.Options",
+        "fxshare.plans.plan.Plan",
+        "passes.Pass",
+        "torch.nn",
+    ]
+
+
+def test_what_is_too_large_is_found() -> None:
+    body = "    x = 0\n" * floor.LONGEST_BODY
+    many = ", ".join(f"a{n}" for n in range(floor.MOST_PARAMETERS))
+    text = '"""Two\nlines."""'
+    source = {
+        "fxshare/top.py": "\n" * (floor.MOST_LINES + 1),
+        "fxshare/sites/long.py": f"def f():\n    {text}\n{body}    x = 1",
+        "fxshare/sites/documented.py": f"def f():\n    {text}\n{body}",
+        "fxshare/sites/wide.py": f"class A:\n    async def f(self, {many}): pass",
+        "fxshare/sites/ways.py": f"def f({many}, *rest): pass\ndef g({many}): pass",
+        "fxshare/cli/verb.py": f"def verb({many}, *, debug): pass",
+    }
+    assert floor.at_the_top(source) == ["fxshare/top.py"]
+    assert floor.too_long_files(source) == ["fxshare/top.py: 401 lines"]
+    assert floor.too_long_functions(source) == ["fxshare/sites/long.py:1 f: 61 lines"]
+    free = frozenset({("fxshare.cli.verb", "verb")})
+    assert floor.too_many_parameters(source, free) == [
+        "fxshare/sites/wide.py:2 f: 11 parameters",
+        "fxshare/sites/ways.py:1 f: 11 parameters",
+    ]
