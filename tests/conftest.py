@@ -1,4 +1,8 @@
-"""Options of the test suite, and what every test may ask for."""
+"""Options of the test suite, and what every test may ask for.
+
+The processor's cores are divided among the workers of ``-n``; ``OMP_NUM_THREADS=4 python -m pytest``
+gives each worker, and every process that it starts, four threads instead.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,15 @@ import pytest
 import torch
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Workers side by side, each with a thread per core, wait for one another at every barrier: the
-    # suite took several times as long. Processes that tests start inherit the limit.
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    torch.set_num_threads(threads)
+    # suite took several times as long. Workers and the processes that tests start inherit the
+    # variable, so all of them compute with one number of threads: another number adds in another
+    # order.
+    workers = config.getoption("numprocesses", None) or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ["OMP_NUM_THREADS"] = threads
+    torch.set_num_threads(int(threads))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

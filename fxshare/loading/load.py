@@ -56,6 +56,9 @@ def load(
 ) -> Any:
     """Read a folder that :func:`save` made; the result is what was saved, tensor by tensor.
 
+    The tensors are equal bit by bit, always. Outputs are with the same build of torch, on the same
+    kind of processor and with the same number of threads; otherwise they are equal up to rounding.
+
     Parameters
     ----------
     path

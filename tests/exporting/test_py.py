@@ -24,15 +24,20 @@ import sys
 sys.modules.update(dict.fromkeys(("fxshare", "passes", "transformers")))
 sys.path.insert(0, sys.argv[1])
 import torch, model
+torch.set_num_threads(int(sys.argv[4]))
 m = model.load()
 torch.save(m(**torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
 def run_alone(folder: Path, scratch: Path, **inputs: Tensor) -> Any:
-    """Import the module in a process that cannot import us, and call it."""
+    """Import the module in a process that cannot import us, and call it.
+
+    It gets this process's number of threads, with which alone its bits are the same.
+    """
     torch.save(inputs, scratch / "given.pt")
-    command = [sys.executable, "-c", _ALONE, str(folder), scratch / "given.pt", scratch / "out.pt"]
+    arguments = [folder, scratch / "given.pt", scratch / "out.pt", torch.get_num_threads()]
+    command = [sys.executable, "-c", _ALONE, *arguments]
     done = subprocess.run(list(map(str, command)), cwd=scratch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(scratch / "out.pt")
