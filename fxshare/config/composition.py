@@ -23,16 +23,21 @@ def load_config(
 ) -> ShareConfig:
     """The configuration that ``source`` describes, with ``overrides`` applied last.
 
-    Args:
-        source: a :class:`ShareConfig`, a mapping, a path to a YAML file, or a sequence of these.
-            A sequence composes by deep merge: later sources win key by key, lists are replaced,
-            and ``null`` for a weight type removes it.
-        overrides: ``"key.sub=value"`` each, the value in YAML, as ``--set`` takes them on the
-            command line: ``"weight_types.attn.n_head=12"``.
+    Parameters
+    ----------
+    source
+        A :class:`ShareConfig`, a mapping, a path to a YAML file, or a sequence of these. A sequence
+        composes by deep merge: later sources win key by key, lists are replaced, and ``null`` for a
+        weight type removes it.
+    overrides
+        ``"key.sub=value"`` each, the value in YAML, as ``--set`` takes them on the command line:
+        ``"weight_types.attn.n_head=12"``.
 
-    Raises:
-        ConfigError: for whatever is wrong, all faults of the merged configuration at once.
-            Nothing that the caller gave is changed.
+    Raises
+    ------
+    ConfigError
+        For whatever is wrong, all faults of the merged configuration at once. Nothing that the
+        caller gave is changed.
     """
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
         raise ConfigError(

@@ -51,8 +51,10 @@ for _class in (_Loader, Dumper):
 def parse_yaml(text: str, label: str, hint: str = "") -> object:
     """What ``text`` says.
 
-    Raises:
-        ConfigError: where it is not valid YAML, with line and column, named ``label``.
+    Raises
+    ------
+    ConfigError
+        Where it is not valid YAML, with line and column, named ``label``.
     """
     try:
         return yaml.load(text, Loader=_Loader)

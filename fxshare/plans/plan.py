@@ -122,7 +122,7 @@ class Plan(Frozen):
 
     @property
     def stored_numbers(self) -> int:
-        """Numbers after: bases, coefficients, and the slices outside every group."""
+        """Numbers after rewriting, of bases, coefficients and the slices outside every group."""
         grouped = sum(group.dense_numbers for group in self.groups)
         return self.dense_numbers - grouped + sum(group.stored_numbers for group in self.groups)
 

@@ -56,9 +56,10 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
 
     Returns
     -------
-    A module of the kind of ``gm``, with its signature and its record. At module granularity each
-    rewritten linear is lowered by itself, and bases stay as they are. Lowering what is lowered
-    already starts from its readable graph.
+    ShareModule
+        A module of the kind of ``gm``, with its signature and its record. At module granularity
+        each rewritten linear is lowered by itself, and bases stay as they are. Lowering what is
+        lowered already starts from its readable graph.
 
     Raises
     ------
