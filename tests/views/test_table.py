@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from fxshare.config import ShareConfig, WeightType, load_config
+from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import PlanError
 from fxshare.planning.rules import exact_plan
 from fxshare.planning.sweep import Alternative, Sweep, SweepPoint
@@ -233,9 +232,3 @@ def test_the_reference_page_names_every_key_and_its_example_holds() -> None:
             assert f"`{name}`" in page, name
     (example,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
     assert Plan.from_json(example).stored_numbers == 5 * (8 + 32)
-
-
-def test_the_configuration_of_the_how_to_loads() -> None:
-    page = (DOCS / "how-to" / "plan-a-budget.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert load_config(yaml.safe_load(block)).mode == "planned"
