@@ -87,8 +87,9 @@ def compile(
 
     Returns
     -------
-    A :class:`ShareModule` (a ``torch.fx.GraphModule``) with the signature of ``model.forward``; for
-    capture at module granularity a copy of the model's own class. Either has ``.fxshare``.
+    ShareModule
+        A ``torch.fx.GraphModule`` with the signature of ``model.forward``; for capture at module
+        granularity a copy of the model's own class. Either has ``.fxshare``.
 
     Raises
     ------
