@@ -84,10 +84,10 @@ def bench_compress(
                 model(one)
 
     def gather() -> None:
-        calibrate(model, captured, batches, matching.sites)
+        calibrate(captured, batches, matching.sites)
 
     times = interleaved({"forward": forward, "calibrate": gather}, repeats=repeats)
-    statistics = calibrate(model, captured, batches, matching.sites)
+    statistics = calibrate(captured, batches, matching.sites)
     plan = make_plan(cfg, matching.sites)
     ours = theirs = gap = 0.0
     for weights, gram, rank in _problems(model, plan, statistics.gram):

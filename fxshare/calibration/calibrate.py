@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxshare.base.progress import track
 from fxshare.calibration.backward import Backward
@@ -24,8 +24,7 @@ from fxshare.calibration.lookups import LookedUpSite
 from fxshare.calibration.losses import Labels, Loss
 from fxshare.calibration.observed import GraphStage, Width
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Captured, bind, device_of, quiet, to_device
-from fxshare.capture.call import Call, completed, without_labels
+from fxshare.capture import Call, Captured, quiet
 from fxshare.errors import CalibrationError, FxShareWarning
 from fxshare.sites.site import Site, SliceSpec
 from passes import ObserveInputs, run
@@ -35,7 +34,6 @@ _LOG = logging.getLogger("fxshare")
 
 
 def calibrate(
-    model: nn.Module,
     captured: Captured,
     batches: Iterable[object],
     sites: Sequence[Site],
@@ -61,7 +59,7 @@ def calibrate(
     """
     start = time.perf_counter()
     running: GraphStage | HookStage = (
-        HookStage(model, sites, gradients=gradients)
+        HookStage(captured.model, sites, gradients=gradients)
         if captured.front_end == "modules"
         else GraphStage(captured, sites, gradients=gradients)
     )
@@ -71,7 +69,7 @@ def calibrate(
     tracked = track(batches, "calibrating", total=total)
     observe = backward if gradients else lambda call, batch: running(call)
     try:
-        count, tokens = _stream(model, captured, tracked, running, observe, max_tokens)
+        count, tokens = _stream(captured, tracked, running, observe, max_tokens)
     finally:
         running.close()
     if count == 0:
@@ -101,7 +99,6 @@ def calibrate(
 
 
 def _stream(
-    model: nn.Module,
     captured: Captured,
     batches: Iterable[object],
     running: GraphStage | HookStage,
@@ -110,11 +107,9 @@ def _stream(
 ) -> tuple[int, int]:
     """Run batches until ``max_tokens`` were seen; how many batches and tokens that were."""
     count = tokens = 0
-    device = device_of(model)
-    keep = captured.shapes.base if captured.shapes else ()
+    caller = captured.caller
     for batch in batches:
-        given = without_labels(model, bind(model, batch), keep)
-        call = to_device(completed(model, given), device)
+        call = caller(batch)
         _check_finite(call, count)
         try:
             with quiet():

@@ -5,13 +5,16 @@ Three front ends, in the order in which ``capture="auto"`` tries them: the value
 at two shapes.
 """
 
+from fxshare.base.placement import device_of, dtype_of
 from fxshare.capture.call import Call, Shapes, bind, resized, tensors, to_device
-from fxshare.capture.captured import Captured, FrontEnd, Mode, device_of, dtype_of, quiet
+from fxshare.capture.caller import Caller
+from fxshare.capture.captured import Captured, FrontEnd, Mode, quiet
 from fxshare.capture.check import erase_guards, evaluate_unguarded, guard_nodes
 from fxshare.capture.front_ends import capture, recapture
 
 __all__ = [
     "Call",
+    "Caller",
     "Captured",
     "FrontEnd",
     "Mode",

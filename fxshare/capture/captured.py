@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture.call import Shapes
+from fxshare.capture.caller import Caller
 
 FrontEnd = Literal["fx", "export", "modules"]
 Mode = Literal["auto", "fx", "export", "modules"]
@@ -22,12 +23,13 @@ Mode = Literal["auto", "fx", "export", "modules"]
 class Captured:
     """A captured model.
 
-    ``graph`` is what passes rewrite; for the modules front end it is all linears side by side.
-    ``shapes`` are the calls it was checked on; ``relaxed`` the numbers of the guards that proved
-    harmless; ``error`` the largest relative difference from the original in the self-check, None
-    where nothing was run (meta device, modules).
+    ``model`` is what was captured; ``graph`` is what passes rewrite, for the modules front end all
+    linears side by side. ``shapes`` are the calls it was checked on; ``relaxed`` the numbers of the
+    guards that proved harmless; ``error`` the largest relative difference from the original in the
+    self-check, None where nothing was run (meta device, modules).
     """
 
+    model: nn.Module
     front_end: FrontEnd
     graph: fx.GraphModule
     shapes: Shapes | None
@@ -36,20 +38,11 @@ class Captured:
     notes: tuple[str, ...]
     seconds: float
 
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; CPU where it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's first floating-point parameter; float32 where it has none."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.float32
+    @property
+    def caller(self) -> Caller:
+        """Makes a call of a batch: ``captured.caller(batch)``. Labels stay in it where the capture
+        saw them."""
+        return Caller(self.model, () if self.shapes is None else tuple(self.shapes.base))
 
 
 @contextmanager
@@ -64,4 +57,4 @@ def quiet() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-__all__ = ["Captured", "FrontEnd", "Mode", "device_of", "dtype_of", "quiet"]
+__all__ = ["Captured", "FrontEnd", "Mode", "quiet"]

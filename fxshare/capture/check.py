@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import float_leaves, tolerance, worst
+from fxshare.base.placement import device_of
 from fxshare.capture.call import Call, Shapes, holds_tensor, resized
-from fxshare.capture.captured import device_of, quiet
+from fxshare.capture.captured import quiet
 from fxshare.capture.guards import hold_guard
 from fxshare.errors import CaptureError, GuardError
 from passes import structure_copy

@@ -9,8 +9,9 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fxshare.capture.adapted import adapt
-from fxshare.capture.call import Shapes, bind, completed, to_device, vary
-from fxshare.capture.captured import Captured, FrontEnd, Mode, device_of
+from fxshare.capture.call import LABELS, Shapes, vary
+from fxshare.capture.caller import Caller
+from fxshare.capture.captured import Captured, FrontEnd, Mode
 from fxshare.capture.check import Original, described, erase_guards, guard_nodes, relax, self_check
 from fxshare.capture.exported import export
 from fxshare.capture.modules import linears_side_by_side
@@ -52,7 +53,7 @@ def capture(
             f"capture={mode!r} needs an example of the model's inputs: give calibration data or "
             "example=..., or use capture='modules'"
         )
-    call = to_device(completed(model, bind(model, example)), device_of(model))
+    call = Caller(model, LABELS)(example)  # an example that has labels wants the loss
     adapted = adapt(model)
     run = Original(adapted.reference)
     shapes = vary(call, run.works)
@@ -69,7 +70,7 @@ def capture(
         except CaptureError as error:
             failures.append(f"{front_end}: {error}")
         else:
-            return replace(found, notes=(*adapted.notes, *found.notes))
+            return replace(found, model=model, notes=(*adapted.notes, *found.notes))
     if mode == "auto":
         return _modules(model, start, tuple(f"tried {failure}" for failure in failures))
     raise CaptureError("; ".join(failures))
@@ -87,12 +88,12 @@ def recapture(
     start = time.perf_counter()
     if front_end == "modules" or shapes is None:
         return _modules(model, start, ())
-    model = adapt(model).traced
+    traced = adapt(model).traced
     if front_end == "fx":
         # one shape will do: that none is baked into the graph was seen the first time
-        graph, notes = trace(model, replace(shapes, other=None))
+        graph, notes = trace(traced, replace(shapes, other=None))
     else:
-        graph, notes = export(model, shapes), ()
+        graph, notes = export(traced, shapes), ()
     guards = len(guard_nodes(graph))
     if any(not 0 <= number < guards for number in relaxed):
         raise CaptureError(
@@ -101,12 +102,13 @@ def recapture(
         )
     erase_guards(graph, relaxed)
     seconds = time.perf_counter() - start
-    return Captured(front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
+    return Captured(model, front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
 
 
 def _modules(model: nn.Module, start: float, notes: tuple[str, ...]) -> Captured:
     graph = linears_side_by_side(model)
-    return Captured("modules", graph, None, (), None, notes, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Captured(model, "modules", graph, None, (), None, notes, seconds)
 
 
 def _graph(
@@ -141,7 +143,7 @@ def _graph(
         notes = (*notes, "only the batch size is known to vary")
     notes = (*notes, *(f"tried {failure}" for failure in failures))
     seconds = time.perf_counter() - start
-    return Captured(front_end, gm, shapes, tuple(relaxed or ()), error, notes, seconds)
+    return Captured(model, front_end, gm, shapes, tuple(relaxed or ()), error, notes, seconds)
 
 
 def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Captured, Mode, bind, capture
-from fxshare.capture.call import without_labels
+from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import CalibrationError, ConfigError, MatchError
 from fxshare.models.quantised import quantisation_of, refusal_of_quantised
@@ -37,7 +36,6 @@ def within_budget(
             "group_size and compression_rate, which do without"
         )
     return plan_within_budget(
-        stages.model,
         stages.captured,
         stages.sites,
         stages.skipped,
@@ -60,12 +58,16 @@ def configuration(
 class Stages:
     """What is known once the model is captured and matched."""
 
-    model: nn.Module
     cfg: ShareConfig
     captured: Captured
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     batches: Iterable[object] | None
+
+    @property
+    def model(self) -> nn.Module:
+        """What is compiled."""
+        return self.captured.model
 
     def calibrate(
         self, *, gradients: bool = False, loss: Loss | None = None, seed: int = 0
@@ -74,7 +76,6 @@ class Stages:
             return None
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         return calibrate(
-            self.model,
             self.captured,
             self.batches,
             self.sites,
@@ -102,7 +103,7 @@ def prepare(
     needs = [name for site in matching.sites for name in site.calls]
     if example is None and first is not None:
         # labels among the data are for training; an example that has them wants the loss
-        example = without_labels(model, bind(model, first))
+        example = Caller(model)(first)
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
     captured = unstacked(captured, matching.sites)
     side_by_side = captured.front_end == "modules"
@@ -114,7 +115,7 @@ def prepare(
             f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "
             "one; give an example that reaches them, or other patterns"
         )
-    return Stages(model, cfg, captured, sites, skipped, batches)
+    return Stages(cfg, captured, sites, skipped, batches)
 
 
 def check_module(model: object) -> None:

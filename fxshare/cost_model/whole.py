@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxshare.capture import bind, device_of
-from fxshare.capture.call import completed
+from fxshare.capture import Caller, device_of
 from fxshare.cost_model.forecast import DECODE, PREFILL
 from fxshare.cost_model.recorder import record_step
 from fxshare.cost_model.work import Step
@@ -27,7 +26,7 @@ def dense_steps(model: nn.Module, prefill: int) -> dict[int, Step]:
     for tokens in (prefill, DECODE):
         ids = torch.zeros((1, tokens), dtype=torch.int64, device=device_of(model))
         try:
-            found[tokens] = record_step(model, completed(model, bind(model, ids)))
+            found[tokens] = record_step(model, Caller(model)(ids))
         except Exception:  # whatever the model's code makes of tensors without values
             return {}
     return found

@@ -11,19 +11,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxshare.base.numerics import float_leaves, tolerance, worst
-from fxshare.capture import device_of, quiet
+from fxshare.capture import Caller, device_of, quiet
 from fxshare.capture.call import (
     MASK,
     Call,
     Shapes,
-    bind,
-    completed,
     holds_tensor,
     parameters_of,
     resized,
-    to_device,
     vary,
-    without_labels,
 )
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import left_out, plain
@@ -127,7 +123,7 @@ def subject_of(gm: nn.Module, example: object, *, dynamic: bool, seed: int) -> S
     """
     record = record_of(gm)
     name = record.source.class_name.rpartition(":")[2]
-    call = to_device(_example(gm, record, example, seed), device_of(gm))
+    call = _example(gm, record, example, seed)
     for argument, value in call.items():
         _check_carried(name, argument, value)
     model = structure_copy(gm).eval()
@@ -160,8 +156,7 @@ def subject_of(gm: nn.Module, example: object, *, dynamic: bool, seed: int) -> S
 
 def _example(gm: nn.Module, record: Record, example: object, seed: int) -> Call:
     if example is not None:
-        keep = record.inputs[0] if record.inputs else ()
-        return completed(gm, without_labels(gm, bind(gm, example), keep))
+        return Caller(gm, record.arguments)(example)
     if record.inputs:
         call = record.random_call(0, seed=seed, device=device_of(gm))
         mask = call.get(MASK)  # a random one may leave a row nothing to attend to
@@ -174,7 +169,7 @@ def _example(gm: nn.Module, record: Record, example: object, seed: int) -> Call:
             f"{record.source.class_name.rpartition(':')[2]} was captured without example inputs, "
             "so nothing says how it is called; give example=..., one batch"
         )
-    return completed(gm, bind(gm, ids))
+    return Caller(gm)(ids)
 
 
 def _check_carried(name: str, argument: str, value: object) -> None:

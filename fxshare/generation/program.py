@@ -284,7 +284,8 @@ def _rewritten(
     traced: fx.GraphModule, structure: Structure, record: Record, gm: nn.Module
 ) -> fx.GraphModule:
     """The default passes and the lowering, as ``gm`` had them; they need no values."""
-    captured = unstacked(Captured("fx", traced, None, (), None, (), 0.0), record.plan.sites)
+    captured = Captured(structure.model, "fx", traced, None, (), None, (), 0.0)
+    captured = unstacked(captured, record.plan.sites)
     plan = record.plan
     if structure.model.config.is_encoder_decoder:
         plan = part_of_plan(plan, captured.graph)

@@ -33,7 +33,7 @@ from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
-Gather = Callable[[nn.Module, Captured], Statistics]
+Gather = Callable[[Captured], Statistics]
 
 
 @dataclass(eq=False)
@@ -46,7 +46,6 @@ class Budgeted:
 
 
 def plan_within_budget(
-    model: nn.Module,
     captured: Captured,
     sites: Sequence[Site],
     skipped: Sequence[Skipped],
@@ -67,17 +66,17 @@ def plan_within_budget(
     """
     assert cfg.budget is not None
     start = time.perf_counter()
-    planner = cfg.planner
-    data = hold_back(model, captured, batches, planner.search)
+    planner, model = cfg.planner, captured.model
+    data = hold_back(captured, batches, planner.search)
     gather = _gathering(data.fit, sites, cfg, loss, seed)
-    statistics = gather(model, captured)
+    statistics = gather(captured)
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
     options = options_of(cfg.budget, planner, model)
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
         tokens = data.held_back_tokens(statistics)
-        judge = Judge(model, captured, sites, data.held_back, tokens=tokens, loss=loss)
+        judge = Judge(captured, sites, data.held_back, tokens=tokens, loss=loss)
     search = Search(
         sites=tuple(sites),
         weights=weights,
@@ -93,14 +92,14 @@ def plan_within_budget(
     )
 
     def remeasured(best: Planned, number: int) -> Mapping[str, SliceStatistics]:
-        again = _remeasured(captured, model, search, best, number, gather)
+        again = _remeasured(captured, search, best, number, gather)
         return slice_statistics(sites, weights, again, centred=planner.bias)
 
     best = _searched(search, slices, cfg, remeasured)
     along = 0.0
     if judge is not None and not judge.is_distance and best.factors:
-        some, tokens = data.some_to_fit(model, captured, statistics)
-        fit = Judge(model, captured, sites, some, tokens=tokens, loss=loss)
+        some, tokens = data.some_to_fit(captured, statistics)
+        fit = Judge(captured, sites, some, tokens=tokens, loss=loss)
         along = slope(search, best, fit)
     outlook = _outlook(best, search, statistics, along, time.perf_counter() - start)
     plan = Plan(
@@ -116,9 +115,8 @@ def plan_within_budget(
 def _gathering(
     batches: list[object], sites: Sequence[Site], cfg: ShareConfig, loss: Loss | None, seed: int
 ) -> Gather:
-    def gather(run: nn.Module, on: Captured) -> Statistics:
+    def gather(on: Captured) -> Statistics:
         return calibrate(
-            run,
             on,
             batches,
             sites,
@@ -191,7 +189,6 @@ def _trials(planner: Planner, options: Options) -> list[Trial]:
 
 def _remeasured(
     captured: Captured,
-    model: nn.Module,
     search: Search,
     best: Planned,
     number: int,
@@ -206,9 +203,10 @@ def _remeasured(
         middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
     weights, biases = search.dense(middle.factors)
     if captured.front_end == "modules":
-        return gather(substituted(model, search.sites, weights, biases), captured)
+        model = substituted(captured.model, search.sites, weights, biases)
+        return gather(replace(captured, model=model))
     graph = substituted(captured.graph, search.sites, weights, biases)
-    return gather(model, replace(captured, graph=graph))
+    return gather(replace(captured, graph=graph))
 
 
 def _within_loss(

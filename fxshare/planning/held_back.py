@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Call, Captured, bind, device_of, to_device
-from fxshare.capture.call import MASK, completed, tensors, without_labels
+from fxshare.capture import Call, Captured, tensors
+from fxshare.capture.call import MASK
 from fxshare.errors import CalibrationError
 from fxshare.planning.trials import Effort
 
@@ -22,6 +22,7 @@ _SLOPE_TOKENS = 32768
 class _Data:
     fit: list[object]
     held_back: list[tuple[Call, object]]
+    """Batches as calls, and as they were given."""
     sizes: list[int]
     """Of the batches in ``fit``, see :func:`_size`."""
 
@@ -33,20 +34,18 @@ class _Data:
         return max(round(statistics.tokens * held / max(seen, 1)), 1)
 
     def some_to_fit(
-        self, model: nn.Module, captured: Captured, statistics: Statistics
+        self, captured: Captured, statistics: Statistics
     ) -> tuple[list[tuple[Call, object]], int]:
         """Calls of at most :data:`_SLOPE_TOKENS` that the statistics have seen, and their tokens,
         counted as above."""
         seen = self.sizes[: statistics.batches]
         sums = list(itertools.accumulate(seen))
         count = max(sum(total <= _SLOPE_TOKENS for total in sums), 1)
-        calls = [_judged(model, captured, batch) for batch in self.fit[:count]]
+        calls = [(captured.caller(batch), batch) for batch in self.fit[:count]]
         return calls, max(round(statistics.tokens * sums[count - 1] / max(sums[-1], 1)), 1)
 
 
-def hold_back(
-    model: nn.Module, captured: Captured, batches: Iterable[object], effort: Effort
-) -> _Data:
+def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> _Data:
     """Every tenth batch is held back; of few batches the last one."""
     everything = list(batches)
     if effort == "off":
@@ -57,16 +56,9 @@ def hold_back(
             f"plans; found {len(everything)}. Give smaller batches, or planner: {{search: off}}"
         )
     step = min(_HELD_BACK, len(everything))
-    held = [_judged(model, captured, batch) for batch in everything[step - 1 :: step]]
+    held = [(captured.caller(batch), batch) for batch in everything[step - 1 :: step]]
     fit = [b for i, b in enumerate(everything) if i % step != step - 1]
-    return _Data(fit, held, [_size(completed(model, bind(model, batch))) for batch in fit])
-
-
-def _judged(model: nn.Module, captured: Captured, batch: object) -> tuple[Call, object]:
-    """A batch as the captured graph is called with it, and as it was given."""
-    keep = captured.shapes.base if captured.shapes else ()
-    call = completed(model, without_labels(model, bind(model, batch), keep))
-    return to_device(call, device_of(model)), batch
+    return _Data(fit, held, [_size(captured.caller.where_it_is(batch)) for batch in fit])
 
 
 def _size(call: Call) -> int:

@@ -28,7 +28,6 @@ class Judge:
 
     def __init__(
         self,
-        model: nn.Module,
         captured: Captured,
         sites: Sequence[Site],
         calls: Sequence[tuple[Call, object]],
@@ -36,7 +35,7 @@ class Judge:
         tokens: int,
         loss: Loss | None = None,
     ) -> None:
-        source: nn.Module = model if captured.front_end == "modules" else captured.graph
+        source: nn.Module = captured.model if captured.front_end == "modules" else captured.graph
         self._source = source
         self._whole_call = captured.front_end == "modules"
         self._sites = tuple(sites)

@@ -80,6 +80,11 @@ class Record:
     lowering: tuple[Step, ...] = ()
     lowered: Lowered | None = None
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of the example call by name; none where there was no example."""
+        return tuple(self.inputs[0]) if self.inputs else ()
+
     @staticmethod
     def specs(shapes: Shapes | None) -> tuple[Mapping[str, Any], ...]:
         """The example calls as specs."""

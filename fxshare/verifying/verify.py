@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
-from fxshare.capture import bind, device_of, dtype_of, quiet, resized, to_device
+from fxshare.capture import Call, Caller, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
-from fxshare.capture.call import Call, completed, holds_tensor, tensors, without_labels
+from fxshare.capture.call import holds_tensor
 from fxshare.capture.guards import hold_dtype
 from fxshare.errors import CheckFailed, MatchError
 from fxshare.plans.plan import Plan
@@ -171,11 +171,11 @@ def _calls(
     if inputs is not None:
         given = list(inputs) if isinstance(inputs, list) else [inputs]
     record = record_of(gm)
-    keep = record.inputs[0] if record.inputs else ()
+    caller = Caller(model, record.arguments)
     calls: list[tuple[str, Call]] = []
     for number, batch in enumerate(given):
-        call = completed(model, without_labels(model, bind(model, batch), keep))
-        calls.append((f"given {number} {_shape(call)}", to_device(call, device)))
+        call = caller(batch)
+        calls.append((f"given {number} {_shape(call)}", call))
     for number in range(len(record.inputs)):
         call = record.random_call(number, seed=seed + number, device=device)
         calls.append((f"random {_shape(call)}", call))

@@ -9,7 +9,6 @@ import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ from fxshare import FxShareWarning
 from fxshare.base.numerics import worst
 from fxshare.calibration.calibrate import bytes_needed, calibrate
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Captured, bind, capture
-from fxshare.capture.call import without_labels
+from fxshare.capture import Caller, Captured, capture
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
 from fxshare.sites.match import match
@@ -36,7 +34,7 @@ def batches(count: int = 3, rows: int = 4, length: int = 7) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (rows, length), generator=generator) for _ in range(count)]
 
 
-_CAPTURED: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary()
+_CAPTURED: dict[nn.Module, dict[Any, Captured]] = {}
 
 
 def statistics(
@@ -46,10 +44,10 @@ def statistics(
     sites = match(model, load_config(EVERYTHING)).sites
     made = _CAPTURED.setdefault(model, {})
     if mode not in made:
-        first = without_labels(model, bind(model, data[0] if example is None else example))
+        first = Caller(model)(data[0] if example is None else example)
         made[mode] = capture(model, first, mode=mode)
     with no_warnings_of_ours():
-        return calibrate(model, made[mode], data, sites, **keys)
+        return calibrate(made[mode], data, sites, **keys)
 
 
 def assert_same(left: Statistics, right: Statistics, limit: float) -> None:

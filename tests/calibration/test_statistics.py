@@ -37,7 +37,7 @@ def statistics(model: nn.Module, cfg: Any, data: Any, mode: Any = "fx", **keys: 
     sites = match(model, load_config(cfg)).sites
     captured = capture(model, keys.pop("example", data[0]), mode=mode)
     with no_warnings_of_ours():
-        return calibrate(model, captured, data, sites, gradients=True, **keys)
+        return calibrate(captured, data, sites, gradients=True, **keys)
 
 
 def moments(found: Statistics) -> dict[str, Tensor]:

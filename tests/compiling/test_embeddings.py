@@ -199,7 +199,6 @@ def test_statistics_of_an_embedding_are_counts_and_gradients() -> None:
     captured = capture(model, batches()[0], mode="fx")
     sites, _ = visible_sites(captured.graph, match(model, cfg))
     found = calibrate(
-        model,
         captured,
         batches(),
         sites,

@@ -234,7 +234,7 @@ def gathered(subject: Subject) -> Statistics:
     sites, _ = visible_sites(captured.graph, matching)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxShareWarning)
-        return calibrate(subject.model, captured, subject.batches, sites, gradients=True)
+        return calibrate(captured, subject.batches, sites, gradients=True)
 
 
 def loss(model: nn.Module, gm: Any, statistics: Statistics) -> float:
