@@ -127,7 +127,7 @@ def bench_capture(make: Callable[[], nn.Module] = family) -> CaptureBench:
     middle, captured_busy = time.perf_counter(), time.process_time() - busy
     plan = make_plan(cfg, matching.sites, matching.skipped)
     rewritten, _ = rewrite(captured.graph, plan, empty_groups(plan), cfg.fuse)
-    result = assemble(model, captured, rewritten, plan, copy=False)
+    result = assemble(captured, rewritten, plan, copy=False)
     end, busy = time.perf_counter(), time.process_time() - busy
     del result
     return CaptureBench(

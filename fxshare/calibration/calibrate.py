@@ -60,7 +60,7 @@ def calibrate(
     start = time.perf_counter()
     running: GraphStage | HookStage = (
         HookStage(captured.model, sites, gradients=gradients)
-        if captured.front_end == "modules"
+        if captured.side_by_side
         else GraphStage(captured, sites, gradients=gradients)
     )
     backward = Backward(running, loss, labels, seed)

@@ -10,7 +10,7 @@ from fxshare.capture.call import Call, Shapes, bind, resized, tensors, to_device
 from fxshare.capture.caller import Caller
 from fxshare.capture.captured import Captured, FrontEnd, Mode, quiet
 from fxshare.capture.check import erase_guards, evaluate_unguarded, guard_nodes
-from fxshare.capture.front_ends import capture, recapture
+from fxshare.capture.front_ends import capture, recapture, recapture_devices
 
 __all__ = [
     "Call",
@@ -28,6 +28,7 @@ __all__ = [
     "guard_nodes",
     "quiet",
     "recapture",
+    "recapture_devices",
     "resized",
     "tensors",
     "to_device",

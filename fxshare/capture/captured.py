@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from fxshare.capture.call import Shapes
+from fxshare.capture.call import Call, Shapes, holds_tensor
 from fxshare.capture.caller import Caller
 
 FrontEnd = Literal["fx", "export", "modules"]
@@ -43,6 +43,31 @@ class Captured:
         """Makes a call of a batch: ``captured.caller(batch)``. Labels stay in it where the capture
         saw them."""
         return Caller(self.model, () if self.shapes is None else tuple(self.shapes.base))
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the graph is the model's linears side by side (:mod:`fxshare.capture.modules`).
+        Such a graph shows weights and computes nothing: the model's own code runs them."""
+        return self.front_end == "modules"
+
+    @property
+    def module(self) -> nn.Module:
+        """What computes the model's function: the graph, or where that is none, the model."""
+        return self.model if self.side_by_side else self.graph
+
+    def computing(self, module: nn.Module) -> Captured:
+        """The same capture with another :attr:`module`, a copy with other weights say."""
+        if self.side_by_side:
+            return replace(self, model=module)
+        assert isinstance(module, fx.GraphModule)
+        return replace(self, graph=module)
+
+    def run(self, call: Call) -> Any:
+        """The output of :attr:`module` for a call (see :attr:`caller`)."""
+        if self.side_by_side:
+            return self.module(**call)
+        # a graph has no inputs but tensors: the others are constants in it
+        return self.module(**{k: v for k, v in call.items() if holds_tensor(v)})
 
 
 @contextmanager

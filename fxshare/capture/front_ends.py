@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx, nn
 
 from fxshare.capture.adapted import adapt
@@ -105,6 +106,17 @@ def recapture(
     return Captured(model, front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
 
 
+def recapture_devices(front_end: FrontEnd, device: torch.device) -> tuple[torch.device, ...]:
+    """Where :func:`recapture` may see the model, in the order to try, for a result on ``device``.
+
+    torch.export writes the device into the graph, so it must see the one that is wanted. The tracer
+    does not, and meta costs no memory; but a model that makes a tensor on the CPU without saying so
+    can only be traced there.
+    """
+    meta = torch.device("meta")
+    return {"fx": (meta, torch.device("cpu")), "export": (device,), "modules": (meta,)}[front_end]
+
+
 def _modules(model: nn.Module, start: float, notes: tuple[str, ...]) -> Captured:
     graph = linears_side_by_side(model)
     seconds = time.perf_counter() - start
@@ -163,4 +175,4 @@ def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
     return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
 
 
-__all__ = ["capture", "recapture"]
+__all__ = ["capture", "recapture", "recapture_devices"]

@@ -122,7 +122,7 @@ def _graph(name: str, model: nn.Module, record: Record | None) -> str:
 
     if record is None:
         captured = capture(model, example_ids(model))
-        if captured.front_end == "modules":
+        if captured.side_by_side:
             raise fxshare.errors.CaptureError(
                 f"{name}: no graph of the whole model: {'; '.join(captured.notes)}; only a model "
                 "that reads token ids can be traced without data of yours"

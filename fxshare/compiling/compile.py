@@ -104,7 +104,7 @@ def compile(
     rewritten, applied = rewrite(
         stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
     )
-    result = assemble(model, stages.captured, rewritten, plan, copy=copy)
+    result = assemble(stages.captured, rewritten, plan, copy=copy)
     keep_structure(result, model, own)
     report = _report(stages, plan, factors, statistics, applied, result, start)
     record = Record(

@@ -106,9 +106,8 @@ def prepare(
         example = Caller(model)(first)
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
     captured = unstacked(captured, matching.sites)
-    side_by_side = captured.front_end == "modules"
-    sites, skipped = visible_sites(captured.graph, matching, side_by_side=side_by_side)
-    if not sites and side_by_side:
+    sites, skipped = visible_sites(captured, matching)
+    if not sites and captured.side_by_side:
         raise MatchError(f"nothing to rewrite: {skipped[0].name!r} {skipped[0].reason}")
     if not sites:
         raise MatchError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxshare.capture import recapture
+from fxshare.capture import recapture, recapture_devices
 from fxshare.capture.call import Shapes
 from fxshare.errors import StoreError
 from fxshare.factors.empty import empty_factors
@@ -23,8 +23,6 @@ from fxshare.store.skeleton import hollow
 from passes import Pass
 from passes.errors import FxShareError
 
-_META, _CPU = torch.device("meta"), torch.device("cpu")
-
 
 def rebuild(
     structure: nn.Module,
@@ -37,13 +35,9 @@ def rebuild(
 
     Raises :class:`StoreError` with the versions then and now where compiling fails.
     """
-    # torch.export writes the device into the graph, so it must see the one that is wanted. The
-    # tracer does not, and meta costs no memory; but a model that makes a tensor on the CPU without
-    # saying so can only be traced there.
-    places = {"fx": (_META, _CPU), "export": (device,), "modules": (_META,)}[manifest.front_end]
     first: tuple[nn.Module, Lowered | None] | None = None
     failure: Exception | None = None
-    for place in places:
+    for place in recapture_devices(manifest.front_end, device):
         try:
             made = _compile_again(structure, manifest, record, passes, place)
             result, lowered = replay(made, record.lowering)
@@ -87,7 +81,7 @@ def _compile_again(
     rewritten, _ = rewrite(
         captured.graph, record.plan, groups, record.config.fuse, passes, pivots=pivots
     )
-    result = assemble(model, captured, rewritten, record.plan, copy=False)
+    result = assemble(captured, rewritten, record.plan, copy=False)
     keep_structure(result, model, passes)
     return result
 

@@ -202,11 +202,7 @@ def _remeasured(
         assert best.spectra is not None
         middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
     weights, biases = search.dense(middle.factors)
-    if captured.front_end == "modules":
-        model = substituted(captured.model, search.sites, weights, biases)
-        return gather(replace(captured, model=model))
-    graph = substituted(captured.graph, search.sites, weights, biases)
-    return gather(replace(captured, graph=graph))
+    return gather(substituted(captured, search.sites, weights, biases))
 
 
 def _within_loss(

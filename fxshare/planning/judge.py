@@ -6,22 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxshare.base.numerics import float_leaves
 from fxshare.calibration.losses import Loss, default_loss, next_token_logits
 from fxshare.capture import Call, Captured, quiet
-from fxshare.capture.call import holds_tensor
 from fxshare.sites.site import Site
 from fxshare.sites.tensors import substituted
-from passes.graph.graph import structure_copy
 
 
 class Judge:
     """Measures the loss of a substitution of weights on held-back calls.
 
-    Runs the captured graph (or a copy of the model at module granularity) in which the sites'
-    weights are replaced by dense ones of the same function as the plan's. ``tokens`` is how many
+    Runs copies of what was captured in which the sites' weights are replaced by dense ones of the
+    same function as the plan's. ``tokens`` is how many
     the calls have, counted as the statistics count them: predicted and measured are then in one
     unit.
     """
@@ -35,15 +33,13 @@ class Judge:
         tokens: int,
         loss: Loss | None = None,
     ) -> None:
-        source: nn.Module = captured.model if captured.front_end == "modules" else captured.graph
-        self._source = source
-        self._whole_call = captured.front_end == "modules"
+        self._captured = captured
         self._sites = tuple(sites)
         self._calls = list(calls)
         self._loss = loss
         self.tokens = tokens
         self._dense: dict[int, list[Tensor]] = {}
-        self.base = self._run(structure_copy(source))
+        self.base = self._run(substituted(captured, (), {}, {}))
 
     @property
     def is_distance(self) -> bool:
@@ -52,18 +48,16 @@ class Judge:
 
     def __call__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
         """Loss per token above the dense model's; infinite where it is not finite."""
-        value = self._run(substituted(self._source, self._sites, weights, biases))
+        value = self._run(substituted(self._captured, self._sites, weights, biases))
         return value - self.base if math.isfinite(value) else math.inf
 
-    def _run(self, module: nn.Module) -> float:
-        for m in module.modules():
+    def _run(self, captured: Captured) -> float:
+        for m in captured.module.modules():
             m.training = False
         total = 0.0
         with quiet():
             for number, (call, batch) in enumerate(self._calls):
-                # a graph has no inputs but tensors: the others are constants in it
-                given = {k: v for k, v in call.items() if self._whole_call or holds_tensor(v)}
-                total += self._lost(number, module(**given), call, batch)
+                total += self._lost(number, captured.run(call), call, batch)
         return total / max(self.tokens, 1)
 
     def _lost(self, number: int, output: object, call: Call, batch: object) -> float:

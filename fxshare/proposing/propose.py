@@ -98,7 +98,7 @@ def _captured(model: nn.Module, example: object) -> Captured | str:
         captured = capture(model, example)
     except CaptureError as error:
         return str(error).splitlines()[0]
-    if captured.front_end == "modules":
+    if captured.side_by_side:
         return captured.notes[0] if captured.notes else "captured module by module only"
     return captured
 

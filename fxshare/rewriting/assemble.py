@@ -12,11 +12,10 @@ from fxshare.result.module import ShareModule
 from passes import derive_gathers, structure_copy
 
 
-def assemble(
-    model: nn.Module, captured: Captured, rewritten: fx.GraphModule, plan: Plan, *, copy: bool
-) -> nn.Module:
+def assemble(captured: Captured, rewritten: fx.GraphModule, plan: Plan, *, copy: bool) -> nn.Module:
     """The finished module from a rewritten graph."""
-    if captured.front_end == "modules":
+    model = captured.model
+    if captured.side_by_side:
         sites = [c for s in plan.sites for c in s.calls]
         whole = put_back(model, rewritten, sites, copy=copy)
         keep_original(whole, model)

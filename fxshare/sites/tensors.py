@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from fxshare.capture import Captured
 from fxshare.errors import MatchError
 from fxshare.sites.site import Site
 from passes import is_embedding, is_linear, linear_calls, weight_and_bias
-from passes.graph.graph import ModuleT, is_conv1d, structure_copy
+from passes.graph.graph import is_conv1d, structure_copy
 
 _PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
 
@@ -204,12 +205,13 @@ def dense_weights(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, Tensor
 
 
 def substituted(
-    source: ModuleT,
+    captured: Captured,
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
-) -> ModuleT:
-    """A copy of a module in which sites have other weights ``(out, in)`` and biases ``(out,)``."""
-    copy = structure_copy(source)
+) -> Captured:
+    """The capture computing on a copy in which sites have other weights ``(out, in)`` and biases
+    ``(out,)``."""
+    copy = structure_copy(captured.module)
     substitute(copy, sites, weights, biases)
-    return copy
+    return captured.computing(copy)

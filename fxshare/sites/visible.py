@@ -41,12 +41,10 @@ def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
 
 
 def visible_sites(
-    gm: fx.GraphModule, matching: Matching, *, side_by_side: bool = False
+    captured: Captured, matching: Matching
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-    """The sites that the graph calls; a linear that is never called stays as it is.
-
-    ``side_by_side`` says that the graph is of module granularity, which calls modules alone.
-    """
+    """The sites that the captured graph calls; a linear that is never called stays as it is."""
+    gm = captured.graph
     called: dict[str, list[LinearCall]] = {}
     parts: dict[str, list[str]] = {}
     looked_up = {lookup.name for lookup in lookups(gm)}
@@ -61,7 +59,7 @@ def visible_sites(
             found = _as_looked_up(gm, site, set(called), looked_up)
         else:
             found = _as_called(site, called, parts, site.name in matching.parameters)
-        if found == _UNSEEN and side_by_side and site.name in matching.parameters:
+        if found == _UNSEEN and captured.side_by_side and site.name in matching.parameters:
             found = _NO_MODULE
         if isinstance(found, str):
             skipped.append(Skipped(name=site.name, type=site.type, reason=found))

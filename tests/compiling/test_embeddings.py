@@ -197,7 +197,7 @@ def test_statistics_of_an_embedding_are_counts_and_gradients() -> None:
     model = made(Untied)
     cfg = load_config({"weight_types": {"emb": {"pattern": "embed$", "embedding": True}}})
     captured = capture(model, batches()[0], mode="fx")
-    sites, _ = visible_sites(captured.graph, match(model, cfg))
+    sites, _ = visible_sites(captured, match(model, cfg))
     found = calibrate(
         captured,
         batches(),

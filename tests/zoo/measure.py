@@ -231,7 +231,7 @@ def gathered(subject: Subject) -> Statistics:
     matching = match(subject.model, load_config(dict(subject.config)))
     captured: Captured = capture(subject.model, subject.example)
     captured = unstacked(captured, matching.sites)
-    sites, _ = visible_sites(captured.graph, matching)
+    sites, _ = visible_sites(captured, matching)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxShareWarning)
         return calibrate(captured, subject.batches, sites, gradients=True)
