@@ -25,9 +25,9 @@ from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, limit_of, options_of
 from fxshare.planning.rules import check_layers
-from fxshare.planning.search import Planned, Search, slope
+from fxshare.planning.search import Found, Planned, Search, SpectraByMetric, slope
 from fxshare.planning.solver.solve import least_cost
-from fxshare.planning.trials import Trial, trials
+from fxshare.planning.trials import Trial, Tried, trials
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
@@ -91,17 +91,18 @@ def plan_within_budget(
         sketch=planner.sketch,
     )
 
-    def remeasured(best: Planned, number: int) -> Mapping[str, SliceStatistics]:
-        again = _remeasured(captured, search, best, number, gather)
-        return slice_statistics(sites, weights, again, centred=planner.bias)
+    def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
+        again = _remeasured(captured, search, best, spectra, number, gather)
+        return search.spectra(slice_statistics(sites, weights, again, centred=planner.bias))
 
-    best = _searched(search, slices, cfg, remeasured)
+    found = _searched(search, search.spectra(slices), cfg, remeasured)
+    best = found.best
     along = 0.0
     if judge is not None and not judge.is_distance and best.factors:
         some, tokens = data.some_to_fit(captured, statistics)
         fit = Judge(captured, sites, some, tokens=tokens, loss=loss)
         along = slope(search, best, fit)
-    outlook = _outlook(best, search, statistics, along, time.perf_counter() - start)
+    outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
     plan = Plan(
         mode="planned",
         sites=search.sites,
@@ -152,24 +153,29 @@ def _budget_in_unit(
 
 def _searched(
     search: Search,
-    slices: Mapping[str, SliceStatistics],
+    spectra: SpectraByMetric,
     cfg: ShareConfig,
-    remeasured: Callable[[Planned, int], Mapping[str, SliceStatistics]],
-) -> Planned:
+    remeasured: Callable[[Planned, SpectraByMetric, int], SpectraByMetric],
+) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
     todo = _trials(cfg.planner, search.options)
-    best = search.run(slices, todo)
+    found = search.run(spectra, todo)
     if search.judge is None:
-        return best
+        return found
+    best, tried = found.best, found.tried
     for number in range(cfg.planner.remeasure):
-        slices_again = remeasured(best, number)
-        rerun = search.run(slices_again, todo, label=_label(number))
-        if rerun.measured < best.measured:
-            best, slices = rerun, slices_again
+        spectra_again = remeasured(best, spectra, number)
+        rerun = search.run(spectra_again, todo, label=_label(number))
+        tried += rerun.tried
+        if rerun.best.measured < best.measured:
+            best, spectra = rerun.best, spectra_again
     assert cfg.budget is not None
     limit = cfg.budget.max_loss_increase
-    return best if limit is None else _within_loss(search, best, slices, limit)
+    if limit is not None:
+        kept = _within_loss(search, best, spectra, limit)
+        best, tried = kept.best, tried + kept.tried
+    return Found(best, tried)
 
 
 def _label(number: int) -> str:
@@ -191,6 +197,7 @@ def _remeasured(
     captured: Captured,
     search: Search,
     best: Planned,
+    spectra: SpectraByMetric,
     number: int,
     gather: Gather,
 ) -> Statistics:
@@ -198,45 +205,46 @@ def _remeasured(
     middle = best
     if number == 0:
         dense = search.dense_cost(best)
-        half = replace(search, budget=(search.budget + dense) / 2, judge=None, tried=[])
-        assert best.spectra is not None
-        middle = half.run(best.spectra.slices, [best.trial], label=" halfway")
+        half = replace(search, budget=(search.budget + dense) / 2, judge=None)
+        middle = half.run(spectra, [best.trial], label=" halfway").best
     weights, biases = search.dense(middle.factors)
     return gather(substituted(captured, search.sites, weights, biases))
 
 
-def _within_loss(
-    search: Search, best: Planned, slices: Mapping[str, SliceStatistics], limit: float
-) -> Planned:
+def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit: float) -> Found:
     """Raise the budget until the measured loss keeps the limit; the prediction was a start."""
     dense = float(search.dense_cost(best))
     low, high = search.budget, dense
     if best.measured <= limit:
         low, high = 0.0, search.budget
-    found = best if best.measured <= limit else None
+    kept = best if best.measured <= limit else None
+    tried: list[Tried] = []
     for _ in range(6):
-        search.budget = (low + high) / 2
+        middle = (low + high) / 2
         try:
-            one = search.run(slices, [best.trial], label=" within max_loss_increase")
+            found = replace(search, budget=middle).run(
+                spectra, [best.trial], label=" within max_loss_increase"
+            )
         except PlanError:
-            low = search.budget
+            low = middle
             continue
-        if one.measured <= limit:
-            found, high = one, search.budget
+        tried += found.tried
+        if found.best.measured <= limit:
+            kept, high = found.best, middle
         else:
-            low = search.budget
-    if found is None:
+            low = middle
+    if kept is None:
         raise PlanError(
             f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
             f"{best.measured:.3g}. Raise it, or match fewer weights"
         )
-    return found
+    return Found(kept, tuple(tried))
 
 
 def _outlook(
-    best: Planned, search: Search, statistics: Statistics, along: float, seconds: float
+    found: Found, search: Search, statistics: Statistics, along: float, seconds: float
 ) -> Outlook:
-    solution = best.solution
+    best, solution = found.best, found.best.solution
     return Outlook(
         loss_name=statistics.loss,
         unit=search.options.unit,
@@ -260,7 +268,7 @@ def _outlook(
                 groups=t.groups,
                 seconds=t.seconds,
             )
-            for t in search.tried
+            for t in found.tried
         ),
         held_back_tokens=0 if search.judge is None else search.judge.tokens,
         seconds=seconds,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,7 +68,19 @@ class Planned:
     spectra: Spectra | None = None
 
 
-@dataclass(eq=False)
+SpectraByMetric = Mapping[bool, Spectra]
+"""The loss-aware spectra of some statistics (True), and those of activation error."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best plan of some trials, and the outcomes of all that could be carried out."""
+
+    best: Planned
+    tried: tuple[Tried, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Search:
     """Everything that trials share. ``budget`` is in the options' unit."""
 
@@ -83,16 +95,14 @@ class Search:
     relative_floor: float = 1e-8
     cache: Path | None = None
     sketch: int | None = None
-    tried: list[Tried] = field(default_factory=list)
-    # by the identity of the statistics, which the loss-aware spectra keep alive
-    _known: dict[int, dict[bool, Spectra]] = field(default_factory=dict)
 
-    def run(
-        self, slices: Mapping[str, SliceStatistics], todo: Sequence[Trial], *, label: str = ""
-    ) -> Planned:
-        """Try every trial on these statistics and return the best."""
-        spectra = self._spectra(slices)
+    def run(self, spectra: SpectraByMetric, todo: Sequence[Trial], *, label: str = "") -> Found:
+        """Try every trial on the statistics of these spectra.
+
+        Raises :class:`PlanError` with every trial's reason where none can be carried out.
+        """
         best: Planned | None = None
+        tried: list[Tried] = []
         failures: list[str] = []
         known: dict[object, Planned] = {}
         bound = 0.0
@@ -103,7 +113,7 @@ class Search:
                 twin = known.setdefault(_signature(one), one)
                 if twin is one:
                     self._realise(one)
-                    _price(one, slices)
+                    _price(one, spectra[True].slices)
                 else:  # the trial led to a plan that was tried already
                     one.factors, one.refitted = twin.factors, twin.refitted
                     one.measured, one.predicted = twin.measured, twin.predicted
@@ -112,7 +122,7 @@ class Search:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
                 continue
-            self.tried.append(
+            tried.append(
                 Tried(
                     trial.name + label,
                     one.predicted,
@@ -129,23 +139,21 @@ class Search:
                 best = one
         if best is None:
             raise PlanError("; ".join(failures))
-        return best
+        return Found(best, tuple(tried))
 
-    def _spectra(self, slices: Mapping[str, SliceStatistics]) -> dict[bool, Spectra]:
-        """Loss-aware spectra and those of activation error; runs on the same statistics share
-        them, because the spectra are most of what planning costs."""
-        if id(slices) not in self._known:
-            plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
-            self._known[id(slices)] = {
-                aware: Spectra(
-                    slices if aware else plain,
-                    relative_floor=self.relative_floor,
-                    cache=self.cache,
-                    sketch=self.sketch,
-                )
-                for aware in (True, False)
-            }
-        return self._known[id(slices)]
+    def spectra(self, slices: Mapping[str, SliceStatistics]) -> SpectraByMetric:
+        """Spectra of these statistics, to give to every :meth:`run` on them: they keep what they
+        have computed, which is most of what planning costs."""
+        plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
+        return {
+            aware: Spectra(
+                slices if aware else plain,
+                relative_floor=self.relative_floor,
+                cache=self.cache,
+                sketch=self.sketch,
+            )
+            for aware in (True, False)
+        }
 
     def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
         nodes = nodes_of(self.sites, spectra.slices)
