@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fxshare.loading.load import load
     from fxshare.plans import Plan
     from fxshare.proposing.propose import init, propose
-    from fxshare.result.module import ShareModule
+    from fxshare.result.module import Compiled, ShareModule
     from fxshare.result.record import Record
     from fxshare.rewriting.lowering import lower, readable
     from fxshare.store.save import save
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Compiled": "fxshare.result.module:Compiled",
     "FxShareError": "fxshare.errors:FxShareError",
     "FxShareWarning": "fxshare.errors:FxShareWarning",
     "Plan": "fxshare.plans:Plan",
@@ -76,6 +77,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Compiled",
     "FxShareError",
     "FxShareWarning",
     "Plan",

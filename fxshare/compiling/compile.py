@@ -23,7 +23,7 @@ from fxshare.models.structure import keep_structure
 from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
 from fxshare.result.face import Verbs
-from fxshare.result.module import attach
+from fxshare.result.module import Compiled, attach
 from fxshare.result.record import Record
 from fxshare.result.report import Report, group_reports
 from fxshare.rewriting.assemble import assemble
@@ -50,7 +50,7 @@ def compile(
     copy: bool = False,
     check: bool = True,
     seed: int = 0,
-) -> Any:
+) -> Compiled:
     """Rewrite a model under a configuration; the model itself is never touched.
 
     Parameters
@@ -87,9 +87,9 @@ def compile(
 
     Returns
     -------
-    ShareModule
-        A ``torch.fx.GraphModule`` with the signature of ``model.forward``; for capture at module
-        granularity a copy of the model's own class. Either has ``.fxshare``.
+    Compiled
+        A :class:`ShareModule` (a ``torch.fx.GraphModule``) with the signature of ``model.forward``;
+        for capture at module granularity a copy of the model's own class. Either has ``.fxshare``.
 
     Raises
     ------
@@ -122,12 +122,12 @@ def compile(
     if cfg.lower is not None:
         result, lowered = lower_module(result, cfg.lower.prefer)
         record = with_lowered(record, lowered, result)
-    attach(result, record, Verbs(generate, save_pretrained))
+    compiled = attach(result, record, Verbs(generate, save_pretrained))
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
     exact = all(p.exact for p in own)
     if check and exact and record.inputs and device_of(model).type != "meta":
-        verify(model, result, strict=True)
-    return result
+        verify(model, compiled, strict=True)
+    return compiled
 
 
 def _plan_and_factors(

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from fxshare.loading.rebuild import rebuild
 from fxshare.models.source import Source
 from fxshare.plans.plan import Plan
 from fxshare.result.face import Verbs
-from fxshare.result.module import attach, record_of
+from fxshare.result.module import Compiled, attach, record_of
 from fxshare.result.record import Record
 from fxshare.result.report import Report
 from fxshare.store.calls import decode_inputs
@@ -53,7 +52,7 @@ def load(
     passes: Sequence[Pass] = (),
     device: str | torch.device | None = None,
     check: bool = True,
-) -> Any:
+) -> Compiled:
     """Read a folder that :func:`save` made; the result is what was saved, tensor by tensor.
 
     The tensors are equal bit by bit, always. Outputs are with the same build of torch, on the same
@@ -95,7 +94,7 @@ def load(
     for name, module in result.named_modules():
         module.training = manifest.training != (name in manifest.training_differs)
     verbs = Verbs(generate, save_pretrained)
-    attach(result, record, verbs)
+    compiled = attach(result, record, verbs)
     difference = None
     if check and manifest.probe is not None and target.type != "meta":
         difference = _compare(folder, manifest, result, manifest.probe)
@@ -107,7 +106,7 @@ def load(
             note += f"; the output is within {difference:.1e} of the saved one"
         notes = (*record.report.notes, note)
         attach(result, replace(record, report=replace(record.report, notes=notes)), verbs)
-    return result
+    return compiled
 
 
 def _record(folder: Path, manifest: Manifest) -> Record:

@@ -1,10 +1,10 @@
-"""The compiled module: :class:`ShareModule`, and its record."""
+"""The compiled module: :class:`Compiled`, :class:`ShareModule`, and the record."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -16,14 +16,42 @@ from passes import derived_buffers
 from passes.errors import FxShareError
 
 
-class ShareModule(GenerationFace, SavingFace, fx.GraphModule):
-    """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
-
+class _Face(GenerationFace, SavingFace):
     @property
     def fxshare(self) -> Record:
         """The plan, the report and the configuration it was compiled with."""
-        found: Record = self.meta["fxshare"]
-        return found
+        assert isinstance(self, nn.Module)
+        return record_of(self)
+
+
+class _HasRecord(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        if cls is not Compiled:  # a class derived from it asks for its own
+            return super().__instancecheck__(instance)
+        meta = getattr(instance, "__dict__", {}).get("meta")
+        return isinstance(instance, nn.Module) and isinstance(meta, dict) and "fxshare" in meta
+
+
+class Compiled(_Face, nn.Module, metaclass=_HasRecord):
+    """A compiled model, as ``compile``, ``load``, ``lower`` and ``readable`` return it: a type to
+    annotate with, and one to ask ``isinstance`` for.
+
+    An ``nn.Module``, so that whatever takes one takes it. Nothing is made of this class: a compiled
+    model is a :class:`ShareModule` or, at module granularity, of the original's own class, where
+    ``generate``, ``config`` and ``device`` are what that class has.
+    """
+
+
+# a compiled model may be of any class, so what it is is told by its record and not by its bases; a
+# type checker knows bases only
+if TYPE_CHECKING:
+    _Base = Compiled
+else:
+    _Base = _Face
+
+
+class ShareModule(_Base, fx.GraphModule):
+    """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
@@ -48,9 +76,9 @@ def record_of(module: nn.Module) -> Record:
     return found
 
 
-def attach(result: nn.Module, record: Record, verbs: Verbs) -> None:
-    """Put the record where :func:`record_of` finds it; ``verbs`` are what the module does by later
-    stages, given by those that stand above them."""
+def attach(result: nn.Module, record: Record, verbs: Verbs) -> Compiled:
+    """Put the record where :func:`record_of` finds it; the module is a compiled one from then on.
+    ``verbs`` are what it does by later stages, given by those that stand above them."""
     record = replace(record, graph_sha256=graph_sha256(result))
     result.__dict__["meta"]["fxshare"] = record
     result.__dict__["meta"]["source"] = record.source
@@ -59,3 +87,5 @@ def attach(result: nn.Module, record: Record, verbs: Verbs) -> None:
         result.__dict__["fxshare"] = record
         if hasattr(result, "save_pretrained"):  # its own would write weights that it cannot read
             result.__dict__["save_pretrained"] = functools.partial(verbs.save_pretrained, result)
+    assert isinstance(result, Compiled)
+    return result

@@ -15,7 +15,7 @@ from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError
 from fxshare.result.face import verbs_of
-from fxshare.result.module import ShareModule, attach, record_of
+from fxshare.result.module import Compiled, ShareModule, attach, record_of
 from fxshare.result.products import slices_of
 from fxshare.result.record import Lowered, Readable, Record, Step
 from fxshare.verifying.evaluated import evaluated
@@ -39,7 +39,7 @@ from passes.pipeline import Prefer
 
 
 @torch.inference_mode(False)  # what is made under it could never be trained
-def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -> Any:
+def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -> Compiled:
     """The same function, packed for speed: fewer and larger matmuls, no copies between them.
 
     Parameters
@@ -75,13 +75,13 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
         gm = readable(gm)
         record = record_of(gm)
     result, lowered = lower_module(gm, prefer)
-    attach(result, with_lowered(record, lowered, result), verbs_of(gm))
+    compiled = attach(result, with_lowered(record, lowered, result), verbs_of(gm))
     if example is not None:
-        _compare(gm, result, example)
-    return result
+        _compare(gm, compiled, example)
+    return compiled
 
 
-def readable(gm: nn.Module) -> Any:
+def readable(gm: nn.Module) -> Compiled:
     """The readable module of a lowered one, with its present weights: views of them, where rows
     were not put in another order. What is not lowered comes back as a copy that shares its tensors.
 
@@ -99,8 +99,7 @@ def readable(gm: nn.Module) -> Any:
     result = _readable_module(gm, lowered)
     changed = lowered.dense or lowered.written_out
     steps: tuple[Step, ...] = (*record.lowering, "readable") if changed else ()
-    attach(result, replace(record, lowering=steps, lowered=None), verbs_of(gm))
-    return result
+    return attach(result, replace(record, lowering=steps, lowered=None), verbs_of(gm))
 
 
 def with_lowered(record: Record, lowered: Lowered, result: nn.Module) -> Record:
@@ -232,13 +231,12 @@ def _share_module(gm: fx.GraphModule) -> ShareModule:
     return result
 
 
-def _copy(gm: nn.Module, record: Record) -> nn.Module:
+def _copy(gm: nn.Module, record: Record) -> Compiled:
     """A copy that shares its tensors."""
     result = structure_copy(gm, clone_buffers=False)
     if isinstance(result, fx.GraphModule):
         result = _share_module(result)
-    attach(result, record, verbs_of(gm))
-    return result
+    return attach(result, record, verbs_of(gm))
 
 
 def _pieces(module: nn.Module) -> dict[str, RewrittenLinear]:
