@@ -1,11 +1,15 @@
-"""Write files whole or not at all."""
+"""Write files and folders whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from fxshare.errors import StoreError
 
@@ -31,3 +35,47 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write into, gone at the end unless it was renamed.
+
+    Parents of ``path`` are made, and removed again where something fails. Raises
+    :class:`StoreError` naming ``path`` for what the disk or safetensors refuses.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    folder = _hidden(path, "partial")
+    done = False
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        done = True
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"cannot write {path}: {reason}; nothing was written") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in () if done else made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def swap_in(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path``. An older one there is removed only once the new one has taken
+    its place, and comes back where that fails."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    older = _hidden(path, "older")
+    path.rename(older)
+    try:
+        folder.rename(path)
+    except OSError:
+        os.replace(older, path)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _hidden(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{what}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from fxshare.base.files import aside, swap_in
 from fxshare.errors import StoreError
 
 Ours = Callable[[str], bool]
@@ -30,23 +27,10 @@ def new_place(path: Path, *, force: bool, ours: Ours | None) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path
     _check_free(path, force, ours)
-    made = [parent for parent in path.parents if not parent.exists()]
     # a folder around it: some formats write the file's own name into the file
-    around = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    done = False
-    try:
-        around.mkdir(parents=True)
+    with aside(path) as around:
         yield around / path.name
         _put_in_place(around, path, folder=ours is not None)
-        done = True
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"cannot write {path}: {reason}; nothing was written") from error
-    finally:
-        shutil.rmtree(around, ignore_errors=True)
-        for parent in () if done else made:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def _check_free(path: Path, force: bool, ours: Ours | None) -> None:
@@ -77,13 +61,5 @@ def _put_in_place(around: Path, path: Path, *, folder: bool) -> None:
             if beside != made:
                 os.replace(beside, path.parent / beside.name)
         os.replace(made, path)
-    elif not path.exists():
-        made.rename(path)
     else:
-        older = around / f"{path.name}.older"
-        path.rename(older)
-        try:
-            made.rename(path)
-        except OSError:
-            os.replace(older, path)
-            raise
+        swap_in(made, path)

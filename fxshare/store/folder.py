@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from fxshare.base.files import aside, swap_in
 from fxshare.errors import StoreError
 
 _MARK = "fxshare.json"
@@ -27,21 +23,9 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path
     _check_target(path, force)
-    made = _missing_parents(path)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        temporary.mkdir(parents=True)
+    with aside(path) as temporary:
         yield temporary
-        _put_in_place(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
-            raise StoreError(f"cannot write {path}: {reason}; nothing was written") from error
-        raise
+        swap_in(temporary, path)
 
 
 def _check_target(path: Path, force: bool) -> None:
@@ -58,22 +42,3 @@ def _check_target(path: Path, force: bool) -> None:
             f"{path} has files and no {_MARK}, so fxshare did not make it; force=True replaces "
             "only folders of fxshare.save. Choose another name"
         )
-
-
-def _missing_parents(path: Path) -> list[Path]:
-    """The parents that do not exist yet, innermost first."""
-    return [parent for parent in path.parents if not parent.exists()]
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    older = temporary.with_suffix(".older")
-    path.rename(older)
-    try:
-        temporary.rename(path)
-    except OSError:
-        os.replace(older, path)
-        raise
-    shutil.rmtree(older, ignore_errors=True)
