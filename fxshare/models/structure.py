@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passes import Pass
-from passes.graph.graph import structure_copy
+from passes.graph.graph import ModuleT, structure_copy
 
 _KEY = "structure"
 
@@ -56,14 +56,24 @@ def structure_of(gm: nn.Module) -> Structure | None:
     return found
 
 
-def without_values(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are on the meta device; ties stay ties."""
+def without_values(
+    model: ModuleT,
+    named: Mapping[str, Tensor] | None = None,
+    empty: Callable[[str, Tensor], Tensor] = lambda name, tensor: torch.empty_like(
+        tensor, device="meta"
+    ),
+) -> ModuleT:
+    """A copy in which ``empty`` made the tensors ``named``, by default all parameters and buffers,
+    and on the meta device. Ties stay ties, under the first of their names."""
+    if named is None:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for name, tensor in named.items():
+        if id(tensor) not in memo:
+            made = empty(name, tensor)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = made
     return structure_copy(model, memo=memo)
 
 

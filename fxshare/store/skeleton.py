@@ -6,7 +6,6 @@ Strings of a folder are looked up in two places only: among the model classes th
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fxshare.errors import StoreError
 from fxshare.models.source import EMBEDDED, EMBEDDED_CLASS, TRANSFORMERS
+from fxshare.models.structure import without_values
 from fxshare.store.manifest import SavedSource
 from fxshare.store.tensors import tensors_of
 
@@ -158,12 +158,9 @@ def hollow(
 
     On the CPU the memory is reserved and never touched.
     """
-    memo: dict[int, Any] = {}
-    for name, (kind, tensor) in tensors_of(model).items():
-        if id(tensor) in memo:
-            continue
-        empty = torch.empty(tuple(tensor.shape), dtype=dtype_of(name, tensor), device=device)
-        if kind == "parameter":
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
+
+    def empty(name: str, tensor: Tensor) -> Tensor:
+        return torch.empty(tuple(tensor.shape), dtype=dtype_of(name, tensor), device=device)
+
+    named = {name: tensor for name, (_, tensor) in tensors_of(model).items()}
+    return without_values(model, named, empty)

@@ -8,6 +8,7 @@ else. What is ``torch.float32`` in both traces is float32 by the model's own int
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fxshare.capture.call import Call
 from fxshare.capture.guards import hold_dtype
 from fxshare.capture.tracing.align import Difference, StructureDiffers, replace_constant
-from passes.graph.graph import structure_copy
+from fxshare.models.structure import without_values
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FIELDS = ("max", "min", "eps", "tiny")
@@ -64,16 +65,13 @@ def other_dtype(model: nn.Module) -> torch.dtype | None:
 
 def cast_without_values(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
     """A copy of the model whose floating-point tensors are fake and of ``dtype``; no memory."""
-    memo: dict[int, object] = {}
-    with mode:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_floating_point():
-                continue
-            fake: Tensor = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = fake
-    return structure_copy(model, memo=memo)
+
+    def fake(name: str, tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return without_values(model, {n: t for n, t in named if t.is_floating_point()}, fake)
 
 
 def cast_call(call: Call, dtype: torch.dtype) -> Call:
