@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -49,21 +49,29 @@ class FuseCoefficients(Pass):
                 assert isinstance(z, fx.Node)
                 readers.setdefault(z, []).append(node)
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
-        # a module that is called twice has its neighbours in two places: the same set, two products
-        sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}
         for nodes in readers.values():
             nodes.sort(key=lambda node: order[node])
-            sets.setdefault(tuple(str(node.target) for node in nodes), []).append(nodes)
         count = 0
-        for names, places in sets.items():
-            if not may_fuse(gm, names, places, sets):
-                continue
+        for names, places in fusible(gm, readers.values()):
             sizes = [linear_at(gm, name).out_features for name in names]
             fused = fuse_modules(gm, names)
             for nodes in places:
                 fuse_calls(gm, fused, sizes, nodes)
             count += len(places)
         return count
+
+
+def fusible(
+    gm: fx.GraphModule, runs: Iterable[list[fx.Node]]
+) -> Iterator[tuple[tuple[str, ...], list[list[fx.Node]]]]:
+    """The sets of linears called side by side in ``runs`` that may become one, each with all of its
+    places: a module that is called twice has its neighbours in two, the same set, two products."""
+    sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}
+    for nodes in runs:
+        sets.setdefault(tuple(str(node.target) for node in nodes), []).append(nodes)
+    for names, places in sets.items():
+        if may_fuse(gm, names, places, sets):
+            yield names, places
 
 
 def may_fuse(

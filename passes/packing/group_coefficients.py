@@ -15,7 +15,7 @@ from passes.graph.graph import attribute, erase_dead, linear_at, put_module
 from passes.graph.lookups import only_called
 from passes.graph.slices import slices
 from passes.graph.writes import is_written
-from passes.packing.fuse_coefficients import fuse_modules, may_fuse, replace_run
+from passes.packing.fuse_coefficients import fuse_modules, fusible, replace_run
 
 _EQUATION = "...nr,nor->...no"
 
@@ -59,16 +59,10 @@ class GroupCoefficients(Pass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         calls = only_called(gm)
         coefficients = {p.module for p in slices(gm).values() if p.basis_rows and p.module in calls}
-        sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}
-        for node in gm.graph.nodes:
-            for run in _runs(gm, node, coefficients):
-                if len(run) < self.least:
-                    continue
-                sets.setdefault(tuple(str(n.target) for n in run), []).append(run)
+        runs = [run for node in gm.graph.nodes for run in _runs(gm, node, coefficients)]
         count = 0
-        for names, places in sets.items():
-            called = all(len(calls[name]) == len(places) for name in names)
-            if not called or not may_fuse(gm, names, places, sets):
+        for names, places in fusible(gm, [run for run in runs if len(run) >= self.least]):
+            if any(len(calls[name]) != len(places) for name in names):
                 continue
             grouped = _place(gm, names)
             for nodes in places:

@@ -13,7 +13,7 @@ from passes.base import Pass
 from passes.graph.graph import linear_at
 from passes.graph.lookups import only_called
 from passes.graph.slices import slices
-from passes.packing.fuse_coefficients import fuse_calls, fuse_modules, may_fuse
+from passes.packing.fuse_coefficients import fuse_calls, fuse_modules, fusible
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,11 @@ class MergeSlices(Pass):
         calls = only_called(gm)
         dense = {place.module for place in slices(gm).values() if place.basis is None}
         order = {node: at for at, node in enumerate(gm.graph.nodes)}
-        sets: dict[tuple[str, ...], list[list[fx.Node]]] = {}
-        for node in gm.graph.nodes:
-            for run in _runs(node, dense):
-                if [order[n] for n in run] == sorted(order[n] for n in run):
-                    sets.setdefault(tuple(str(n.target) for n in run), []).append(run)
+        runs = [run for node in gm.graph.nodes for run in _runs(node, dense)]
+        runs = [run for run in runs if run == sorted(run, key=order.__getitem__)]
         count = 0
-        for names, places in sets.items():
-            called = all(len(calls[name]) == len(places) for name in names)
-            if not called or not may_fuse(gm, names, places, sets):
+        for names, places in fusible(gm, runs):
+            if any(len(calls[name]) != len(places) for name in names):
                 continue
             sizes = [linear_at(gm, name).out_features for name in names]
             merged = fuse_modules(gm, names, join=join_rows)
