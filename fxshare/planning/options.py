@@ -130,27 +130,29 @@ def _operations(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
 
 def unit_cost(
     shape: Shape,
-    rank: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    rank: Ints,
     storage: Storage,
     options: Options,
     *,
     dense: bool = False,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+) -> Ints:
     """Costs of a group of this shape at every one of the ranks, in the unit of ``options``; with
     ``dense`` the one cost of its slices as they are."""
+    if dense:
+        return np.array([_dense(shape, options)])
     if options.unit == "numbers":
-        return np.array([shape.dense_numbers]) if dense else numbers(shape, rank, storage)
+        return numbers(shape, rank, storage)
     if options.unit == "bytes":
-        size = options.element_size
-        if dense:
-            return np.array([shape.dense_numbers * size])
-        return weights_bytes(shape, rank, storage, size)
-    return np.array([shape.dense_flops]) if dense else flops(shape, rank, storage)
+        return weights_bytes(shape, rank, storage, options.element_size)
+    return flops(shape, rank, storage)
 
 
 def dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:
     """What the slice ``name`` costs dense, in the unit of ``options``."""
-    shape = shape_of(nodes, frozenset({name}))
+    return _dense(shape_of(nodes, frozenset({name})), options)
+
+
+def _dense(shape: Shape, options: Options) -> int:
     if options.unit == "numbers":
         return shape.dense_numbers
     if options.unit == "bytes":
