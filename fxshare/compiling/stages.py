@@ -14,10 +14,10 @@ from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import CalibrationError, ConfigError, MatchError
-from fxshare.models.quantised import quantisation_of, refusal_of_quantised
 from fxshare.planning.budget import Budgeted, plan_within_budget
 from fxshare.proposing.propose import init
 from fxshare.sites.match import match
+from fxshare.sites.refusals import refuse_quantised
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.visible import unstacked, visible_sites
 
@@ -123,9 +123,7 @@ def check_module(model: object) -> None:
         raise ConfigError(
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
         )
-    method = quantisation_of(getattr(model, "config", None))
-    if method is not None:
-        raise MatchError(refusal_of_quantised(type(model).__name__, method))
+    refuse_quantised(model)
 
 
 def _peek(

@@ -12,24 +12,16 @@ Legend: D head width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
+from fxshare.models.traits import DECODER_HEADS, HEAD_WIDTHS, HEADS, number_in
 from fxshare.proposing.rows import Rows
 from fxshare.proposing.weights import Weight
 
-_HEADS = (
-    "num_attention_heads",
-    "n_head",
-    "num_heads",
-    "n_heads",
-    "heads",
-    "encoder_attention_heads",
-)
-_DECODER_HEADS = ("decoder_attention_heads",)
 _ATTENTION = re.compile(r"attn|attention|qkv|query_key_value", re.IGNORECASE)
 # Megatron's name and order of rows, which GPT-NeoX, BLOOM, Falcon and Persimmon took over together
 _PER_HEAD = re.compile(r"query_key_value$")
@@ -106,7 +98,7 @@ def heads_of(model: nn.Module, weight: Weight, beside: Sequence[Weight]) -> tupl
         return None
     if _SEPARATE.fullmatch(field) is None:
         return None
-    width = _number(model, owner, ("head_dim", "d_kv", "attention_head_size"))
+    width = _number(model, owner, HEAD_WIDTHS)
     if width is None:
         named = [(w, _SEPARATE.fullmatch(w.name.rpartition(".")[2])) for w in beside]
         queries = [w for w, found in named if found is not None and found[1][0] == "q"]
@@ -121,7 +113,7 @@ def _is_attention(model: nn.Module, owner: str, field: str) -> bool:
     if _ATTENTION.search(field) or _ATTENTION.search(".".join(owner.split(".")[-2:])):
         return True
     module = model.get_submodule(owner)
-    return bool(_ATTENTION.search(type(module).__name__)) or _attribute(module, _HEADS) is not None
+    return bool(_ATTENTION.search(type(module).__name__)) or number_in(module, HEADS) is not None
 
 
 def _fused(
@@ -182,13 +174,13 @@ def parts_of(layout: Layout) -> str:
 
 def _stated(model: nn.Module, owner: str) -> tuple[int, str] | None:
     """The number of (query) heads and who states it: the module, else the nearest configuration."""
-    names = (*_DECODER_HEADS, *_HEADS) if "decoder" in owner.split(".") else _HEADS
+    names = (*DECODER_HEADS, *HEADS) if "decoder" in owner.split(".") else HEADS
     module = model.get_submodule(owner)
-    own = _attribute(module, names)
+    own = number_in(module, names)
     if own is not None:
         return own, f"{type(module).__name__} states them"
     for config in _configs(model, owner):
-        found = _attribute(config, names)
+        found = number_in(config, names)
         if found is not None:
             return found, "the configuration of the model states them"
     return None
@@ -196,7 +188,7 @@ def _stated(model: nn.Module, owner: str) -> tuple[int, str] | None:
 
 def _number(model: nn.Module, owner: str, names: tuple[str, ...]) -> int | None:
     for holder in (model.get_submodule(owner), *_configs(model, owner)):
-        found = _attribute(holder, names)
+        found = number_in(holder, names)
         if found is not None:
             return found
     return None
@@ -209,11 +201,3 @@ def _configs(model: nn.Module, owner: str) -> Iterator[object]:
         config = getattr(model.get_submodule(".".join(steps[:depth])), "config", None)
         if config is not None:
             yield config
-
-
-def _attribute(holder: object, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fxshare.config import ShareConfig
 from fxshare.errors import MatchError
+from fxshare.models.quantised import quantisation_of, refusal_of_quantised
 from fxshare.sites.site import Site, Skipped
 from passes import is_embedding, is_linear, lookup_refusal, weight_and_bias
 from passes.graph.graph import is_conv1d
@@ -18,16 +19,9 @@ from passes.graph.graph import is_conv1d
 
 def refuse_quantised(model: nn.Module) -> None:
     """Raise :class:`MatchError` where the weights of ``model`` are quantised."""
-    found = getattr(getattr(model, "config", None), "quantization_config", None)
-    if found is None:
-        return
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
-    method = method or getattr(found, "quant_method", type(found).__name__)
-    raise MatchError(
-        f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}): its weights "
-        "are integers with scales, which cannot be factorised. Load the original in floating "
-        "point, compile that, and quantise the result (torchao does it)"
-    )
+    method = quantisation_of(getattr(model, "config", None))
+    if method is not None:
+        raise MatchError(refusal_of_quantised(type(model).__name__, method))
 
 
 def holds_weight(module: nn.Module) -> bool:

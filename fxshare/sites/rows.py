@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from fxshare.config import WeightType
 from fxshare.errors import MatchError
+from fxshare.models.traits import HEAD_WIDTHS, HEADS, KV_HEADS, WIDTHS, number_of
 from fxshare.sites.site import SliceSpec
-
-_HEADS = ("num_attention_heads", "n_head", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "n_kv_head", "num_kv_heads")
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
-
-
-def _from_config(model: nn.Module, names: tuple[str, ...]) -> int | None:
-    config = getattr(model, "config", None)
-    for name in names:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
 
 
 def slices_of_rows(
@@ -96,8 +82,8 @@ def _head_counts(
     site: str, type_name: str, out_features: int, spec: WeightType, model: nn.Module
 ) -> tuple[int | None, int | None]:
     """Heads of q and of k and v in a fused projection; None where only thirds are needed."""
-    heads = spec.n_head or _from_config(model, _HEADS)
-    kv_heads = spec.n_kv_head or (1 if _is_multi_query(model) else _from_config(model, _KV_HEADS))
+    heads = spec.n_head or number_of(model, HEADS)
+    kv_heads = spec.n_kv_head or (1 if _is_multi_query(model) else number_of(model, KV_HEADS))
     if spec.split == "qkv" and (spec.n_kv_head is None and (kv_heads is None or kv_heads == heads)):
         return None, None
     if heads is None:
@@ -118,9 +104,9 @@ def _is_multi_query(model: nn.Module) -> bool:
 
 def _unfused_heads(model: nn.Module, out_features: int) -> int | None:
     """Heads of a separate q, k or v projection: its width over the head width of the config."""
-    heads = _from_config(model, _HEADS)
-    width = _from_config(model, ("head_dim",))
-    hidden = _from_config(model, _WIDTHS)
+    heads = number_of(model, HEADS)
+    width = number_of(model, HEAD_WIDTHS)
+    hidden = number_of(model, WIDTHS)
     if width is None and heads is not None and hidden is not None and hidden % heads == 0:
         width = hidden // heads
     if width is not None and out_features % width == 0:
