@@ -47,6 +47,11 @@ class Distance:
         )
 
 
+def beyond_rounding(distance: object, limit: float) -> str:
+    """How far apart two things are, and how far rounding may bring them: for messages."""
+    return f"{distance}; rounding explains {limit:.1e}"
+
+
 def float_leaves(output: Any) -> Iterator[tuple[str, Tensor]]:
     """Every floating-point tensor of an output (tensor, tuple, mapping, ``ModelOutput``)."""
     plain = _plain(output)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.base.numerics import float_leaves, tolerance, worst
+from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, worst
 from fxshare.base.placement import device_of
 from fxshare.capture.call import Call, Shapes, holds_tensor, resized
 from fxshare.capture.captured import quiet
@@ -154,8 +154,8 @@ def self_check(
         distance = worst(expected, found)
         if not distance.relative <= limit:
             raise CaptureError(
-                f"self-check: the graph differs from the original by {distance}; rounding "
-                f"explains {limit:.1e}"
+                "self-check: the graph differs from the original by "
+                f"{beyond_rounding(distance, limit)}"
             )
         error = max(error, distance.relative)
     return error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.base.numerics import relative_error
+from fxshare.base.numerics import beyond_rounding, relative_error
 from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import GuardError, MatchError
 from fxshare.plans.plan import Group, Plan
@@ -161,11 +161,11 @@ class Backend:
         # recorded in float64 over the numbers as they were stored; a later cast rounds once more
         limit = 64 * torch.finfo(dtype).eps
         if not gaps[site.name] <= limit:
+            far = f"the relative error of a slice is off by {gaps[site.name]:.1e}"
             raise FxShareError(
                 f"the weight of {linear.name!r} is not the one that {site.name!r} was made from: "
-                f"the relative error of a slice is off by {gaps[site.name]:.1e}, rounding explains "
-                f"{limit:.1e}. Compile this model again, or give check=False if the compiled "
-                "module was trained since"
+                f"{beyond_rounding(far, limit)}. Compile this model again, or give "
+                "check=False if the compiled module was trained since"
             )
         return site
 

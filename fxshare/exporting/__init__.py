@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxshare.base.numerics import Distance, worst
+from fxshare.base.numerics import Distance, beyond_rounding, worst
 from fxshare.errors import CheckFailed, ExportError
 from passes.errors import FxShareError
 
@@ -225,7 +225,7 @@ def _check(
         if not distance.relative <= call_limit:
             raise CheckFailed(
                 f"the {to} export of {subject.name} differs from the compiled model on {what} by "
-                f"{distance}; rounding explains {call_limit:.1e}. Nothing was written"
+                f"{beyond_rounding(distance, call_limit)}. Nothing was written"
             )
         checked.append(what)
         if found is None or distance.relative > found.relative:

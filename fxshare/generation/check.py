@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.base.numerics import tolerance, worst
+from fxshare.base.numerics import beyond_rounding, tolerance, worst
 from fxshare.capture import (
     device_of,
     dtype_of,
@@ -58,8 +58,8 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], gm: nn.Module) -> float:
         distance = worst(expected, found)
         if not distance.relative <= limit:
             raise CaptureError(
-                f"self-check: the graph with a cache differs from the plain graph by "
-                f"{distance}; rounding explains {limit:.1e}"
+                "self-check: the graph with a cache differs from the plain graph by "
+                f"{beyond_rounding(distance, limit)}"
             )
         error = max(error, distance.relative)
     return error

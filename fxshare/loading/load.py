@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxshare.base.numerics import tolerance
+from fxshare.base.numerics import beyond_rounding, tolerance
 from fxshare.capture import device_of
 from fxshare.config import ShareConfig, load_config
 from fxshare.errors import FxShareWarning, StoreError
@@ -159,10 +159,10 @@ def _compare(folder: Path, manifest: Manifest, result: nn.Module, saved: Probe) 
             f"{type(error).__name__}: {error}; {manifest.then_and_now()}"
         ) from error
     if not difference <= limit or math.isnan(difference):
+        far = f"{difference:.1e} of its largest value from the saved one"
         raise StoreError(
             f"{folder}: the rebuilt module's {saved.output} on {device_of(result)} is "
-            f"{difference:.1e} of its largest value from the saved one; rounding explains "
-            f"{limit:.1e}. {manifest.then_and_now()}; use those versions, or check=False to look "
-            "at it all the same"
+            f"{beyond_rounding(far, limit)}. {manifest.then_and_now()}; use those "
+            "versions, or check=False to look at it all the same"
         )
     return difference

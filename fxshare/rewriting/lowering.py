@@ -10,10 +10,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.base.numerics import tolerance, worst
+from fxshare.base.numerics import beyond_rounding, tolerance, worst
 from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError
+from fxshare.models.structure import without_values
 from fxshare.result.face import verbs_of
 from fxshare.result.module import Compiled, ShareModule, attach, record_of
 from fxshare.result.products import slices_of
@@ -164,17 +165,7 @@ def _lower_graph(gm: fx.GraphModule, prefer: Prefer) -> tuple[fx.GraphModule, Re
     start.meta.pop("fxshare", None)
     forget_origins(start)
     result, _ = run(start, [one for one in passes if one not in first])
-    return result, Readable(_hollow(start), dict(origins(result)))
-
-
-def _hollow(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose tensors have no values."""
-    memo: dict[int, object] = {}
-    for p in gm.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-    for b in gm.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return structure_copy(gm, memo=memo)
+    return result, Readable(without_values(start), dict(origins(result)))
 
 
 def _readable_module(gm: nn.Module, lowered: Lowered) -> nn.Module:
@@ -269,6 +260,7 @@ def _compare(gm: nn.Module, lowered: nn.Module, example: object) -> None:
     limit = tolerance(dtype_of(gm), 2 * len(record.plan.sites) + 1)
     if not distance.relative <= limit:
         raise CheckFailed(
-            f"the lowered {type(gm).__name__} differs from the readable one: {distance}; rounding "
-            f"explains {limit:.1e}. This is a fault of fxshare: report it, and use the readable one"
+            f"the lowered {type(gm).__name__} differs from the readable one: "
+            f"{beyond_rounding(distance, limit)}. This is a fault of fxshare: report it, "
+            "and use the readable one"
         )
