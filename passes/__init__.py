@@ -4,7 +4,14 @@ Imports torch and the standard library only; knows no configuration, no files, n
 """
 
 from passes.base import Pass
-from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
+from passes.errors import (
+    DialectError,
+    EnsuresError,
+    FxShareError,
+    PassError,
+    RequiresError,
+    ShapeError,
+)
 from passes.graph.graph import (
     LinearCall,
     is_linear,
@@ -43,6 +50,7 @@ from passes.sharing.unstack_experts import UnstackExperts, stacks
 __all__ = [
     "Applied",
     "CleanUp",
+    "DialectError",
     "DropCats",
     "EnsuresError",
     "FoldGathers",

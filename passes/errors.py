@@ -26,3 +26,7 @@ class EnsuresError(PassError):
 
 class ShapeError(PassError):
     """A tensor handed to a pass does not have the shape that its site needs."""
+
+
+class DialectError(PassError):
+    """A graph has something that is not legal at its stage (:mod:`passes.dialect`)."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from passes.base import Pass
 from passes.errors import EnsuresError, FxShareError, PassError
 from passes.graph.graph import structure_copy
+from passes.sharing.pivot_basis import leave_out_derived
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def run(
     Raises :class:`PassError` and its kinds, always naming the pass.
     """
     result = structure_copy(gm, clone_buffers=False)
+    leave_out_derived(result)
     applied = []
     for one in passes:
         if not isinstance(one, Pass):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
+
+from passes import Applied, Pass, dialect, runner
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,3 +59,24 @@ def _no_constants_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _every_pass_keeps_the_dialect(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a test runs: a pass of ours leaves what is legal at its stage.
+
+    ``broken_graphs`` marks tests that hand our passes graphs which are not.
+    """
+    if request.node.get_closest_marker("broken_graphs"):
+        return
+    apply = runner._apply
+
+    def checked(gm: fx.GraphModule, one: Pass) -> Applied:
+        applied = apply(gm, one)
+        if type(one).__module__.startswith("passes."):
+            dialect.watch(one, gm)
+        return applied
+
+    monkeypatch.setattr(runner, "_apply", checked)

@@ -75,6 +75,14 @@ def reordered(gm: fx.GraphModule, name: str, basis: str) -> None:
     gm.meta[_KEY] = found
 
 
+def put_back(gm: fx.GraphModule, basis: str) -> None:
+    """Record that rows which were in the order of a pivoted basis are in their own again."""
+    gm.meta[_KEY] = {
+        key: replace(origin, order=None) if origin.order == basis else origin
+        for key, origin in origins(gm).items()
+    }
+
+
 def original(gm: nn.Module, origin: Origin, tensor: Tensor) -> Tensor:
     """The rows of ``tensor``, a weight or bias of ``origin.module``, as they were: a view unless
     they were put in another order."""

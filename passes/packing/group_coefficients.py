@@ -17,7 +17,7 @@ from passes.graph.slices import slices
 from passes.graph.writes import is_written
 from passes.packing.fuse_coefficients import fuse_modules, fusible, replace_run
 
-_EQUATION = "...nr,nor->...no"
+EQUATION = "...nr,nor->...no"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _call(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> None:
         stored = graph.get_attr(f"{name}.weight")
         each = (count, len(weight) // count)
         weight_nOR = graph.call_function(torch.unflatten, (stored, 0, each))
-        y_nO = graph.call_function(torch.einsum, (_EQUATION, z_nR, weight_nOR))
+        y_nO = graph.call_function(torch.einsum, (EQUATION, z_nR, weight_nOR))
         y = graph.call_function(torch.flatten, (y_nO, -2))
         if bias is not None:
             y = graph.call_function(torch.add, (y, graph.get_attr(f"{name}.bias")))
@@ -159,7 +159,7 @@ def grouped_width(gm: fx.GraphModule, node: fx.Node) -> int | None:
     if node.target is torch.add and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     product = node.args[0] if node.target is torch.flatten and node.args[1:] == (-2,) else None
-    if not isinstance(product, fx.Node) or product.args[:1] != (_EQUATION,):
+    if not isinstance(product, fx.Node) or product.args[:1] != (EQUATION,):
         return None
     (stored,) = product.all_input_nodes[1].all_input_nodes
     weight = attribute(gm, str(stored.target))

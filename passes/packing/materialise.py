@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from passes.base import Pass
 from passes.graph.graph import linear_at, new_linear, put_module
 from passes.graph.lookups import only_called
-from passes.graph.slices import basis_matrix, set_slices, slices
+from passes.graph.origins import put_back
+from passes.graph.slices import basis_matrix, rows_of, set_slices, slices
 from passes.graph.writes import is_written
 from passes.packing.merge_gathers import merge_gathers
 
@@ -129,10 +130,10 @@ class Product:
 def _multiply_out(
     gm: fx.GraphModule, basis: str, modules: dict[str, bool], products: list[Product]
 ) -> None:
-    folded = products[0].folded
+    _unfold(gm, basis)
     for name, pivoted in modules.items():
         old = linear_at(gm, name)
-        weight_OI = _dense_weight(gm, old, basis, pivoted=pivoted, folded=folded)
+        weight_OI = _dense_weight(gm, old, basis, pivoted=pivoted)
         dense = new_linear(
             weight_OI, None, requires_grad=old.weight.requires_grad, training=gm.training
         )
@@ -149,19 +150,35 @@ def _multiply_out(
                 gm.graph.erase_node(node)
 
 
+def _unfold(gm: fx.GraphModule, basis: str) -> None:
+    """Put rows that are in the order of a pivoted basis back in their own: it goes away, and in
+    another layer it may read inputs that were never put in its order."""
+    for name, place in slices(gm).items():
+        if place.folded != basis:
+            continue
+        old = linear_at(gm, place.module)
+        plain = new_linear(
+            rows_of(gm, place, old.weight.detach()),
+            None if old.bias is None else rows_of(gm, place, old.bias.detach()),
+            requires_grad=old.weight.requires_grad,
+            training=gm.training,
+        )
+        for leaf, buffer in old.named_buffers(recurse=False):
+            plain.register_buffer(leaf, buffer)
+        put_module(gm, place.module, plain)
+        set_slices(gm, {name: replace(place, folded=None)})
+        put_back(gm, basis)
+
+
 def _dense_weight(
-    gm: fx.GraphModule, coefficient: nn.Linear, basis: str, *, pivoted: bool, folded: bool
+    gm: fx.GraphModule, coefficient: nn.Linear, basis: str, *, pivoted: bool
 ) -> Tensor:
     weight_OR = coefficient.weight.detach()
     table = linear_at(gm, basis).weight.detach()
     features = sum(table.shape) if pivoted else table.shape[1]
     if weight_OR.device.type == "meta":
         return weight_OR.new_empty(len(weight_OR), features)
-    if folded:
-        whole = torch.eye(len(table), dtype=torch.float64, device=table.device)
-        basis_RI = torch.cat([whole, table.double()], 1)
-    else:
-        basis_RI = basis_matrix(gm, basis, pivoted=pivoted).detach().double()
+    basis_RI = basis_matrix(gm, basis, pivoted=pivoted).detach().double()
     return (weight_OR.double() @ basis_RI).to(weight_OR.dtype)
 
 

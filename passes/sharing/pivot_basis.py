@@ -168,6 +168,13 @@ def derive_gathers(gm: nn.Module) -> None:
         gm.get_submodule(path).register_buffer(leaf, index, persistent=False)
 
 
+def leave_out_derived(gm: nn.Module) -> None:
+    """Take the index of every gather out of the state, where fx puts it when it copies a graph."""
+    for name in gathers(gm):
+        path, _, leaf = name.rpartition(".")
+        gm.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+
+
 def derived_buffers(gm: nn.Module) -> frozenset[str]:
     """Names of the buffers that :func:`derive_gathers` makes: not part of the state."""
     return frozenset(gathers(gm))
