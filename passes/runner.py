@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from passes.base import Pass
 from passes.errors import EnsuresError, FxShareError, PassError
 from passes.graph.graph import structure_copy
 from passes.sharing.pivot_basis import leave_out_derived
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ def _apply(gm: fx.GraphModule, one: Pass) -> Applied:
         )
     before.check(gm, one, rewrites)
     one.ensures(gm)
-    return Applied(one.name, rewrites, one.exact, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    called = one.name or type(one).__name__
+    _LOG.debug("pass %s: %d rewrites in %.3f s", called, rewrites, seconds)
+    return Applied(one.name, rewrites, one.exact, seconds)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The model has shapes and no weights, so what is measured is the compiler and not
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from fxshare.base.machine import environment
+from fxshare.base.progress import stage
 from fxshare.capture import capture
 from fxshare.config import load_config
 from fxshare.errors import ConfigError
@@ -27,6 +29,8 @@ from fxshare.rewriting.assemble import assemble
 from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.match import match
 from passes import SharedGroup
+
+_LOG = logging.getLogger(__name__)
 
 SHARING = {"group_size": 2, "compression_rate": 0.5}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, int]]] = MappingProxyType(
@@ -113,6 +117,7 @@ def family(name: str = "llama", layers: int | None = None, **sizes: int) -> nn.M
     return model.train(False)
 
 
+@stage("bench capture", _LOG)
 def bench_capture(make: Callable[[], nn.Module] = family) -> CaptureBench:
     """Capture a model on meta and rewrite it under Basis Sharing, all without weights."""
     start = time.perf_counter()

@@ -6,6 +6,7 @@ Calibration is compared with a plain forward pass over the same tokens; factoris
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.machine import environment, interleaved, median_seconds
+from fxshare.base.progress import stage
 from fxshare.bench.demo import CONFIG
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.gram import pooled_gram
@@ -25,6 +27,8 @@ from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
 from fxshare.sites.match import match
 from passes import weight_and_bias
+
+_LOG = logging.getLogger(__name__)
 
 RATE = 0.8
 
@@ -51,6 +55,7 @@ class Measured:
         return asdict(self)
 
 
+@stage("bench compress", _LOG)
 def bench_compress(
     *,
     layers: int = 12,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from fxshare.base.files import write_text
 from fxshare.base.machine import environment, interleaved, median_seconds
+from fxshare.base.progress import stage
 from fxshare.capture import quiet
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.embedded import load_embedded, load_tokenizer
 from fxshare.embedded.corpus import calibration, held_out, load_documents, pack, token_stream
 from fxshare.embedded.evaluate import bits_per_byte, generate, predicted_bytes
 from fxshare.result.module import record_of
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG: dict[str, Any] = {
     "weight_types": {
@@ -69,6 +73,7 @@ class Demo:
         return asdict(self)
 
 
+@stage("demo", _LOG)
 def demo(
     *,
     quick: bool = False,

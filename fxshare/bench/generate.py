@@ -6,6 +6,7 @@ every form. One call makes one token and another makes many; their difference is
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare.base.machine import environment, interleaved, median_seconds
+from fxshare.base.progress import stage
 from fxshare.errors import ConfigError, FxShareWarning
 from fxshare.generation.module_form import module_form
+
+_LOG = logging.getLogger(__name__)
 
 TYPES: dict[str, Any] = {
     "weight_types": {
@@ -111,6 +115,7 @@ def _random(cls: Any, config: Any, seed: int) -> nn.Module:
     return model.eval()
 
 
+@stage("bench generate", _LOG)
 def bench_generate(
     model: nn.Module,
     *,

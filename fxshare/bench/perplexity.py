@@ -6,6 +6,7 @@ V ids of the vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxshare.base.progress import track
+from fxshare.base.progress import stage, track
 from fxshare.capture import device_of
 from fxshare.data.tokens import check_ids
 from fxshare.errors import CheckFailed, DataError
 from fxshare.models.traits import vocabulary_of
+
+_LOG = logging.getLogger(__name__)
 
 Protocol = Literal["A", "B"]
 PROTOCOLS: Mapping[Protocol, str] = {
@@ -66,6 +69,7 @@ class Evaluation:
         )
 
 
+@stage("evaluate", _LOG)
 def evaluate(
     model: nn.Module,
     tokens: Tensor,

@@ -6,6 +6,7 @@ spectra, so that only the planner itself is timed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from fxshare.base.machine import environment
+from fxshare.base.progress import stage
 from fxshare.errors import ConfigError
 from fxshare.planning.solver.curve import DENSE, Curve
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import solve
 from fxshare.plans.cost import Shape, numbers, ranks
+
+_LOG = logging.getLogger(__name__)
 
 # weight type → input width, output width, the activation it reads
 LLAMA = {
@@ -94,6 +98,7 @@ def synthetic_problem(layers: int, *, seed: int = 0) -> Problem:
     return Problem(nodes, curve, may_share=shared)
 
 
+@stage("bench planner", _LOG)
 def bench_planner(layers: Sequence[int] = (4, 8, 16, 32, 80), *, kept: float = 0.8) -> PlannerBench:
     """Time the solver (:func:`solve`, strategy ``auto``) at each number of layers."""
     timings = []

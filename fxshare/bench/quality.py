@@ -6,6 +6,7 @@ numbers are counted in the saved folder, not taken from the plan.
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -20,12 +21,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fxshare.base.machine import environment
+from fxshare.base.progress import stage
 from fxshare.bench.perplexity import evaluate
 from fxshare.capture import quiet
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.errors import DataError, FxShareWarning
 from fxshare.result.module import record_of
 from fxshare.store.save import save
+
+_LOG = logging.getLogger(__name__)
 
 SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
@@ -85,6 +89,7 @@ def methods(size: float, *, search: str) -> dict[str, dict[str, Any]]:
     }
 
 
+@stage("bench quality", _LOG)
 def bench_quality(
     cases: Sequence[Case],
     *,

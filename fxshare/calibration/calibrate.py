@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxshare.base.progress import track
+from fxshare.base.progress import stage, track
 from fxshare.calibration.backward import Backward
 from fxshare.calibration.gradients import Moment, is_diagonal
 from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
@@ -30,9 +30,10 @@ from fxshare.sites.site import Site, SliceSpec
 from passes import ObserveInputs, run
 from passes.errors import FxShareError
 
-_LOG = logging.getLogger("fxshare")
+_LOG = logging.getLogger(__name__)
 
 
+@stage("calibrate", _LOG)
 def calibrate(
     captured: Captured,
     batches: Iterable[object],
@@ -65,7 +66,7 @@ def calibrate(
     )
     backward = Backward(running, loss, labels, seed)
     needed = bytes_needed(captured, sites, gradients=gradients)
-    _LOG.info("statistics of %d sites will hold at most %s bytes", len(sites), f"{needed:,}")
+    _LOG.debug("statistics of %d sites will hold at most %s bytes", len(sites), f"{needed:,}")
     tracked = track(batches, "calibrating", total=total)
     observe = backward if gradients else lambda call, batch: running(call)
     try:
@@ -228,7 +229,7 @@ def _notes(
             f"{site.name} has {site.in_features} features and saw {count} tokens; directions that "
             "no token took are treated as nearly free. Give more calibration data"
         )
-        warnings.warn(text, FxShareWarning, stacklevel=4)
+        warnings.warn(text, FxShareWarning, stacklevel=5)
         notes.append(text)
     unmasked = [name for name, o in running.observers.items() if o.unmasked]
     if unmasked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
+from fxshare.base.progress import stage
 from fxshare.capture.adapted import adapt
 from fxshare.capture.call import LABELS, Shapes, vary
 from fxshare.capture.caller import Caller
@@ -19,6 +21,8 @@ from fxshare.capture.modules import linears_side_by_side
 from fxshare.capture.tracing.trace import trace
 from fxshare.errors import CaptureError
 from passes import linear_calls, lookups, structure_copy
+
+_LOG = logging.getLogger(__name__)
 
 
 def capture(
@@ -37,6 +41,19 @@ def capture(
 
     Raises :class:`CaptureError` naming the model's line and every front end that was tried.
     """
+    with stage("capture", _LOG) as running:
+        captured = _captured(model, example, mode, needs, relaxed)
+        running.found(f"front end {captured.front_end}")
+    return captured
+
+
+def _captured(
+    model: nn.Module,
+    example: object,
+    mode: Mode,
+    needs: Sequence[str],
+    relaxed: Sequence[int] | None,
+) -> Captured:
     start = time.perf_counter()
     try:
         structure_copy(model)

@@ -9,7 +9,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AsJson, Capture, Debug, Model
+from fxshare.cli.options import AsJson, Capture, Debug, Model, Quiet, Verbose
 from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
 
@@ -42,6 +42,8 @@ def compile_model(
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Rewrite a model under a configuration, check the result, and print the report.
 
@@ -55,7 +57,7 @@ def compile_model(
           --set group_size=2 --set compression_rate=0.8 \\
           --calibration wiki.txt --tokens 65536 -o out/
     """
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Seed
+from fxshare.cli.options import AsJson, Debug, Quiet, Seed, Verbose
 from fxshare.cli.output import Result, note, table
 
 
@@ -22,6 +22,8 @@ def demo(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Compress the packaged model and compare it with the original; downloads nothing.
 
@@ -34,7 +36,7 @@ def demo(
 
     from fxshare.bench import demo as run
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     found = run.demo(quick=quick, out=output, say=note, seed=seed)
     header, rows = run.table(found)
     lines = [table(header, rows), "", *run.lines_below(found)]

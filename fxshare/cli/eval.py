@@ -15,8 +15,10 @@ from fxshare.cli.options import (
     Model,
     Original,
     Protocol,
+    Quiet,
     Seed,
     Tokens,
+    Verbose,
     window_length,
 )
 from fxshare.cli.output import Result, table
@@ -56,6 +58,8 @@ def evaluate_model(
     original: Original = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Measure perplexity, and bits per byte where the text is known; the protocol is always named.
 
@@ -64,7 +68,7 @@ def evaluate_model(
       fxshare eval path/to/gpt2 --data wiki.test.txt --length 1024
       fxshare eval out/ --against path/to/gpt2 --data wiki.test.txt --protocol B
     """
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     from fxshare.bench.perplexity import PROTOCOLS, evaluate
     from fxshare.data.stream import read_stream
     from fxshare.models.traits import vocabulary_of

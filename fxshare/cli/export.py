@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Original, Seed
+from fxshare.cli.options import AsJson, Debug, Original, Quiet, Seed, Verbose
 from fxshare.cli.output import Result, note
 
 
@@ -51,6 +51,8 @@ def export_model(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Hand a saved model to another runtime, checked against it at other sizes.
 
@@ -60,7 +62,7 @@ def export_model(
     Example:
       fxshare export out/ model.onnx --to onnx
     """
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     from fxshare.exporting import export
     from fxshare.loading.names import is_saved, load_model
 

@@ -9,7 +9,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import propose_for, refuse_compiled
-from fxshare.cli.options import AsJson, Debug, Model, Seed
+from fxshare.cli.options import AsJson, Debug, Model, Quiet, Seed, Verbose
 from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def init_config(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Write a configuration for a model from the model itself, with comments.
 
@@ -47,7 +49,7 @@ def init_config(
       fxshare init path/to/model -o model.yaml
       fxshare init mypackage.models:make --no-capture
     """
-    del debug, as_json
+    del as_json, debug, verbose, quiet
     from fxshare.base.files import write_text
     from fxshare.loading.names import load_model
 

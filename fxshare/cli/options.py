@@ -69,6 +69,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error (or FXSHARE_DEBUG=1).")
 ]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Show each stage and each pass on stderr, with its rewrites and seconds.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="In a pipe, leave out the lines about stages as well."),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

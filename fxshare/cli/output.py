@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TextIO
 
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 import fxshare
+from fxshare.cli.stages import stages_shown
 
 P = ParamSpec("P")
 ShowWarning = Callable[..., None]
@@ -34,12 +35,18 @@ def reports(command: Callable[P, Result]) -> Callable[P, None]:
     """A command that prints its result at its end.
 
     Until then stdout is stderr: what a model or a library prints does not get into the result; and
-    every warning of ours is shown as a line.
+    every warning of ours is shown as a line. A command that takes ``verbose`` and ``quiet`` works
+    long, and its stages are shown as these say.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with ExitStack() as during:
+            during.enter_context(redirect_stdout(sys.stderr))
+            during.enter_context(warnings.catch_warnings())
+            if "quiet" in kwargs:
+                how = {name: bool(kwargs.get(name)) for name in ("verbose", "quiet")}
+                during.enter_context(stages_shown(**how))
             warnings.simplefilter("always", fxshare.errors.FxShareWarning)
             warnings.showwarning = _show_warning(warnings.showwarning)
             result = command(*args, **kwargs)

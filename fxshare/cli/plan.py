@@ -12,7 +12,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AsJson, Debug, Draw, Model
+from fxshare.cli.options import AsJson, Debug, Draw, Model, Quiet, Verbose
 from fxshare.cli.output import Result, note, table
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def plan_model(
     data: Data,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Show what would share a basis, at which rank, what stays dense and why; nothing is rewritten.
 
@@ -61,7 +63,7 @@ def plan_model(
       fxshare plan path/to/gpt2 -c configs/gpt2-basis-sharing.yaml -o plan.json
       fxshare plan embedded --keep 0.8 --calibration stdlib --draw plan.svg
     """
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     from fxshare.base.files import write_text
     from fxshare.capture import dtype_of
     from fxshare.compiling.survey import survey

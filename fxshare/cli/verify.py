@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Length, Model, Seed, window_length
+from fxshare.cli.options import AsJson, Debug, Length, Model, Quiet, Seed, Verbose, window_length
 from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def verify_model(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Compare a saved model numerically with the model it was made from.
 
@@ -44,7 +46,7 @@ def verify_model(
     Example:
       fxshare verify path/to/gpt2 out/
     """
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
     from fxshare.result.module import record_of

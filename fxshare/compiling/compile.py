@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxshare.base.progress import stage
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Mode, device_of, dtype_of
@@ -34,6 +36,8 @@ from fxshare.store.pretrained import save_pretrained
 from fxshare.verifying.verify import verify
 from passes import Pass
 from passes.runner import Applied
+
+_LOG = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)  # what is made under it could never be trained
@@ -120,7 +124,8 @@ def compile(
         extra_passes=tuple(p.name or type(p).__name__ for p in own),
     )
     if cfg.lower is not None:
-        result, lowered = lower_module(result, cfg.lower.prefer)
+        with stage("lower", _LOG):
+            result, lowered = lower_module(result, cfg.lower.prefer)
         record = with_lowered(record, lowered, result)
     compiled = attach(result, record, Verbs(generate, save_pretrained))
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
@@ -150,12 +155,17 @@ def _plan_and_factors(
             raise CalibrationError(
                 "a planned plan needs calibration data to be carried out: give calibration=..."
             )
-        made = remade_factors(plan, weights, statistics, cfg)
+        made = None
     else:
         given = stages.calibrate() if plan.groups else None
-        return plan, sharing_factors(plan, weights, given, cfg), given
+        with stage("factorise", _LOG):
+            return plan, sharing_factors(plan, weights, given, cfg), given
     biases = site_biases(model, plan.sites)
-    return plan, planned_factors(plan, weights, biases, made), statistics
+    with stage("factorise", _LOG):
+        if made is None:
+            assert statistics is not None
+            made = remade_factors(plan, weights, statistics, cfg)
+        return plan, planned_factors(plan, weights, biases, made), statistics
 
 
 def _report(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fxshare.base.progress import stage
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
@@ -20,6 +22,8 @@ from fxshare.sites.match import match
 from fxshare.sites.refusals import refuse_quantised
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.visible import unstacked, visible_sites
+
+_LOG = logging.getLogger(__name__)
 
 
 def within_budget(
@@ -35,16 +39,19 @@ def within_budget(
             "a budget needs calibration data to predict losses with: give calibration=..., or use "
             "group_size and compression_rate, which do without"
         )
-    return plan_within_budget(
-        stages.captured,
-        stages.sites,
-        stages.skipped,
-        weights,
-        stages.batches,
-        stages.cfg,
-        loss=loss,
-        seed=seed,
-    )
+    with stage("plan", _LOG) as running:
+        made = plan_within_budget(
+            stages.captured,
+            stages.sites,
+            stages.skipped,
+            weights,
+            stages.batches,
+            stages.cfg,
+            loss=loss,
+            seed=seed,
+        )
+        running.found(f"planned mode, {len(made.plan.groups)} groups")
+    return made
 
 
 def configuration(

@@ -7,6 +7,7 @@ compared with the compiled model before it takes its place. docs/how-to/export.m
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.numerics import Distance, beyond_rounding, worst
+from fxshare.base.progress import stage
 from fxshare.errors import CheckFailed, ExportError
 from passes.errors import FxShareError
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from fxshare.exporting.written import Written
     from fxshare.store.skeleton import ModelSource
 
+_LOG = logging.getLogger(__name__)
 Target = Literal["pt2", "aoti", "onnx", "dense", "py"]
 TARGETS: tuple[str, ...] = get_args(Target)
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -74,6 +77,7 @@ class Exported:
 
 
 @torch.inference_mode(False)  # torch.export refuses tensors that were made under it
+@stage("export", _LOG)
 def export(
     gm: nn.Module,
     path: str | os.PathLike[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from fxshare.base.numerics import beyond_rounding, tolerance
+from fxshare.base.progress import stage
 from fxshare.capture import device_of
 from fxshare.config import ShareConfig, load_config
 from fxshare.errors import FxShareWarning, StoreError
@@ -43,8 +45,11 @@ from fxshare.store.tensors import fill
 from passes import Pass
 from passes.errors import FxShareError
 
+_LOG = logging.getLogger(__name__)
+
 
 @torch.inference_mode(False)  # what is made under it could never be trained
+@stage("load", _LOG)
 def load(
     path: str | os.PathLike[str],
     model: ModelSource | None = None,
@@ -101,7 +106,7 @@ def load(
     if record_of(result).graph_sha256 != manifest.graph_sha256:
         note = f"the graph text differs from the saved one ({manifest.then_and_now()})"
         if difference is None:
-            warnings.warn(f"{folder}: {note}; its output was not compared", FxShareWarning, 2)
+            warnings.warn(f"{folder}: {note}; its output was not compared", FxShareWarning, 4)
         else:
             note += f"; the output is within {difference:.1e} of the saved one"
         notes = (*record.report.notes, note)

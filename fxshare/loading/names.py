@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fxshare.base.progress import stage
 from fxshare.data.stream import TextTokenizer
 from fxshare.errors import ConfigError, DataError, FxShareWarning
 from fxshare.loading.hub import is_hub_id, snapshot
@@ -26,6 +28,7 @@ from fxshare.models.source import EMBEDDED, USER
 from fxshare.store.transformers import MODEL_TYPE
 from passes.errors import FxShareError
 
+_LOG = logging.getLogger(__name__)
 Kind = Literal["saved", "transformers", "factory", "embedded"]
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -77,22 +80,30 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
     if name == "embedded":
         from fxshare.embedded import load_embedded, load_tokenizer
 
-        return LoadedModel(name, "embedded", load_embedded(), load_tokenizer())
+        with stage("load", _LOG):
+            return LoadedModel(name, "embedded", load_embedded(), load_tokenizer())
     folder = Path(name)
     if not folder.exists() and is_hub_id(name):
-        folder = snapshot(name)
+        with stage("download", _LOG):
+            folder = snapshot(name)
     if folder.is_dir():
         if is_saved(str(folder)):
             return _saved(name, folder, original)
         if (folder / "config.json").is_file():
-            return _transformers(name, folder)
+            with stage("load", _LOG) as running:
+                loaded = _transformers(name, folder)
+                running.found(type(loaded.model).__name__)
+            return loaded
         raise DataError(
             f"{name}: expected fxshare.json (a folder written by fxshare.save) or config.json (a "
             f"transformers folder), found {_contents(folder)}"
         )
     module_name, colon, attribute = name.partition(":")
     if colon and module_name and attribute and not folder.exists():
-        return LoadedModel(name, "factory", _made(name, module_name, attribute))
+        with stage("load", _LOG) as running:
+            made = _made(name, module_name, attribute)
+            running.found(type(made).__name__)
+        return LoadedModel(name, "factory", made)
     near = difflib.get_close_matches(name, ["embedded"], n=1)
     file = "it is a file" if folder.is_file() else "no such folder"
     raise ConfigError(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+from fxshare.base.progress import stage
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.plans.plan import Group, Plan
 from fxshare.sites.site import Site, Skipped, SliceSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 def exact_plan(sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
@@ -48,14 +52,23 @@ def sharing_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skip
 
 def make_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
     """The plan that the configuration asks for."""
-    if cfg.mode == "exact":
-        return exact_plan(sites, skipped)
-    return sharing_plan(cfg, sites, skipped)
+    with stage("plan", _LOG) as running:
+        exact = cfg.mode == "exact"
+        plan = exact_plan(sites, skipped) if exact else sharing_plan(cfg, sites, skipped)
+        running.found(f"{plan.mode} mode, {len(plan.groups)} groups")
+    return plan
 
 
 def uniform_plan(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped] = ()) -> Plan:
     """For a budget without data: every slice for itself, all at the share of numbers (or FLOPs)
     that the budget keeps. Sizes and FLOPs are those of a planned result; losses are not known."""
+    with stage("plan", _LOG) as running:
+        plan = _uniform(cfg, sites, skipped)
+        running.found(f"uniform ranks, {len(plan.groups)} groups")
+    return plan
+
+
+def _uniform(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped]) -> Plan:
     assert cfg.budget is not None
     kept = cfg.budget.params_kept or cfg.budget.flops_kept
     if kept is None:

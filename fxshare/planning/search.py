@@ -8,6 +8,7 @@ statistics have not seen, and the best is kept.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxshare.base.progress import track
+from fxshare.base.progress import stage, track
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factors.group import GroupFactors, factorise_group, quadratic_loss, refitted
 from fxshare.factors.metric import SliceStatistics
@@ -32,6 +33,8 @@ from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
 from fxshare.plans.plan import Group
 from fxshare.sites.site import Site
+
+_LOG = logging.getLogger(__name__)
 
 
 def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) -> float:
@@ -101,12 +104,20 @@ class Search:
 
         Raises :class:`PlanError` with every trial's reason where none can be carried out.
         """
+        with stage(f"plan: searching{label}", _LOG) as running:
+            found = self._run(spectra, todo, label)
+            running.found(f"best of {len(todo)}: {found.best.trial.name}")
+        return found
+
+    def _run(self, spectra: SpectraByMetric, todo: Sequence[Trial], label: str) -> Found:
         best: Planned | None = None
         tried: list[Tried] = []
         failures: list[str] = []
         known: dict[object, Planned] = {}
         bound = 0.0
-        for trial in track(list(todo), f"searching{label}", total=len(todo)):
+        trials = track(list(todo), f"searching{label}", total=len(todo))
+        for number, trial in enumerate(trials, 1):
+            which = f"plan: trial {number} of {len(todo)}, {trial.name}{label}"
             start = time.perf_counter()
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
@@ -121,17 +132,14 @@ class Search:
             except (PlanError, FactoriseError) as error:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
+                _LOG.info("%s: no plan, %s", which, error)
                 continue
-            tried.append(
-                Tried(
-                    trial.name + label,
-                    one.predicted,
-                    one.measured,
-                    one.solution.cost,
-                    len(one.groups),
-                    time.perf_counter() - start,
-                )
-            )
+            seconds = time.perf_counter() - start
+            name, cost, groups = trial.name + label, one.solution.cost, len(one.groups)
+            tried.append(Tried(name, one.predicted, one.measured, cost, groups, seconds))
+            measured = "" if math.isnan(one.measured) else f", measured {one.measured:+.4g}"
+            losses = f"predicted loss {one.predicted:+.4g}{measured}"
+            _LOG.info("%s: %s, in %.1f s", which, losses, seconds)
             # ranks chosen by activation error have no bound in the model's loss: the last one holds
             one.bound = one.solution.bound if trial.loss_aware else bound
             bound = one.bound

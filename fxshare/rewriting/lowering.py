@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import beyond_rounding, tolerance, worst
+from fxshare.base.progress import stage
 from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError
@@ -37,6 +39,8 @@ from passes import (
 )
 from passes.errors import FxShareError
 from passes.pipeline import Prefer
+
+_LOG = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)  # what is made under it could never be trained
@@ -75,7 +79,8 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
     if record.lowered is not None:
         gm = readable(gm)
         record = record_of(gm)
-    result, lowered = lower_module(gm, prefer)
+    with stage("lower", _LOG):
+        result, lowered = lower_module(gm, prefer)
     compiled = attach(result, with_lowered(record, lowered, result), verbs_of(gm))
     if example is not None:
         _compare(gm, compiled, example)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import fx
 
+from fxshare.base.progress import stage
 from fxshare.plans.plan import Plan
 from passes import (
     Applied,
@@ -18,6 +20,8 @@ from passes import (
     default_passes,
     run,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 def rewrite(
@@ -41,4 +45,7 @@ def rewrite(
         if site.lookups
     ]
     passes = default_passes(sites, groups, pivots, fuse=fuse, extra=extra, looked_up=looked_up)
-    return run(graph, passes)
+    with stage("rewrite", _LOG) as running:
+        result, applied = run(graph, passes)
+        running.found(f"{sum(a.rewrites for a in applied)} rewrites by {len(applied)} passes")
+    return result, applied

@@ -6,12 +6,14 @@ one of them alone would store the weight twice.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fxshare.base.progress import stage
 from fxshare.config import ShareConfig
 from fxshare.errors import MatchError
 from fxshare.sites.refusals import (
@@ -25,6 +27,8 @@ from fxshare.sites.rows import slices_of_rows
 from fxshare.sites.site import Site, Skipped, SliceSpec
 from fxshare.sites.tensors import stored_bias
 from passes import is_linear, weight_and_bias
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
     Raises :class:`MatchError` for a pattern that matches no linear (with the nearest names), a
     module matched by two types, a layer number that cannot be found, heads that do not divide.
     """
+    with stage("match", _LOG) as running:
+        found = _matching(model, cfg)
+        running.found(f"{len(found.sites)} sites")
+    return found
+
+
+def _matching(model: nn.Module, cfg: ShareConfig) -> Matching:
     refuse_quantised(model)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     types = _types(modules, cfg)

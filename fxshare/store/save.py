@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxshare.base.progress import stage
 from fxshare.capture import dtype_of
 from fxshare.config import dump_config
 from fxshare.errors import StoreError
@@ -42,10 +44,12 @@ from fxshare.store.tensors import tensors_of, write_tensors
 from fxshare.store.tokenizer import TokenizerSource, write_tokenizer
 from fxshare.store.transformers import write_hf_configs
 
+_LOG = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5 * 10**9
 _PROBE_SEED = 20240917
 
 
+@stage("save", _LOG)
 def save(
     gm: nn.Module,
     path: str | os.PathLike[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
+from fxshare.base.progress import stage
 from fxshare.capture import Call, Caller, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
 from fxshare.capture.call import holds_tensor
@@ -23,6 +25,8 @@ from fxshare.sites.tensors import site_tensors
 from fxshare.verifying.evaluated import evaluated
 from fxshare.verifying.multiplied import is_large, multiplied_out
 from passes.errors import FxShareError
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Verification:
         return "\n".join([head, *rows])
 
 
+@stage("verify", _LOG)
 def verify(
     model: nn.Module,
     gm: nn.Module,

@@ -34,13 +34,18 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
-def test_json_alone_on_stdout_and_silence_in_a_pipe(folder: Path) -> None:
+@pytest.mark.parametrize("quiet", [True, False])
+def test_json_alone_on_stdout_and_no_progress_bar_in_a_pipe(folder: Path, quiet: bool) -> None:
     command = ("compile", "cli_toy:make", "-c", "sharing.yaml", "--calibration", "ids.npy")
-    ran = run(folder, *command, "--length", "20", "--json", PYTHONIOENCODING="utf-8")
+    options = ("--length", "20", "--json", *(("--quiet",) if quiet else ()))
+    ran = run(folder, *command, *options, PYTHONIOENCODING="utf-8")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["sites"] == 8
-    # only what the model's own code prints: no progress, no notes
-    assert set(ran.stderr.splitlines()) == {"the factory talks"}
+    # what the model's own code prints, and the stages unless --quiet: no progress, no notes
+    stage = re.compile(r"[a-z]+: (started|done in \d+\.\d s( \(.*\))?)")
+    lines = ran.stderr.splitlines()
+    assert {line for line in lines if not stage.fullmatch(line)} == {"the factory talks"}
+    assert ("capture: started" in lines) != quiet
 
 
 def test_an_error_is_one_line_without_a_traceback(folder: Path) -> None:

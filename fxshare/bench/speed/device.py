@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxshare.base.progress import stage
 from fxshare.cost_model import Rates
 from fxshare.cost_model.device import device_name, threads_of
 from fxshare.errors import ConfigError, FxShareWarning
+
+_LOG = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 WIDTHS = (16, 64, 256, 1024, 4096)
@@ -59,6 +63,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@stage("bench device", _LOG)
 def bench_device(
     *,
     device: str = "cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fxshare.base.machine import environment
+from fxshare.base.progress import stage
 from fxshare.bench.speed.alone import alone, alone_steps
 from fxshare.bench.speed.compiled import warm_compiler
 from fxshare.bench.speed.measuring import Measurement, Timing, measured, recorded
@@ -21,6 +23,8 @@ from fxshare.bench.speed.subject import Subject
 from fxshare.capture import device_of, dtype_of
 from fxshare.cost_model.device import how_to_measure_for, rates_for, threads_of
 from fxshare.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 Lower = Callable[[Any], nn.Module]
 VARIANTS = ("dense", "exact", "exact-lowered", "notebook", "readable", "lowered")
@@ -64,6 +68,7 @@ def chosen(names: str, known: Sequence[str], option: str) -> tuple[str, ...]:
     return tuple(name for name in known if name in given)
 
 
+@stage("bench run", _LOG)
 def bench_run(
     subject: Subject,
     timing: Timing,

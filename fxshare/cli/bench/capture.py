@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug
+from fxshare.cli.options import AsJson, Debug, Quiet, Verbose
 from fxshare.cli.output import Result
 
 
@@ -19,6 +19,8 @@ def capture(
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Seconds and memory to capture and rewrite a model of 7B shape without weights.
 
@@ -29,6 +31,6 @@ def capture(
     from fxshare.bench.capture import bench_capture, lines
     from fxshare.bench.capture import family as model_of
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     found = bench_capture(lambda: model_of(family, layers))
     return Result(found.to_dict(), "\n".join(lines(found)))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Seed, Threads
+from fxshare.cli.options import AsJson, Debug, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result
 
 
@@ -20,6 +20,8 @@ def compress(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """What calibration costs beside a forward pass, and factorisation beside an SVD.
 
@@ -30,7 +32,7 @@ def compress(
     from fxshare.bench.compress import bench_compress, lines
     from fxshare.bench.speed.device import threads as using
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     with using(threads):
         measured = bench_compress(
             layers=layers, width=width, heads=heads, tokens=tokens, repeats=repeats, seed=seed

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Device, Dtype, Threads
+from fxshare.cli.options import AsJson, Debug, Device, Dtype, Quiet, Threads, Verbose
 from fxshare.cli.output import Result, table
 
 
@@ -20,6 +20,8 @@ def device(
     threads: Threads = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Measure this device for the cost model: FLOP/s, bandwidth, launches. Kept in the cache.
 
@@ -32,7 +34,7 @@ def device(
     from fxshare.bench.speed.device import threads as using
     from fxshare.cost_model import write_rates
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     with using(threads):
         rates = bench_device(device=device, dtype=dtype, repeats=repeats, compiled=compiled)
     path = write_rates(rates)

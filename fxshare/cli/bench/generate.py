@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Seed, Threads
+from fxshare.cli.options import AsJson, Debug, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result, table
 
 
@@ -24,6 +24,8 @@ def generate(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Tokens per second of generate(): the graph, lowered, beside module granularity and dense.
 
@@ -36,7 +38,7 @@ def generate(
     from fxshare.bench.speed.device import threads as using
     from fxshare.bench.speed.subject import GPTShape
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     sizes = GPTShape.parse(shape)
     with using(threads):
         result = bench_generate(

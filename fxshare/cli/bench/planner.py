@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug
+from fxshare.cli.options import AsJson, Debug, Quiet, Verbose
 from fxshare.cli.output import Result, table
 
 
@@ -21,6 +21,8 @@ def planner(
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """How long planning takes on Llama-7B-shaped problems with given spectra.
 
@@ -31,7 +33,7 @@ def planner(
     from fxshare.bench.planner import bench_planner, draw
     from fxshare.bench.planner import table as rows_of
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     try:
         counts = [int(part) for part in layers.split(",")]
     except ValueError:

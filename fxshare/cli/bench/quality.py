@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Seed, Threads
+from fxshare.cli.options import AsJson, Debug, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result, note, table
 
 
@@ -38,6 +38,8 @@ def quality(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """Held-out loss of planned plans beside Basis Sharing and per-matrix SVD; no training.
 
@@ -51,7 +53,7 @@ def quality(
     from fxshare.bench.speed.device import threads as using
     from fxshare.config import load_config
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     models, files, configs = model or [], tokens or [], config or []
     if not len(models) == len(files) == len(configs):
         raise fxshare.errors.ConfigError(

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Device, Dtype, Original, Seed, Threads
+from fxshare.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    Original,
+    Quiet,
+    Seed,
+    Threads,
+    Verbose,
+)
 from fxshare.cli.output import Result, note, table
 
 if TYPE_CHECKING:
@@ -81,6 +91,8 @@ def run(
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> Result:
     """How fast a compressed model is beside dense: eager and compiled, a prompt and one token.
 
@@ -99,7 +111,7 @@ def run(
     from fxshare.bench.speed.table import draw
     from fxshare.views.figure import check_drawable
 
-    del as_json, debug
+    del as_json, debug, verbose, quiet
     if plot is not None:
         check_drawable(plot)
     wanted = None if variants is None else chosen(variants, VARIANTS, "--variants")
