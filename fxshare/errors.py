@@ -7,7 +7,14 @@ found, and the way out. The command line maps :class:`ConfigError` to exit code 
 
 from __future__ import annotations
 
-from passes.errors import EnsuresError, FxShareError, PassError, RequiresError, ShapeError
+from passes.errors import (
+    EnsuresError,
+    FxShareError,
+    NameFault,
+    PassError,
+    RequiresError,
+    ShapeError,
+)
 
 
 class ConfigError(FxShareError):
@@ -71,6 +78,7 @@ __all__ = [
     "FxShareWarning",
     "GuardError",
     "MatchError",
+    "NameFault",
     "PassError",
     "PlanError",
     "RequiresError",

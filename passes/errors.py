@@ -24,6 +24,10 @@ class EnsuresError(PassError):
     """The graph that a pass made breaks its ``ensures`` or an invariant of the runner."""
 
 
+class NameFault(PassError):
+    """A name of a submodule, a tensor or an argument that no generated code can hold."""
+
+
 class ShapeError(PassError):
     """A tensor handed to a pass does not have the shape that its site needs."""
 

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
-from passes.errors import EnsuresError, FxShareError, PassError
+from passes.errors import EnsuresError, FxShareError, NameFault, PassError
 from passes.graph.graph import structure_copy
+from passes.graph.names import check_names
 from passes.sharing.pivot_basis import leave_out_derived
 
 _LOG = logging.getLogger(__name__)
@@ -111,6 +112,10 @@ class _Snapshot:
         )
 
     def check(self, gm: fx.GraphModule, one: Pass, rewrites: int) -> None:
+        try:
+            check_names(gm.graph)
+        except NameFault as error:
+            raise NameFault(f"pass {one.name!r}: {error}") from error
         try:
             gm.graph.lint()
             gm.recompile()

@@ -18,6 +18,7 @@ from fxshare.capture.captured import Captured, FrontEnd, Mode
 from fxshare.capture.check import Original, described, erase_guards, guard_nodes, relax, self_check
 from fxshare.capture.exported import export
 from fxshare.capture.modules import linears_side_by_side
+from fxshare.capture.signature import check_model_names
 from fxshare.capture.tracing.trace import trace
 from fxshare.errors import CaptureError
 from passes import linear_calls, lookups, structure_copy
@@ -62,6 +63,7 @@ def _captured(
             f"{type(model).__name__} cannot be copied (copy.deepcopy): {type(error).__name__}: "
             f"{str(error).splitlines()[0]}; take what it holds beside parameters and buffers out"
         ) from error
+    check_model_names(model)
     if mode == "auto" and example is None:
         return _modules(model, start, ("no example inputs: captured at module granularity",))
     if mode == "modules":
@@ -104,6 +106,7 @@ def recapture(
     Raises :class:`CaptureError` where the front end fails.
     """
     start = time.perf_counter()
+    check_model_names(model)
     if front_end == "modules" or shapes is None:
         return _modules(model, start, ())
     traced = adapt(model).traced

@@ -20,6 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxshare.errors import CaptureError
 from passes.graph.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
+from passes.graph.names import unwritable
 from passes.graph.slices import Slice, rows_of, set_slices, slice_weight, slices
 from passes.sharing.pivot_basis import gathers, set_gathers
 
@@ -85,7 +86,10 @@ def linears_side_by_side(model: nn.Module) -> fx.GraphModule:
         name
         for name, module in root.named_modules(remove_duplicate=False)
         # nn.MultiheadAttention never calls its out_proj, it reads the weight
-        if is_linear(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if is_linear(module)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        # nor can code hold every name; what matches such a one is refused by the matching
+        and unwritable(name) is None
     ]
     if not names:
         raise CaptureError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -189,6 +188,8 @@ def _untouched(name: str, module: nn.Module, cfg: ShareConfig | None) -> list[st
 
 
 def _mismatch(type_name: str, pattern: str, name: str) -> str:
-    inside = re.search(pattern, name)
+    from fxshare.sites.patterns import Pattern
+
+    inside = Pattern(pattern).search(name)
     hint = "" if inside is None else "; it matches further inside: begin the pattern with .*"
     return f"{type_name}: {pattern} does not match{hint}"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fxshare.base.files import write_text
+from fxshare.base.json_text import parse_json
 from fxshare.errors import FxShareWarning
 
 VERSION = 1
@@ -101,8 +102,8 @@ def read_rates(device: str, name: str, dtype: str, threads: int) -> Rates | None
     except OSError:
         return None
     try:
-        return _parsed(json.loads(content))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        return _parsed(parse_json(content))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         warnings.warn(
             f"{path}: not a file of device constants ({error}), times are not predicted; measure "
             f"again: {how_to_measure(device, dtype, threads)}",

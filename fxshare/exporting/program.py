@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxshare.capture import quiet
+from fxshare.capture.signature import method_taking
 from fxshare.capture.tracing.tracer import failing_line
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import plain
@@ -94,12 +95,8 @@ class _Bare(nn.Module):
     @staticmethod
     def around(model: nn.Module, inputs: list[str], constants: Mapping[str, Any]) -> _Bare:
         """One whose ``forward`` has the inputs as its parameters: exports take their names."""
-        arguments = ", ".join(inputs)
-        passed = ", ".join(f"{name}={name}" for name in inputs)
-        source = f"def forward(self, {arguments}):\n    return self.call({passed})\n"
-        scope: dict[str, Any] = {}
-        exec(source, scope)
-        cls = type("Model", (_Bare,), {"forward": scope["forward"], "__module__": __name__})
+        forward = method_taking(inputs, _Bare.call)
+        cls = type("Model", (_Bare,), {"forward": forward, "__module__": __name__})
         made: _Bare = cls(model, constants)
         return made
 

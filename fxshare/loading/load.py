@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxshare.base.json_text import parse_json
 from fxshare.base.numerics import beyond_rounding, tolerance
 from fxshare.base.progress import stage
 from fxshare.capture import device_of
 from fxshare.config import ShareConfig, load_config
-from fxshare.errors import FxShareWarning, StoreError
+from fxshare.errors import FxShareWarning, PlanError, StoreError
 from fxshare.generation.shell import generate
 from fxshare.loading.rebuild import rebuild
-from fxshare.models.source import Source
+from fxshare.models.source import EMBEDDED, Source
 from fxshare.plans.plan import Plan
 from fxshare.result.face import Verbs
 from fxshare.result.module import Compiled, attach, record_of
@@ -40,6 +40,13 @@ from fxshare.store.manifest import (
 )
 from fxshare.store.pretrained import save_pretrained
 from fxshare.store.probe import Probe, distance, take
+from fxshare.store.sizes import (
+    check_embedded,
+    check_inputs,
+    check_plan_sizes,
+    check_sizes,
+    most_modules,
+)
 from fxshare.store.skeleton import ModelSource, skeleton
 from fxshare.store.tensors import fill
 from passes import Pass
@@ -89,10 +96,15 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
+    check_sizes(folder, manifest)
     record = _record(folder, manifest)
+    check_plan_sizes(folder, manifest, record.plan)
+    check_inputs(folder, manifest, record.inputs)
     _check_passes(folder, record, passes)
     target = torch.device("cpu" if device is None else device)
-    structure = skeleton(manifest.source, model)
+    if model is None and manifest.source.kind == EMBEDDED:
+        check_embedded(folder, manifest, record.plan)
+    structure = skeleton(manifest.source, model, most_modules(len(manifest.tensors)))
     result, lowered = rebuild(structure, manifest, record, passes, target)
     record = replace(record, lowered=lowered)
     fill(result, manifest.tensors, folder, list(manifest.files), target)
@@ -117,12 +129,12 @@ def load(
 def _record(folder: Path, manifest: Manifest) -> Record:
     config: ShareConfig = load_config(folder / CONFIG)
     try:
-        report = Report.from_dict(json.loads(read_text(folder, REPORT)))
+        report = Report.from_dict(parse_json(read_text(folder, REPORT)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{folder / REPORT} is not a report: {error}") from error
     return Record(
         config=config,
-        plan=Plan.from_json(read_text(folder, PLAN)),
+        plan=_plan(folder),
         report=report,
         front_end=manifest.front_end,
         source=Source(**manifest.source.model_dump()),
@@ -133,6 +145,13 @@ def _record(folder: Path, manifest: Manifest) -> Record:
         extra_passes=manifest.extra_passes,
         lowering=manifest.lowering,
     )
+
+
+def _plan(folder: Path) -> Plan:
+    try:
+        return Plan.from_json(read_text(folder, PLAN))
+    except PlanError as error:
+        raise PlanError(f"{folder / PLAN}: {error}") from error
 
 
 def _check_passes(folder: Path, record: Record, passes: Sequence[Pass]) -> None:

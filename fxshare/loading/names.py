@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fxshare.base.building import at_most
+from fxshare.base.json_text import parse_json
 from fxshare.base.progress import stage
 from fxshare.data.stream import TextTokenizer
 from fxshare.errors import ConfigError, DataError, FxShareWarning
@@ -25,6 +26,7 @@ from fxshare.loading.hub import is_hub_id, snapshot
 from fxshare.loading.weights import check_weights
 from fxshare.models.quantised import quantisation_of, refusal_of_quantised
 from fxshare.models.source import EMBEDDED, USER
+from fxshare.store.sizes import most_modules
 from fxshare.store.transformers import MODEL_TYPE
 from passes.errors import FxShareError
 
@@ -156,12 +158,12 @@ def _transformers(name: str, folder: Path) -> LoadedModel:
             f"{name}: expected weights ({' or '.join(_WEIGHTS)}) beside config.json, found "
             f"{_contents(folder)}"
         )
-    check_weights(folder)
+    most = most_modules(check_weights(folder))
     transformers = _import_transformers(name)
     causal = any(str(a).endswith(_CAUSAL) for a in architectures)
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
-        with _progress_on_terminals_only(transformers):
+        with _progress_on_terminals_only(transformers), at_most(most):
             model, info = auto.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
@@ -183,7 +185,7 @@ def _transformers(name: str, folder: Path) -> LoadedModel:
 def _config_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: expected JSON, found {error}") from error
     if not isinstance(config, dict):

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from fxshare.base.json_text import parse_json
 from fxshare.errors import DataError
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _POINTER = b"version https://git-lfs"
+# of a pickled tensor: its name, shape and type
+_LEAST_BYTES = 64
 _AGAIN = "the download is not complete; download it again, or copy it from where it is whole"
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> int:
     """Hold the safetensors files that transformers will read to their own headers, and an index to
-    the files beside it.
+    the files beside it; returns the most tensors that the files of weights can hold.
 
     Raises :class:`DataError` naming the file that is missing, cut off, or not what its name says.
     """
     if (folder / _WHOLE).is_file():
-        _check_file(folder / _WHOLE)
-        return
+        return _check_file(folder / _WHOLE)
     index = folder / _INDEX
     if not index.is_file():
-        return
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        return size // _LEAST_BYTES
     files = _files_of(index)
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
@@ -32,13 +34,12 @@ def check_weights(folder: Path) -> None:
             f"{folder}: {len(missing)} of {len(files)} files of weights are missing, the first is "
             f"{missing[0]}: {_INDEX} names it; {_AGAIN}"
         )
-    for name in files:
-        _check_file(folder / name)
+    return sum(_check_file(folder / name) for name in files)
 
 
 def _files_of(index: Path) -> list[str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = parse_json(index.read_bytes())["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -50,8 +51,9 @@ def _files_of(index: Path) -> list[str]:
     return files
 
 
-def _check_file(path: Path) -> None:
-    """The header says how long the file is: 8 bytes with its length, itself, and the tensors."""
+def _check_file(path: Path) -> int:
+    """How many tensors it has. The header says how long the file is: 8 bytes with its length,
+    itself, and the tensors."""
     found = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -67,7 +69,7 @@ def _check_file(path: Path) -> None:
                 f"header; {_AGAIN}"
             )
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(f"{path}: cannot be read as safetensors: {error!r:.80}") from error
@@ -76,6 +78,7 @@ def _check_file(path: Path) -> None:
         raise DataError(
             f"{path} is cut off or altered: expected {expected:,} bytes, found {found:,}; {_AGAIN}"
         )
+    return len(ends)
 
 
 __all__ = ["check_weights"]

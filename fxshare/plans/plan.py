@@ -9,13 +9,15 @@ import difflib
 import json
 import reprlib
 from collections import Counter
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
+from fxshare.base.json_text import parse_json
+from fxshare.base.names import as_group_name
 from fxshare.errors import PlanError
 from fxshare.plans.outlook import Outlook
-from fxshare.sites.site import Frozen, Site, Skipped
+from fxshare.sites.site import Frozen, Label, ModulePath, Site, Skipped, TypeNames
 
 VERSION = 1
 
@@ -23,13 +25,13 @@ VERSION = 1
 class Group(Frozen):
     """Slices that share one basis."""
 
-    name: str
+    name: Annotated[str, AfterValidator(as_group_name)]
     """Module name of the basis at the root of the graph module."""
-    type: str
-    label: str
+    type: TypeNames
+    label: Label
     """Which slices of a site: ``q.3``, ``q``, or empty for whole sites."""
     layers: tuple[int, ...]
-    slices: tuple[str, ...]
+    slices: tuple[ModulePath, ...]
     in_features: int
     out_features: int
     """Stacked output width of all slices."""
@@ -146,7 +148,7 @@ class Plan(Frozen):
     def from_json(text: str) -> Plan:
         """Read and check a plan; :class:`PlanError` says what does not hold."""
         try:
-            version = json.loads(text).get("version", VERSION)
+            version = parse_json(text).get("version", VERSION)
             if version > VERSION:
                 raise PlanError(
                     f"the plan has version {version}, this fxshare reads up to {VERSION}; upgrade "
@@ -162,16 +164,19 @@ class Plan(Frozen):
 def _fault(error: ValidationError, text: str) -> str:
     """The first fault, with the name of the group or site that has it."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
     loc = list(first["loc"])
+    if first["type"] == "value_error" and not loc:
+        return str(first["ctx"]["error"])
     where = []
     if len(loc) > 1 and isinstance(loc[1], int):
         entry = json.loads(text)[loc[0]][loc[1]]
         named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        where.append(f"{str(loc[0])[:-1]} {entry['name']!r}" if named else f"{loc[0]}.{loc[1]}")
+        name = reprlib.repr(entry["name"]) if named else ""
+        where.append(f"{str(loc[0])[:-1]} {name}" if named else f"{loc[0]}.{loc[1]}")
         loc = loc[2:]
     where.append(".".join(str(step) for step in loc))
+    if first["type"] == "value_error":
+        return ": ".join((*where, str(first["ctx"]["error"])))
     found = "" if first["type"] == "missing" else f"; found {reprlib.repr(first['input'])}"
     said = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
     return ": ".join(filter(None, (*where, said))) + found

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fxshare.base.names import as_label, as_module_path, as_type_names
 from fxshare.plans.cost import Shape, flops, weights_bytes
 from fxshare.plans.plan import Group, Plan
 from fxshare.sites.site import Site, Skipped
@@ -98,6 +99,10 @@ class Report:
         values["groups"] = tuple(
             GroupReport(**{**group, "layers": tuple(group["layers"])}) for group in plain["groups"]
         )
+        for group in plain["groups"]:
+            as_module_path(group["name"])
+            as_type_names(group["type"])
+            as_label(group["label"])
         values["skipped"] = tuple(Skipped(**skipped) for skipped in plain["skipped"])
         return Report(**values | {key: tuple(plain[key]) for key in ("passes", "notes")})
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxshare.base.progress import stage
 from fxshare.config import ShareConfig
 from fxshare.errors import MatchError
+from fxshare.sites.patterns import Pattern
 from fxshare.sites.refusals import (
     every_type_has_sites,
     holds_weight,
@@ -27,6 +28,7 @@ from fxshare.sites.rows import slices_of_rows
 from fxshare.sites.site import Site, Skipped, SliceSpec
 from fxshare.sites.tensors import stored_bias
 from passes import is_linear, weight_and_bias
+from passes.graph.names import shortened, unwritable
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ def _matching(model: nn.Module, cfg: ShareConfig) -> Matching:
     types = _types(modules, cfg)
     owners = _owners(model)
     alone = _alone(types, modules)
+    block = None if cfg.block_pattern is None else Pattern(cfg.block_pattern)
     sites: list[Site] = []
     skipped: list[Skipped] = []
     done: set[int] = set()
@@ -77,11 +80,11 @@ def _matching(model: nn.Module, cfg: ShareConfig) -> Matching:
             skipped.append(Skipped(name=name, type=type_name, reason=reason))
             continue
         done.add(id(weight))
-        layer = _layer(cfg, name, type_name, alone=type_name in alone)
+        layer = _layer(cfg, block, name, type_name, alone=type_name in alone)
         sites.append(_site(model, cfg, type_name, layer, readers))
     parameters: set[str] = set()
     for name, type_name in _parameter_types(model, modules, cfg).items():
-        found = _parameter_sites(model, cfg, name, type_name, owners)
+        found = _parameter_sites(model, cfg, block, name, type_name, owners)
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
@@ -94,8 +97,9 @@ def _matching(model: nn.Module, cfg: ShareConfig) -> Matching:
 def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]:
     """The weight type of every matched module that is a linear, or would be one."""
     found: dict[str, str] = {}
+    patterns = {t: Pattern(spec.pattern) for t, spec in cfg.weight_types.items()}
     for name, module in modules.items():
-        matching = [t for t, spec in cfg.weight_types.items() if re.match(spec.pattern, name)]
+        matching = [t for t, pattern in patterns.items() if pattern.match(name)]
         if not matching or not holds_weight(module):
             continue
         if len(matching) > 1:
@@ -104,8 +108,18 @@ def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]
                 f"({cfg.weight_types[matching[0]].pattern}) and {matching[1]!r} "
                 f"({cfg.weight_types[matching[1]].pattern}); make the patterns disjoint"
             )
+        _check_name(name)
         found[name] = matching[0]
     return found
+
+
+def _check_name(name: str) -> None:
+    reason = unwritable(name)
+    if reason is not None:
+        raise MatchError(
+            f"{shortened(name)} is matched, but its name {reason}; rename it, or let the pattern "
+            "leave it out: the code of a graph would hold the name as it is"
+        )
 
 
 def _parameter_types(
@@ -113,19 +127,21 @@ def _parameter_types(
 ) -> dict[str, str]:
     """The weight type of every matched parameter that is not the weight of a matched module."""
     found: dict[str, str] = {}
+    patterns = {t: Pattern(spec.pattern) for t, spec in cfg.weight_types.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, field = name.rpartition(".")
         module = modules.get(owner, model)
         if parameter.ndim not in (2, 3) or (field == "weight" and is_linear(module)):
             continue
-        for type_name, spec in cfg.weight_types.items():
+        for type_name, pattern in patterns.items():
             # a pattern that matches the module as well means the module
-            if re.match(spec.pattern, name) and not (owner and re.match(spec.pattern, owner)):
+            if pattern.match(name) and not (owner and pattern.match(owner)):
                 if name in found:
                     raise MatchError(
                         f"parameter {name!r} is matched by two weight types, {found[name]!r} and "
                         f"{type_name!r}; make the patterns disjoint"
                     )
+                _check_name(name)
                 found[name] = type_name
     return found
 
@@ -189,6 +205,7 @@ def _owner_of_rows(names: Sequence[str], modules: Mapping[str, nn.Module]) -> st
 def _parameter_sites(
     model: nn.Module,
     cfg: ShareConfig,
+    block: Pattern | None,
     name: str,
     type_name: str,
     owners: Mapping[int, list[str]],
@@ -209,7 +226,7 @@ def _parameter_sites(
     if len(owners[id(parameter)]) > 1:
         reason = f"is tied to {next(n for n in owners[id(parameter)] if n != name)!r}"
         return Skipped(name=name, type=type_name, reason=reason)
-    layer = _layer(cfg, name, type_name)
+    layer = _layer(cfg, block, name, type_name)
     spec = cfg.weight_types[type_name]
     transposed = parameter.ndim == 3 and getattr(module, "is_transposed", False) is True
     bias = stored_bias(module, field) is not None
@@ -240,17 +257,19 @@ def _parameter_sites(
     return found
 
 
-def _layer(cfg: ShareConfig, name: str, type_name: str, *, alone: bool = False) -> int | None:
+def _layer(
+    cfg: ShareConfig, block: Pattern | None, name: str, type_name: str, *, alone: bool = False
+) -> int | None:
     """The layer number in a name; None where there need not be one, as of a weight ``alone`` in its
     type, which has nothing to share with in any layer."""
-    if cfg.block_pattern is None:
+    if block is None:
         if cfg.mode == "sharing" and not alone and cfg.group_size_of(type_name) > 1:
             raise MatchError(
                 "sharing across layers needs block_pattern, a regular expression whose group 1 is "
                 f"the layer number in names like {name!r}, for example 'h\\.(\\d+)'"
             )
         return None
-    found = re.search(cfg.block_pattern, name)
+    found = block.search(name)
     if found is not None and found.group(1) is not None and found.group(1).isdecimal():
         return int(found.group(1))
     if alone or (cfg.mode == "sharing" and cfg.group_size_of(type_name) == 1):

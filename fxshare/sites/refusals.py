@@ -120,5 +120,5 @@ def _nearest(pattern: str, linears: list[str]) -> str:
     if not linears:
         return "the model has no linear modules"
     plain = re.sub(r"\\d\+?|[\\^$.*+?()\[\]{}|]", "", pattern)
-    scored = difflib.get_close_matches(plain, linears, n=3, cutoff=0.0)
+    scored = difflib.get_close_matches(plain[:200], linears, n=3, cutoff=0.0)
     return f"the nearest linear modules are {', '.join(map(repr, scored))}"

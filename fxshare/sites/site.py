@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from fxshare.base.names import as_label, as_module_path, as_type_names
+
+ModulePath: TypeAlias = Annotated[str, AfterValidator(as_module_path)]
+TypeNames: TypeAlias = Annotated[str, AfterValidator(as_type_names)]
+Label: TypeAlias = Annotated[str, AfterValidator(as_label)]
 
 
 class Frozen(BaseModel):
@@ -14,9 +22,9 @@ class Frozen(BaseModel):
 class SliceSpec(Frozen):
     """A run of rows of one weight."""
 
-    name: str
+    name: ModulePath
     """Qualified name: the site's, and where it is split the part and head (``...c_attn.q.3``)."""
-    part: str = ""
+    part: Label = ""
     """``q``, ``k``, ``v``, or empty."""
     head: int | None = None
     start: int
@@ -39,11 +47,11 @@ class SliceSpec(Frozen):
 class Site(Frozen):
     """One weight parameter that is rewritten, however many modules read it."""
 
-    name: str
+    name: ModulePath
     """Qualified name of the first module that owns the weight."""
-    calls: tuple[str, ...]
+    calls: tuple[ModulePath, ...]
     """Every module that multiplies by this parameter; none where it is looked up only."""
-    type: str
+    type: TypeNames
     """The weight type of the configuration that matched."""
     layer: int | None
     in_features: int
@@ -53,7 +61,7 @@ class Site(Frozen):
     """In row order, covering every row once."""
     transposed: bool = False
     """A parameter that stores ``(in, out)``; of modules their class tells."""
-    lookups: tuple[str, ...] = ()
+    lookups: tuple[ModulePath, ...] = ()
     """Every embedding that looks rows of this parameter up."""
 
     @property
@@ -70,6 +78,6 @@ class Site(Frozen):
 class Skipped(Frozen):
     """A module that a pattern matched and that stays as it is, and why."""
 
-    name: str
-    type: str
+    name: ModulePath
+    type: TypeNames
     reason: str

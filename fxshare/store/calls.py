@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from fxshare.base.names import as_argument
 from fxshare.capture.call import Call
 from fxshare.errors import StoreError
 from fxshare.result.inputs import InputSpec
 from fxshare.store.manifest import DTYPES, dtype_name
+from passes.graph.names import shortened
 
 
 def encode_inputs(calls: Sequence[Call]) -> tuple[dict[str, Any], ...]:
@@ -46,9 +48,11 @@ def _encode(name: str, value: object) -> Any:
 def decode_inputs(calls: Sequence[Mapping[str, Any]]) -> tuple[Call, ...]:
     """The inverse of :func:`encode_inputs`; :class:`StoreError` for anything else."""
     try:
-        return tuple({name: _decode(value) for name, value in call.items()} for call in calls)
+        return tuple(
+            {as_argument(name): _decode(value) for name, value in call.items()} for call in calls
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"the folder's example calls cannot be read: {error!r}") from error
+        raise StoreError(f"the folder's example calls cannot be read: {error!r:.300}") from error
 
 
 def _decode(value: Any) -> Any:
@@ -58,13 +62,19 @@ def _decode(value: Any) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        dtype = dtype_name(DTYPES[content["dtype"]])
+        dtype = dtype_name(_dtype(content["dtype"]))
         shape = tuple(int(size) for size in content["shape"])
         return InputSpec(shape, dtype, float(content["low"]), float(content["high"]))
     if kind == "dtype":
-        return DTYPES[content]
+        return _dtype(content)
     if kind == "tuple":
         return tuple(_decode(item) for item in content)
     if kind == "dict":
         return {key: _decode(item) for key, item in content.items()}
-    raise ValueError(f"unknown kind of value {kind!r}")
+    raise ValueError(f"unknown kind of value {shortened(kind)}")
+
+
+def _dtype(name: object) -> torch.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(DTYPES)}; found {shortened(name)}")
+    return DTYPES[name]

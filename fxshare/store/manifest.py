@@ -7,15 +7,18 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fxshare.base.json_text import parse_json
+from fxshare.base.names import as_class_name, as_file_name, as_module_path
 from fxshare.capture import FrontEnd
 from fxshare.errors import StoreError
 from fxshare.result.record import Step
 from fxshare.store.probe import Probe
+from passes.graph.names import shortened
 
 FORMAT = "fxshare"
 FORMAT_VERSION = 1
@@ -54,6 +57,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+ModulePath: TypeAlias = Annotated[str, AfterValidator(as_module_path)]
+FileName: TypeAlias = Annotated[str, AfterValidator(as_file_name)]
+_MOST_STEPS = 64
+
+
+def _as_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"expected one of {', '.join(DTYPES)}; found {shortened(name)}")
+    return name
+
+
+Dtype: TypeAlias = Annotated[str, AfterValidator(_as_dtype)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -72,29 +89,22 @@ class TensorEntry(_Frozen):
     """
 
     kind: Literal["parameter", "buffer", "attribute"]
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Dtype
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
     requires_grad: bool = False
     order: tuple[int, ...] | None = None
     """Dimensions from the largest stride to the smallest, where that is not their order."""
-    same_as: str | None = None
+    same_as: ModulePath | None = None
     """Another name of the same object."""
-    shares: str | None = None
+    shares: ModulePath | None = None
     """Another object with the same memory."""
-
-    @field_validator("dtype")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"expected one of {', '.join(DTYPES)}; found {value!r}")
-        return value
 
 
 class SavedSource(_Frozen):
     """:class:`fxshare.models.source.Source`."""
 
     kind: str
-    class_name: str
+    class_name: Annotated[str, AfterValidator(as_class_name)]
     config: dict[str, Any] | None
     generation_config: dict[str, Any] | None
 
@@ -113,21 +123,31 @@ class Manifest(_Frozen):
     lowering: tuple[Step, ...] = ()
     """How the graph was lowered; see :class:`fxshare.Record`."""
     training: bool
-    training_differs: tuple[str, ...]
+    training_differs: tuple[ModulePath, ...]
     """Modules in the other mode."""
-    dtype: str
-    site_dtypes: dict[str, str]
+    dtype: Dtype
+    site_dtypes: dict[ModulePath, Dtype]
     """Of sites in another dtype than that."""
     inputs: tuple[dict[str, Any], ...]
     """The example calls; see :func:`fxshare.store.calls.encode_inputs`."""
-    slice_errors: dict[str, float]
-    bias_shifts: dict[str, float] = Field(default_factory=dict)
-    tensors: dict[str, TensorEntry]
+    slice_errors: dict[ModulePath, float]
+    bias_shifts: dict[ModulePath, float] = Field(default_factory=dict)
+    tensors: dict[ModulePath, TensorEntry]
     graph_sha256: str
     probe: Probe | None
     no_probe: str | None
     """Why there is no probe."""
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
+
+    @field_validator("lowering")
+    @classmethod
+    def _is_legal(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        if len(steps) > _MOST_STEPS:
+            raise ValueError(f"expected at most {_MOST_STEPS} steps; found {len(steps):,}")
+        for before, step in zip((None, *steps), steps, strict=False):
+            if step == "readable" and before in (None, "readable"):
+                raise ValueError("expected 'readable' after 'memory' or 'speed' only")
+        return steps
 
     def then_and_now(self) -> str:
         """The versions it was saved with, and the present ones."""
@@ -201,8 +221,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not an fxshare folder: it {what}; expected what fxshare.save wrote"
         )
     try:
-        plain = json.loads(read_text(folder, MANIFEST))
-    except (ValueError, RecursionError) as error:
+        plain = parse_json(read_text(folder, MANIFEST))
+    except ValueError as error:
         raise StoreError(f"{path} is truncated or altered: not JSON ({error})") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of an fxshare folder")
@@ -220,8 +240,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate({k: v for k, v in plain.items() if k != _DIGEST})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        first = error.errors(include_url=False)[0]
+        steps = map(str, first["loc"])
+        where = ".".join(s if s.isprintable() and len(s) <= 80 else shortened(s) for s in steps)
         raise StoreError(f"{path}: {where}: {first['msg']}") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fxshare.base.progress import stage
@@ -32,7 +33,6 @@ from fxshare.store.manifest import (
     REPORT_TABLE,
     FileEntry,
     Manifest,
-    SavedSource,
     TensorEntry,
     dtype_name,
     file_entry,
@@ -127,9 +127,9 @@ def _manifest(
     files: dict[str, FileEntry],
 ) -> Manifest:
     main = dtype_name(dtype_of(gm))
-    return Manifest(
+    return _checked(
         versions=versions(),
-        source=SavedSource(**asdict(source)),
+        source=asdict(source),
         front_end=record.front_end,
         relaxed=record.relaxed,
         extra_passes=record.extra_passes,
@@ -147,6 +147,16 @@ def _manifest(
         no_probe=None if isinstance(probe, Probe) else probe,
         files=files,
     )
+
+
+def _checked(**fields: Any) -> Manifest:
+    """The manifest, held to what :func:`load` will ask of it."""
+    try:
+        return Manifest(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StoreError(f"a folder cannot hold this model: {where}: {first['msg']}") from error
 
 
 def _source_now(gm: nn.Module, record: Record) -> Source:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fxshare.base.building import TooMany, at_most
 from fxshare.errors import StoreError
 from fxshare.models.source import EMBEDDED, EMBEDDED_CLASS, TRANSFORMERS
 from fxshare.models.structure import without_values
@@ -24,8 +25,9 @@ ModelSource: TypeAlias = "nn.Module | Callable[[], nn.Module] | str"
 _BUILT_IN = frozenset({None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"})
 
 
-def skeleton(source: SavedSource, model: ModelSource | None) -> nn.Module:
-    """A module of the original's structure; its weights do not matter.
+def skeleton(source: SavedSource, model: ModelSource | None, most: int | None = None) -> nn.Module:
+    """A module of the original's structure; its weights do not matter. One that is made from the
+    folder's configuration has at most ``most`` parameters and submodules.
 
     Raises :class:`StoreError` where it cannot be made, saying what to give.
     """
@@ -33,7 +35,7 @@ def skeleton(source: SavedSource, model: ModelSource | None) -> nn.Module:
         return _given(model)
     if source.config is not None and source.kind in (TRANSFORMERS, EMBEDDED):
         make = _transformers_model if source.kind == TRANSFORMERS else _embedded_model
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), at_most(most):
             return make(source, source.config)
     raise StoreError(
         f"the folder holds a compiled {source.class_name}, whose structure only its owner has; "
@@ -81,7 +83,7 @@ def _embedded_model(source: SavedSource, config: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             return GPT(GPTConfig(**config))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, TooMany) as error:
         raise StoreError(
             f"{EMBEDDED_CLASS} cannot be built from the folder's configuration: {error}"
         ) from error

@@ -22,6 +22,11 @@ INDEX = "model.safetensors.index.json"
 _TENSOR_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
+def is_tensor_file(name: str) -> bool:
+    """Whether a file of this name holds tensors."""
+    return _TENSOR_FILE.fullmatch(name) is not None
+
+
 def tensors_of(module: nn.Module) -> dict[str, tuple[Kind, Tensor]]:
     """Every tensor by every name it has: parameters, buffers (persistent or not), and plain tensor
     attributes, which a module may read in its ``forward`` just as well. The indices of gathers are
@@ -154,9 +159,7 @@ def fill(
     hold what the manifest says.
     """
     _check_names(folder, tensors_of(module), entries)
-    stored = _read(
-        folder, [file for file in files if _TENSOR_FILE.fullmatch(file)], entries, device
-    )
+    stored = _read(folder, [file for file in files if is_tensor_file(file)], entries, device)
     objects: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.same_as is not None:

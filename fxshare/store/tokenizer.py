@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from fxshare.base.json_text import parse_json
 from fxshare.errors import StoreError
 
 
@@ -72,7 +73,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _names_its_class(path: Path) -> bool:
     try:
-        return "tokenizer_class" in json.loads(path.read_bytes())
+        return "tokenizer_class" in parse_json(path.read_bytes())
     except (OSError, ValueError, TypeError):
         return False
 

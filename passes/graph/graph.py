@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from passes.errors import RequiresError
+from passes.errors import NameFault, RequiresError
+from passes.graph.names import shortened, unwritable
 from passes.graph.operands import operand_of, product_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -225,7 +226,16 @@ def structure_copy(
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the dotted ``name``; a leaf in the way becomes a plain container."""
+    """Put ``module`` at the dotted ``name``; a leaf in the way becomes a plain container.
+
+    Raises :class:`passes.NameFault` for a name that the code of a graph cannot hold.
+    """
+    reason = unwritable(name)
+    if reason is not None:
+        raise NameFault(
+            f"the name {shortened(name)} of a submodule {reason}; choose one that the graph's code "
+            "can hold"
+        )
     *path, leaf = name.split(".")
     parent = root
     for part in path:

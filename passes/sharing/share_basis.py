@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.errors import EnsuresError, RequiresError, ShapeError
+from passes.errors import EnsuresError, NameFault, RequiresError, ShapeError
 from passes.graph.graph import (
     calls_by_target,
     linear_at,
@@ -20,6 +20,7 @@ from passes.graph.graph import (
     read_instead,
 )
 from passes.graph.lookups import lookups
+from passes.graph.names import shortened, unwritable
 from passes.graph.slices import Slice, set_slices, slices
 
 
@@ -73,6 +74,12 @@ class ShareBasis(Pass):
                 raise RequiresError(
                     f"{self.name}: basis name {group.name!r} is taken or dotted; a basis is one "
                     "new submodule at the root"
+                )
+            reason = unwritable(group.name)
+            if reason is not None:
+                raise NameFault(
+                    f"{self.name}: the basis name {shortened(group.name)} {reason}; choose one "
+                    "that the graph's code can hold"
                 )
             names.add(group.name)
             if group.basis_RI.ndim != 2:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 
 from fxshare.errors import ConfigError
+from fxshare.sites.patterns import Pattern
 
 
 def types_of_only(types: dict[str, Any], model: nn.Module, only: str) -> dict[str, Any]:
@@ -21,11 +21,13 @@ def types_of_only(types: dict[str, Any], model: nn.Module, only: str) -> dict[st
     found = {}
     for key, value in types["weight_types"].items():
         both = f"(?={only})(?:{value['pattern']})"
-        if any(re.match(both, name) for name in names):
+        pattern = Pattern(both)
+        if any(pattern.match(name) for name in names):
             found[key] = {**value, "pattern": both}
     if not found:
         known = [v["pattern"] for v in types["weight_types"].values()]
-        matched = [n for n in names if any(re.match(p, n) for p in known)]
+        patterns = [Pattern(pattern) for pattern in known]
+        matched = [n for n in names if any(pattern.match(n) for pattern in patterns)]
         raise ConfigError(
             f"--only: {only!r} matches none of the linears that the weight types match, such as "
             f"{', '.join(matched[:4]) or 'none'}"

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxshare.capture.call import MASK, Call, Shapes, holds_tensor, parameters_of
 from fxshare.capture.guards import hold_arguments, hold_given, hold_guard, ones_if_missing
+from fxshare.capture.signature import checked_names, method_taking
 from fxshare.capture.tracing.align import (
     Difference,
     StructureDiffers,
@@ -72,6 +73,7 @@ def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, 
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
+    checked_names(graph, model)
     return fx.GraphModule(root, graph, type(model).__name__), tuple(notes)
 
 
@@ -149,12 +151,11 @@ def explicit_forward(
     (``co_varnames is too small``), and constants must not become inputs.
     """
     original = type(root)
-    arguments = ", ".join(inputs)
-    passed = ", ".join(f"{name}={name}" for name in inputs)
-    scope = {"_forward": original.forward, "_constants": constants}
-    source = f"def forward(self, {arguments}):\n    return _forward(self, {passed}, **_constants)\n"
-    exec(source, scope)
-    shim = {"forward": scope["forward"], "__module__": original.__module__}
+
+    def call(self: nn.Module, **given: Any) -> Any:
+        return original.forward(self, **given, **constants)
+
+    shim = {"forward": method_taking(inputs, call), "__module__": original.__module__}
     root.__class__ = type(original.__name__, (original,), shim)
     try:
         yield

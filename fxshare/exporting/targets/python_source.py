@@ -121,7 +121,7 @@ def source_of(gm: fx.GraphModule, name: str) -> Source:
     code = gm.graph.python_code("self")
     body, imports, ours = _names(code.src.strip(), code.globals, name)
     blocks = [
-        f'"""{name}, rewritten by fxshare; `load()` returns it with its weights."""',
+        f'"""{_in_docstring(name)}, rewritten by fxshare; `load()` returns it with its weights."""',
         "\n".join([*imports, "from safetensors.torch import load_file", "from torch import nn"]),
         f"TIED = {tied!r}",
         *(textwrap.dedent(_PRELUDE[function]).strip() for function in ours),
@@ -134,6 +134,11 @@ def source_of(gm: fx.GraphModule, name: str) -> Source:
     ]
     text = "\n\n\n".join(blocks).replace("\n\n\n", "\n\n", 1) + "\n"
     return Source(text, tensors)
+
+
+def _in_docstring(name: str) -> str:
+    """A class may have any name, such as one with quotes in it."""
+    return re.sub(r"[^\w.<>]", "_", name)
 
 
 def _members(gm: fx.GraphModule, state: dict[str, Tensor], name: str) -> Iterator[str]:
