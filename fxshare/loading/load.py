@@ -131,7 +131,7 @@ def _record(folder: Path, manifest: Manifest) -> Record:
     try:
         report = Report.from_dict(parse_json(read_text(folder, REPORT)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{folder / REPORT} is not a report: {error}") from error
+        raise StoreError(f"{folder / REPORT} is not a report: {error!s:.300}") from error
     return Record(
         config=config,
         plan=_plan(folder),

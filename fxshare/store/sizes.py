@@ -15,8 +15,9 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from fxshare.errors import StoreError
-from fxshare.plans.plan import Plan
+from fxshare.plans.plan import Group, Plan
 from fxshare.result.inputs import InputSpec
+from fxshare.sites.site import Site
 from fxshare.store.manifest import DTYPES, MANIFEST, PLAN, Manifest
 from fxshare.store.tensors import is_tensor_file
 from passes.graph.names import shortened
@@ -60,7 +61,8 @@ def check_plan_sizes(folder: Path, manifest: Manifest, plan: Plan) -> None:
     """Hold the groups of a plan to the tensors: a basis and its coefficients are stored, or what
     they were multiplied out to."""
     most = _numbers(manifest)
-    for part in (*plan.sites, *plan.groups):
+    parts: list[Site | Group] = [*plan.sites, *plan.groups]
+    for part in parts:
         sizes = (part.in_features, part.out_features)
         if min(sizes) < 1 or max(sizes) > most:
             raise StoreError(
