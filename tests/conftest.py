@@ -1,7 +1,7 @@
 """Options of the test suite, and what every test may ask for.
 
-The processor's cores are divided among the workers of ``-n``; ``OMP_NUM_THREADS=4 python -m pytest``
-gives each worker, and every process that it starts, four threads instead.
+The processor's cores are divided among the workers of ``-n``; with ``OMP_NUM_THREADS=4`` in the
+environment each worker, and every process that it starts, has four threads instead.
 """
 
 from __future__ import annotations
