@@ -22,6 +22,7 @@ from fxshare.planning.solver.curve import DENSE, Curve
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import solve
 from fxshare.plans.cost import Shape, numbers, ranks
+from fxshare.plans.storage import PIVOTED
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def synthetic_problem(layers: int, *, seed: int = 0) -> Problem:
         spectrum = np.sum([spectra[n.name][: shape.full_rank] for n in members], axis=0)
         tail = np.clip(spectrum.sum() - np.cumsum(spectrum), 0, None) / 2
         rank = ranks(shape)
-        cost = numbers(shape, rank, "pivoted")
+        cost = numbers(shape, rank, PIVOTED)
         keep = cost < shape.dense_numbers
         return Curve(
             np.append(cost[keep], shape.dense_numbers),

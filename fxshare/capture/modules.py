@@ -49,7 +49,7 @@ class BorrowedBasis(nn.Module):
 
     @property
     def kept(self) -> Tensor:
-        """The owner's kept inputs, where it is stored pivoted."""
+        """The owner's kept inputs, where it has some (:class:`passes.PivotBasis`)."""
         kept: Tensor = self.__dict__["_owner"].kept
         return kept
 

@@ -146,13 +146,13 @@ def _few(names: Sequence[str]) -> str:
 
 def _numbers(group: Group, record: Record | None) -> list[str]:
     """Sizes and losses of a group."""
-    from fxshare.planning.rules import break_even_rank
+    from fxshare.plans.storage import PLAIN
 
     kept = group.stored_numbers / group.dense_numbers
     lines = [
         f"the group: {group.in_features}→{group.out_features}, {group.storage} storage, "
         f"{group.stored_numbers:,} of {group.dense_numbers:,} numbers ({kept:.3f}); plain storage "
-        f"breaks even at rank {break_even_rank(group.in_features, group.out_features)}"
+        f"breaks even at rank {PLAIN.break_even_rank(group.in_features, group.out_features)}"
     ]
     if group.loss is not None:
         lines.append(f"the group's predicted loss increase: {group.loss:.3e} per token")

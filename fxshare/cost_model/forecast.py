@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fxshare.cost_model.rates import Floats, Rates
 from fxshare.cost_model.work import Matmul, Operation, Step, Traffic, seconds
-from fxshare.plans.cost import Shape, Storage
+from fxshare.plans.cost import Shape
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import Storage
 from fxshare.sites.site import Site
 
 PREFILL, DECODE = 512, 1
@@ -42,7 +43,7 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
 
     Of the plan: one product per basis and site (sites that read one activation are not known here,
     so that this is an upper bound), one for the coefficients of a site that read it, and a gather
-    of each pivoted basis.
+    of each basis that keeps inputs as they are.
     """
     home = {name: group for group in plan.groups for name in group.slices}
     found: list[Operation] = []
@@ -74,9 +75,8 @@ def _site(site: Site, home: dict[str, Group], tokens: int) -> list[Operation]:
         if group is None:
             found.append(Matmul(tokens, site.in_features, width))
             continue
-        inner = site.in_features
-        if group.storage == "pivoted":
-            inner -= group.rank
+        inner = group.stored_as.basis_width(group.rank, site.in_features)
+        if group.stored_as.keeps_inputs:
             numbers = tokens * site.in_features
             found.append(Traffic(numbers, numbers))
         if inner:
@@ -152,12 +152,12 @@ def product_seconds(
     width, height = shape.in_features, shape.out_features - shape.idle
     if storage is None:
         return _one(rates, tokens, np.float64(width), np.float64(height), narrowest=width)
-    inner = width - rank if storage == "pivoted" else np.full_like(rank, width)
+    inner = storage.basis_width(rank, width)
     basis = _one(rates, tokens, inner, rank, narrowest=np.minimum(inner, rank))
     thin = np.minimum(rank, max(height, 1) / max(shape.inputs, 1))
     found = shape.inputs * basis + _one(rates, tokens, rank, np.float64(height), narrowest=thin)
     found = found + shape.lookups * _one(rates, tokens, rank, width, narrowest=rank)
-    if storage == "pivoted":
+    if storage.keeps_inputs:
         size = 2 * tokens * width * rates.element_size
         found = found + shape.inputs * size / rates.bytes_per_second(size)
     return found

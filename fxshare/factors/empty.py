@@ -26,7 +26,7 @@ def empty_factors(
             for _, s in members
         }
         groups.append(SharedGroup(group.name, basis_RI, coefficients))
-        if group.storage == "pivoted":
+        if group.stored_as.keeps_inputs:
             kept_J = torch.arange(group.rank, dtype=torch.int32, device=device)
             table_RT = basis_RI[:, group.rank :]
             pivots.append(PivotedGroup(group.name, kept_J, table_RT, coefficients))

@@ -34,7 +34,7 @@ class GroupFactors:
     def pivoted(self) -> Pivoted | None:
         """The pivoted form of the basis where the group is stored so; made when first asked for,
         because most plans of a search are never stored."""
-        if self.group.storage != "pivoted":
+        if not self.group.stored_as.keeps_inputs:
             return None
         try:
             return pivot(self.basis_RI)

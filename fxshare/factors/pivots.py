@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fxshare.errors import FactoriseError
+from fxshare.plans.storage import PIVOTED
 
-BOUND = 2.0
+BOUND = PIVOTED.bound
 
 
 @dataclass(frozen=True, eq=False)

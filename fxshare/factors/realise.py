@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,11 +15,11 @@ from fxshare.base.progress import track
 from fxshare.calibration.gram import pooled_gram
 from fxshare.calibration.statistics import Statistics
 from fxshare.config import ShareConfig
-from fxshare.errors import FactoriseError, PlanError
+from fxshare.errors import FactoriseError, FxShareWarning, PlanError
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
 from fxshare.factors.group import GroupFactors, factorise_group
 from fxshare.factors.metric import slice_statistics
-from fxshare.factors.pivots import Pivoted, complement, pivot
+from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
 from fxshare.plans.plan import Group, Plan
 from passes import PivotedGroup, SharedGroup
@@ -35,8 +36,6 @@ class Factorised:
     bias_shifts: dict[str, float] = field(default_factory=dict)
     """``‖b' − b‖`` of every slice whose bias was moved."""
     floored: dict[str, int] = field(default_factory=dict)
-    tables: dict[str, float] = field(default_factory=dict)
-    """Largest ``|T|`` of every pivoted basis."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(
@@ -54,16 +53,15 @@ class Factorised:
         basis = basis_RI.to(dtype)
         plain = {name: c.to(dtype) for name, c in coefficients.items()}
         self.groups.append(SharedGroup(group.name, basis, plain, dict(biases or {})))
-        stored, effective = plain, basis.double()
+        stored, held, kept = plain, basis, None
         if pivoted is not None:
             table = pivoted.table_RT.to(dtype)
             stored = {name: (c @ pivoted.block_RR).to(dtype) for name, c in coefficients.items()}
-            kept = pivoted.kept_J
+            held, kept = table, pivoted.kept_J
             self.pivots.append(PivotedGroup(group.name, kept.to(torch.int32), table, stored))
-            self.tables[group.name] = pivoted.largest
-            effective = torch.zeros_like(basis_RI)
-            effective[:, kept] = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
-            effective[:, complement(kept, effective.shape[1])] = table.double()
+            for fault in group.stored_as.faults(pivoted.table_RT):
+                warnings.warn(f"group {group.name!r}: {fault}", FxShareWarning, stacklevel=2)
+        effective = group.stored_as.whole_basis(held.double(), kept)
         for name, c in stored.items():
             self.slice_errors[name] = relative_error(weights[name], c.double() @ effective)
 
@@ -96,7 +94,7 @@ def sharing_factors(
         except FactoriseError as error:
             raise FactoriseError(f"group {group.name!r}: {error}") from error
         coefficients = dict(zip(group.slices, factors.coefficients, strict=True))
-        pivoted = pivot(factors.basis_RI) if group.storage == "pivoted" else None
+        pivoted = pivot(factors.basis_RI) if group.stored_as.keeps_inputs else None
         result.add(group, factors.basis_RI, coefficients, rows, pivoted=pivoted)
         result.weighted_errors[group.name] = factors.weighted_error
         result.floored[group.name] = whitening.floored

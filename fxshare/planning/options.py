@@ -16,7 +16,8 @@ from fxshare.cost_model.device import how_to_measure_for, rates_of_model
 from fxshare.errors import PlanError
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.solver.problem import Node, Part
-from fxshare.plans.cost import Ints, Shape, Storage, flops, numbers, weights_bytes
+from fxshare.plans.cost import Shape, flops, numbers, weights_bytes
+from fxshare.plans.storage import STORAGES, Ints, Storage, storages_of
 from fxshare.sites.site import Site
 
 
@@ -24,14 +25,9 @@ def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
     """What the configuration allows the planner, costs in the unit of its limit."""
     alone = budget.params_kept is None and budget.max_bytes is None
     alone = alone and budget.max_loss_increase is None
-    storages: dict[str, tuple[Storage, ...]] = {
-        "auto": ("plain", "pivoted"),
-        "plain": ("plain",),
-        "pivoted": ("pivoted",),
-    }
     return Options(
         unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
-        storages=storages[planner.storage],
+        storages=storages_of(planner.storage),
         element_size=dtype_of(model).itemsize,
         max_group=planner.max_group,
         rank_multiple=planner.rank_multiple,
@@ -86,7 +82,7 @@ class Options:
     ``flops_kept`` bounds the plan's operations by that share of the dense ones."""
 
     unit: Unit = "numbers"
-    storages: tuple[Storage, ...] = ("plain", "pivoted")
+    storages: tuple[Storage, ...] = STORAGES
     element_size: int = 4
     max_group: int | None = None
     rank_multiple: int | None = None
@@ -101,7 +97,7 @@ class Options:
     tie: tuple[Part, ...] = ()
 
 
-Side = Callable[[Shape, Ints, "Storage | None"], Ints]
+Side = Callable[[Shape, Ints, Storage | None], Ints]
 """The cost of a group in the second unit at ranks; dense where there is no storage."""
 
 

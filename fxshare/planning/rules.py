@@ -6,12 +6,12 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Literal
 
 from fxshare.base.progress import stage
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import storages_of, usable
 from fxshare.sites.site import Site, Skipped, SliceSpec
 
 _LOG = logging.getLogger(__name__)
@@ -76,21 +76,22 @@ def _uniform(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped]
             "this budget needs calibration data to be planned: max_bytes and max_loss_increase say "
             "nothing about single matrices; give calibration data, or params_kept"
         )
-    pivoted = cfg.planner.storage != "plain"
+    storages = storages_of(cfg.planner.storage)
     groups = []
     check_layers(cfg.planner, sites)
     for site in sites:
         if site.layer in cfg.planner.keep_dense:
             continue
         for s in site.slices:
-            whole = site.in_features * s.out_features
-            pivots = pivoted and not site.lookups
-            rank = _rank_within(int(kept * whole), site.in_features, s.out_features, pivots)
-            if rank is None:
+            sizes = (site.in_features, s.out_features)
+            numbers = int(kept * sizes[0] * sizes[1])
+            if numbers >= sizes[0] * sizes[1]:
                 continue
+            # the last one stores no more numbers than the others at any rank
+            storage = usable(storages, looked_up=bool(site.lookups))[-1]
             group = _group(kept, site.type, s.label, [(site, s)])
-            storage: Literal["plain", "pivoted"] = "pivoted" if pivots else "plain"
-            groups.append(group.model_copy(update={"rank": rank, "storage": storage}))
+            rank = max(1, storage.largest_rank(*sizes, numbers=numbers))
+            groups.append(group.model_copy(update={"rank": rank, "storage": storage.name}))
     return Plan(
         mode="planned",
         sites=tuple(sites),
@@ -106,19 +107,6 @@ def check_layers(planner: Planner, sites: Sequence[Site]) -> None:
     if unknown:
         known = sorted(layer for layer in layers if layer is not None)
         raise PlanError(f"planner.keep_dense: there is no layer {unknown[0]}; layers are {known}")
-
-
-def _rank_within(numbers: int, width: int, height: int, pivoted: bool) -> int | None:
-    """The largest rank that stores at most ``numbers``; None where dense is not above them."""
-    if numbers >= width * height:
-        return None
-    most = 1
-    for rank in range(1, min(width, height) + 1):
-        cost = rank * (width + height) - (rank * rank - rank if pivoted else 0)
-        if cost > numbers:
-            break
-        most = rank
-    return most
 
 
 Member = tuple[Site, SliceSpec]
@@ -173,11 +161,6 @@ def sharing_rank(rate: float, in_features: int, out_features: int) -> int:
     return max(1, int(rank))
 
 
-def break_even_rank(in_features: int, out_features: int) -> int:
-    """The largest rank whose plain storage ``r (in + O)`` is not above the dense ``in · O``."""
-    return in_features * out_features // (in_features + out_features)
-
-
 def _warn_above_dense(plan: Plan) -> None:
     above = [g for g in plan.groups if g.stored_numbers > g.dense_numbers]
     if above:
@@ -186,7 +169,7 @@ def _warn_above_dense(plan: Plan) -> None:
             f"{len(above)} of {len(plan.groups)} groups store more than their dense weights: "
             f"{first.name} keeps rank {first.rank}, {first.stored_numbers} numbers instead of "
             f"{first.dense_numbers}; break-even is rank "
-            f"{break_even_rank(first.in_features, first.out_features)}",
+            f"{first.stored_as.break_even_rank(first.in_features, first.out_features)}",
             FxShareWarning,
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
 """The planned mode: statistics in, a plan with predicted loss out; and its factors.
 
 Joins the pure solver (:mod:`fxshare.planning.solver`) to tensors: spectra price the candidates, the
-chosen groups are factorised in the metric they were priced in, refitted, and pivoted.
+chosen groups are factorised in the metric they were priced in, refitted, and stored as planned.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxshare.errors import PlanError
+from fxshare.planning.kinds.basis import BasisOption
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.options import Options, Unit, unit_cost
 from fxshare.planning.solver.curve import DENSE
 from fxshare.planning.solver.problem import Problem
 from fxshare.planning.solver.solve import Solution, sweep
-from fxshare.plans.cost import Storage
+from fxshare.plans.storage import PLAIN, Storage
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,17 @@ def alternatives(
     found: dict[str, Alternative | None] = {}
     for name in names:
         curve = problem.candidate(frozenset({name})).curve
-        low = np.flatnonzero(curve.rank != DENSE)
-        dense = curve.cost[curve.rank == DENSE]
+        low = np.flatnonzero(curve.label != DENSE)
+        dense = curve.cost[curve.label == DENSE]
         if not len(low) or not len(dense):
             found[name] = None
             continue
         at = int(low[np.argmin(curve.loss[low] + price * curve.cost[low])])
-        rank = int(curve.rank[at])
+        option = curve.meaning(at)
+        assert isinstance(option, BasisOption)
         found[name] = Alternative(
-            rank // 2,
-            "pivoted" if rank % 2 else "plain",
+            option.rank,
+            option.storage,
             int(dense[0] - curve.cost[at]),
             float(curve.loss[at]),
         )
@@ -91,7 +93,7 @@ def sweep_budgets(
     parts = problem.singletons()
     each = {
         part: int(
-            unit_cost(shape_of(problem.nodes, part), np.array([0]), "plain", options, dense=True)[0]
+            unit_cost(shape_of(problem.nodes, part), np.array([0]), PLAIN, options, dense=True)[0]
         )
         for part in parts
     }
@@ -111,7 +113,7 @@ def sweep_budgets(
             one.cost / dense,
             one.loss,
             one.bound,
-            sum(choice.rank != DENSE for choice in one.choices),
+            sum(choice.label != DENSE for choice in one.choices),
         )
         for share, one in zip(todo, solutions, strict=True)
     )
@@ -125,6 +127,6 @@ def sweep_budgets(
             if len(fits):
                 at = int(fits[np.lexsort((curve.cost[fits], curve.loss[fits]))[0]])
             cost, loss = cost + int(curve.cost[at]), loss + float(curve.loss[at])
-            bases += int(curve.rank[at] != DENSE)
+            bases += int(curve.label[at] != DENSE)
         uniform.append(SweepPoint(share, cost / dense, loss, 0.0, bases))
     return Sweep(options.unit, dense, loss_name, planned, tuple(uniform))

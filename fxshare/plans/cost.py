@@ -1,4 +1,4 @@
-"""Exact integer costs of one group at every rank, plain and pivoted.
+"""Exact integer costs of one group at every rank, under each way of storing it.
 
 Letters: I input features, O stacked output width, R rank, M distinct inputs that read the basis.
 """
@@ -6,13 +6,10 @@ Letters: I input features, O stacked output width, R rank, M distinct inputs tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Storage = Literal["plain", "pivoted"]
-Ints = NDArray[np.int64]
+from fxshare.plans.storage import Ints, Storage
 
 
 @dataclass(frozen=True)
@@ -44,33 +41,27 @@ class Shape:
         looked up only."""
         return 2 * self.in_features * (self.out_features - self.idle)
 
-    @property
-    def break_even_rank(self) -> int:
-        """The largest rank whose plain storage is not above dense."""
-        return self.dense_numbers // (self.in_features + self.out_features)
-
 
 def numbers(shape: Shape, rank: Ints, storage: Storage) -> Ints:
-    """Stored numbers: ``R (I + O)`` plain; pivoted (PIFA, arXiv 2501.19090) ``R (I + O) − R²`` and
-    ``R`` index entries."""
-    plain = rank * (shape.in_features + shape.out_features)
-    return plain if storage == "plain" else plain - rank * rank + rank
+    """Stored numbers, index entries included."""
+    return storage.numbers(rank, shape.in_features, shape.out_features)
 
 
 def weights_bytes(shape: Shape, rank: Ints, storage: Storage, element_size: int) -> Ints:
-    """Bytes: numbers in the model's dtype, index entries as 4-byte integers."""
-    plain = rank * (shape.in_features + shape.out_features)
-    if storage == "plain":
-        return plain * element_size
-    return (plain - rank * rank) * element_size + rank * 4
+    """Bytes: numbers in the model's dtype, and index entries."""
+    return storage.bytes(rank, shape.in_features, shape.out_features, itemsize=element_size)
 
 
 def flops(shape: Shape, rank: Ints, storage: Storage) -> Ints:
-    """Operations per token: the basis once per distinct input and per lookup, every coefficient
-    once where it is not looked up only."""
-    basis_width = shape.in_features if storage == "plain" else shape.in_features - rank
-    products = shape.inputs * basis_width + shape.lookups * shape.in_features
-    return 2 * rank * (products + shape.out_features - shape.idle)
+    """Operations per token."""
+    return storage.flops(
+        rank,
+        shape.in_features,
+        shape.out_features,
+        inputs=shape.inputs,
+        lookups=shape.lookups,
+        idle=shape.idle,
+    )
 
 
 def ranks(shape: Shape, multiple: int | None = None) -> Ints:

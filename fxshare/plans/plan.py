@@ -17,6 +17,7 @@ from fxshare.base.json_text import parse_json
 from fxshare.base.names import as_group_name
 from fxshare.errors import PlanError
 from fxshare.plans.outlook import Outlook
+from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.sites.site import Frozen, Label, ModulePath, Site, Skipped, TypeNames
 
 VERSION = 1
@@ -36,8 +37,8 @@ class Group(Frozen):
     out_features: int
     """Stacked output width of all slices."""
     rank: int
-    storage: Literal["plain", "pivoted"] = "plain"
-    """``pivoted`` keeps ``rank`` inputs as they are and a table for the others."""
+    storage: StorageName = PLAIN.name
+    """The name of how basis and coefficients are stored, see :attr:`stored_as`."""
     loss: float | None = None
     """Predicted increase of the model's loss per token; None where it was not predicted."""
 
@@ -48,10 +49,13 @@ class Group(Frozen):
 
     @property
     def stored_numbers(self) -> int:
-        """Stored numbers after: ``rank · (in + O)`` plain; pivoted ``rank²`` less, and ``rank``
-        index entries."""
-        plain = self.rank * (self.in_features + self.out_features)
-        return plain if self.storage == "plain" else plain - self.rank**2 + self.rank
+        """Stored numbers after, index entries included."""
+        return self.stored_as.numbers(self.rank, self.in_features, self.out_features)
+
+    @property
+    def stored_as(self) -> Storage:
+        """What the name of the storage stands for."""
+        return storage_named(self.storage)
 
 
 class Plan(Frozen):
@@ -88,10 +92,10 @@ class Plan(Frozen):
             raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
         for group in self.groups:
             looked_up = [name for name in group.slices if known[name].lookups]
-            if looked_up and group.storage == "pivoted":
+            if looked_up and not group.stored_as.looks_rows_up:
                 raise ValueError(
                     f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and its "
-                    "basis is stored plain; found storage 'pivoted'"
+                    f"basis is stored plain; found storage {group.storage!r}"
                 )
             widths = {known[name].in_features for name in group.slices}
             if widths != {group.in_features}:

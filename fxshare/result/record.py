@@ -48,7 +48,7 @@ class Lowered:
     dense: tuple[str, ...] = ()
     """The groups that were multiplied out."""
     written_out: tuple[str, ...] = ()
-    """The groups whose pivoted bases are stored whole."""
+    """The groups whose bases are whole now and were not (:class:`passes.WriteOutPivots`)."""
 
 
 @dataclass(frozen=True)

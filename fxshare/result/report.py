@@ -12,6 +12,7 @@ import numpy as np
 from fxshare.base.names import as_label, as_module_path, as_type_names
 from fxshare.plans.cost import Shape, flops, weights_bytes
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import PLAIN
 from fxshare.sites.site import Site, Skipped
 
 _LISTED = 4
@@ -120,7 +121,7 @@ class Report:
                 _layers(g.layers),
                 str(g.slices),
                 f"{g.in_features}→{g.out_features}",
-                g.storage if g.rank is None else f"{g.rank}{' pivoted' * (g.storage == 'pivoted')}",
+                _rank(g),
                 f"{g.numbers_before:,}",
                 f"{g.numbers_after:,}",
                 f"{g.numbers_after / g.numbers_before:.3f}",
@@ -190,6 +191,13 @@ class Report:
             for row in [header, *rows]
         ]
         return "\n".join([*self.summary(), *table])
+
+
+def _rank(row: GroupReport) -> str:
+    """The rank, and the storage where it is not the plain one; of dense weights the storage."""
+    if row.rank is None:
+        return row.storage
+    return str(row.rank) if row.storage == PLAIN.name else f"{row.rank} {row.storage}"
 
 
 def _layers(layers: tuple[int, ...]) -> str:
@@ -287,9 +295,9 @@ def _group_row(
         numbers_before=group.dense_numbers,
         numbers_after=group.stored_numbers,
         bytes_before=group.dense_numbers * element_size,
-        bytes_after=int(weights_bytes(shape, rank, group.storage, element_size)[0]),
+        bytes_after=int(weights_bytes(shape, rank, group.stored_as, element_size)[0]),
         flops_before=shape.dense_flops,
-        flops_after=int(flops(shape, rank, group.storage)[0]),
+        flops_after=int(flops(shape, rank, group.stored_as)[0]),
         weighted_error=error,
         floored=floored,
         seconds=seconds,

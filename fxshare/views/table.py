@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fxshare.config import Planner, ShareConfig
-from fxshare.planning.rules import break_even_rank
-from fxshare.plans.cost import Shape, Storage, numbers, ranks
+from fxshare.plans.cost import Shape, numbers, ranks
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
+from fxshare.plans.storage import PLAIN, storages_of
 from fxshare.result.report import group_reports
 from fxshare.sites.site import Site, SliceSpec
 
@@ -42,7 +42,7 @@ def groups_table(plan: Plan) -> Table:
             str(len(group.slices)),
             f"{group.in_features}→{group.out_features}",
             str(group.rank),
-            str(break_even_rank(group.in_features, group.out_features)),
+            str(PLAIN.break_even_rank(group.in_features, group.out_features)),
             group.storage,
             f"{group.stored_numbers / group.dense_numbers:.3f}",
             f"{group.dense_numbers:,}",
@@ -157,9 +157,7 @@ def why_dense(
 
 def _may_be(shape: Shape, planner: Planner, floor: float) -> bool:
     """Whether any rank stores less than dense and at least the floor's share of it."""
-    storages: tuple[Storage, ...] = ("plain", "pivoted")
-    if planner.storage != "auto":
-        storages = (planner.storage,)
+    storages = storages_of(planner.storage)
     rank = ranks(shape, planner.rank_multiple)
     costs = np.concatenate([numbers(shape, rank, storage) for storage in storages])
     dense = shape.dense_numbers
@@ -175,7 +173,7 @@ def _too_dear(outlook: Outlook, alternative: Alternative | None) -> str:
         return f"{price} no rank below dense is worth its loss"
     worth = outlook.price * alternative.saved
     option = (
-        f"rank {alternative.rank} {alternative.storage} would save {alternative.saved:,} "
+        f"rank {alternative.rank} {alternative.storage.name} would save {alternative.saved:,} "
         f"{unit}s, worth {worth:.3g}, and lose {alternative.loss:.3g}"
     )
     if alternative.loss >= worth:

@@ -22,16 +22,17 @@ from fxshare.bench.speed.subject import (
     GPTShape,
     Settings,
     Subject,
-    as_pivoted,
     dense_again,
     gpt_types,
     shape_subject,
+    with_storage,
 )
 from fxshare.bench.speed.table import compile_table, draw, lines_below, table, type_table
 from fxshare.cli import main
 from fxshare.cost_model import Matmul
 from fxshare.cost_model.recorder import record_step
 from fxshare.errors import ConfigError
+from fxshare.plans.storage import PIVOTED
 from fxshare.result.products import dense_sites
 from passes.errors import FxShareError
 
@@ -108,7 +109,7 @@ def test_every_matrix_keeps_its_share(kept: float, plain: Subject) -> None:
     types = gpt_types(SHAPE.heads, Settings())
     uniform = {"group_size": 1, "compression_rate": kept}
     plan = fxshare.plan(plain.dense, [types, uniform])
-    for one in (plan, as_pivoted(plan, kept)):
+    for one in (plan, with_storage(plan, PIVOTED, kept)):
         for group in one.groups:
             assert group.stored_numbers <= kept * group.dense_numbers
             more = group.model_copy(update={"rank": group.rank + 1})
@@ -116,7 +117,7 @@ def test_every_matrix_keeps_its_share(kept: float, plain: Subject) -> None:
 
 
 def test_pivoted_plans_have_higher_ranks(plain: Subject) -> None:
-    other = as_pivoted(plain.plan, 0.5)
+    other = with_storage(plain.plan, PIVOTED, 0.5)
     assert all(a.rank < b.rank for a, b in zip(plain.plan.groups, other.groups, strict=True))
 
 

@@ -14,6 +14,7 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.planning.solver.curve import DENSE, Curve
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.plans.cost import Shape, numbers, ranks
+from fxshare.plans.storage import PLAIN
 
 WIDTH = 6
 
@@ -46,7 +47,7 @@ def spectral_curve(weights: Mapping[str, np.ndarray[Any, Any]], part: Part) -> C
     power = np.linalg.svd(stacked, compute_uv=False) ** 2
     tail = np.concatenate([np.cumsum(power[::-1])[::-1], [0.0]]) / 2
     rank = ranks(shape)
-    cost = numbers(shape, rank, "plain")
+    cost = numbers(shape, rank, PLAIN)
     keep = cost < shape.dense_numbers
     return Curve(
         np.concatenate([cost[keep], [shape.dense_numbers]]),

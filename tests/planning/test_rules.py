@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxshare.planning.rules import break_even_rank, sharing_rank
+from fxshare.planning.rules import sharing_rank
+from fxshare.plans.storage import PLAIN
 
 
 def test_sharing_rank_is_the_published_formula_clamped() -> None:
@@ -25,7 +26,7 @@ def test_sharing_rank_is_the_published_formula_clamped() -> None:
 )
 def test_break_even_is_the_last_rank_that_saves(rate: float, features: int, out: int) -> None:
     dense, per_rank = features * out, features + out
-    rank = break_even_rank(features, out)
+    rank = PLAIN.break_even_rank(features, out)
     assert rank * per_rank <= dense < (rank + 1) * per_rank
     shared = sharing_rank(rate, features, out)
     assert 1 <= shared <= min(features, out)

@@ -8,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxshare.plans.cost import Shape, Storage, flops, numbers, ranks, weights_bytes
+from fxshare.plans.cost import Shape, flops, numbers, ranks, weights_bytes
+from fxshare.plans.storage import PIVOTED, PLAIN, STORAGES, Storage
 
 shapes = st.builds(Shape, st.integers(1, 40), st.integers(1, 60), st.integers(1, 3))
-storages = st.sampled_from(["plain", "pivoted"])
+storages = st.sampled_from(STORAGES)
 
 
 def stored(shape: Shape, rank: int, storage: Storage, dtype: torch.dtype) -> list[torch.Tensor]:
     """The tensors of a group, with the stacked outputs as one coefficient."""
     coefficient = torch.empty(shape.out_features, rank, dtype=dtype)
-    if storage == "plain":
+    if storage == PLAIN:
         return [torch.empty(rank, shape.in_features, dtype=dtype), coefficient]
     table = torch.empty(rank, shape.in_features - rank, dtype=dtype)
     return [table, torch.empty(rank, dtype=torch.int32), coefficient]
@@ -48,29 +49,21 @@ def test_flops_are_two_a_stored_weight_and_use(
     assert flops(shape, np.array([rank]), storage).tolist() == [expected]
 
 
-@given(shapes)
-@settings(deadline=None)
-def test_break_even_is_the_last_rank_that_saves(shape: Shape) -> None:
-    at = np.array([shape.break_even_rank, shape.break_even_rank + 1])
-    last, next_ = numbers(shape, at, "plain")
-    assert last <= shape.dense_numbers < next_
-
-
 @given(st.integers(1, 40), st.integers(1, 60))
 @settings(deadline=None)
 def test_pivoted_at_full_rank_is_dense_and_the_indices(features: int, out: int) -> None:
     shape = Shape(features, out)
     full = np.array([shape.full_rank])
-    assert numbers(shape, full, "pivoted") == shape.dense_numbers + shape.full_rank
-    assert weights_bytes(shape, full, "pivoted", 2) == 2 * shape.dense_numbers + 4 * shape.full_rank
-    assert flops(shape, full, "pivoted") == shape.dense_flops
+    assert numbers(shape, full, PIVOTED) == shape.dense_numbers + shape.full_rank
+    assert weights_bytes(shape, full, PIVOTED, 2) == 2 * shape.dense_numbers + 4 * shape.full_rank
+    assert flops(shape, full, PIVOTED) == shape.dense_flops
 
 
 @given(shapes)
 @settings(deadline=None)
 def test_pivoted_costs_rise_with_the_rank(shape: Shape) -> None:
     every = np.arange(1, shape.full_rank + 1)
-    assert (np.diff(numbers(shape, every, "pivoted")) > 0).all()
+    assert (np.diff(numbers(shape, every, PIVOTED)) > 0).all()
 
 
 @pytest.mark.parametrize("multiple", [8, 16, 64])

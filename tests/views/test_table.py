@@ -15,6 +15,7 @@ from fxshare.planning.rules import exact_plan
 from fxshare.planning.sweep import Alternative, Sweep, SweepPoint
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import PLAIN
 from fxshare.sites.site import Site, Skipped, SliceSpec
 from fxshare.views.table import (
     dense_lines,
@@ -121,7 +122,7 @@ def test_totals() -> None:
 
 
 def test_the_price_and_what_the_best_option_would_have_cost() -> None:
-    alternative = Alternative(rank=3, storage="plain", saved=16, loss=0.02)
+    alternative = Alternative(rank=3, storage=PLAIN, saved=16, loss=0.02)
     [line] = dense_lines(planned(), config(), {"h.2.fc": alternative})
     assert line == (
         "dense: h.2.fc, 64 numbers: at the price of 0.001 per number no rank below dense is worth "
@@ -130,7 +131,7 @@ def test_the_price_and_what_the_best_option_would_have_cost() -> None:
 
 
 def test_a_plan_that_is_not_the_optimum_of_its_prediction_says_so() -> None:
-    cheap = Alternative(rank=3, storage="plain", saved=16, loss=0.001)
+    cheap = Alternative(rank=3, storage=PLAIN, saved=16, loss=0.001)
     [line] = dense_lines(planned(), config(), {"h.2.fc": cheap})
     assert "the plan that measured best (planned) keeps it dense" in line
 

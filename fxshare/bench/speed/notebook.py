@@ -13,7 +13,7 @@ from fxshare.plans.plan import Plan
 from fxshare.result.products import slices_of
 from fxshare.sites.site import Site
 from passes.graph.graph import new_linear, put_module, structure_copy, weight_and_bias
-from passes.graph.slices import basis_matrix, rows_of
+from passes.graph.slices import basis_of, rows_of
 
 
 class SliceProducts(nn.Module):
@@ -32,7 +32,7 @@ def notebook_layout(dense: nn.Module, compiled: nn.Module, plan: Plan) -> nn.Mod
     """A structure copy of ``dense`` in which every site of the plan has the notebook's layout.
 
     ``compiled`` is where the factors are, the result of :func:`fxshare.compile` under ``plan``;
-    pivoted bases are written out. Parameters beside the sites are shared with ``dense``.
+    every basis is written out whole. Parameters beside the sites are shared with ``dense``.
     """
     result = structure_copy(dense)
     bases: dict[str, nn.Linear] = {}
@@ -58,8 +58,7 @@ def _slice(compiled: nn.Module, name: str, bases: dict[str, nn.Linear]) -> nn.Mo
     if place.basis is None:
         return coefficient
     if place.basis not in bases:
-        matrix = basis_matrix(compiled, place.basis, pivoted=place.pivoted)
-        bases[place.basis] = _linear(matrix, None)
+        bases[place.basis] = _linear(basis_of(compiled, place), None)
     return nn.Sequential(bases[place.basis], coefficient)
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +21,8 @@ from fxshare.errors import ConfigError
 from fxshare.loading.names import LoadedModel, load_model
 from fxshare.models.source import USER
 from fxshare.models.traits import context_of, example_ids, vocabulary_of
-from fxshare.plans.cost import Shape, Storage, numbers
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.result.module import record_of
 from fxshare.result.products import dense_sites, site_bias
 
@@ -41,7 +40,7 @@ class Settings:
     """
 
     kept: float = 0.5
-    storage: Storage = "plain"
+    storage: StorageName = PLAIN.name
     split: Split = "heads"
     basis: Literal["slice", "part", "site"] = "site"
     group_size: int = 1
@@ -53,7 +52,7 @@ class Settings:
                 f"--kept: expected a share of the numbers above 0 and below 1; found {self.kept:g}"
             )
         for option, value, choices in (
-            ("--storage", self.storage, get_args(Storage)),
+            ("--storage", self.storage, get_args(StorageName)),
             ("--split", self.split, get_args(Split)),
             ("--basis", self.basis, ("slice", "part", "site")),
         ):
@@ -208,8 +207,9 @@ def _compiled(
     if cached:  # a graph of a plain call has no cache; the model's own class keeps its
         types = {**types, "capture": "modules"}
     compiled = compile_model(model, [types, uniform], example=ids)
-    if settings.storage == "pivoted":
-        plan = as_pivoted(record_of(compiled).plan, settings.kept)
+    storage = storage_named(settings.storage)
+    if storage != PLAIN:
+        plan = with_storage(record_of(compiled).plan, storage, settings.kept)
         compiled = compile_model(model, [types, uniform], plan=plan, example=ids)
     return Subject(
         name=name,
@@ -223,18 +223,16 @@ def _compiled(
     )
 
 
-def as_pivoted(plan: Plan, kept: float) -> Plan:
-    """The plan in pivoted storage: each group at the largest rank that stores no more than ``kept``
+def with_storage(plan: Plan, storage: Storage, kept: float) -> Plan:
+    """The plan in another storage: each group at the largest rank that stores no more than ``kept``
     of its numbers."""
 
-    def pivoted(group: Group) -> Group:
-        shape = Shape(group.in_features, group.out_features)
-        rank = np.arange(1, shape.full_rank + 1)
-        fits = rank[numbers(shape, rank, "pivoted") <= kept * shape.dense_numbers]
-        best = int(fits.max()) if len(fits) else 1
-        return group.model_copy(update={"rank": best, "storage": "pivoted"})
+    def stored(group: Group) -> Group:
+        limit = kept * group.dense_numbers
+        rank = storage.largest_rank(group.in_features, group.out_features, numbers=limit)
+        return group.model_copy(update={"rank": max(rank, 1), "storage": storage.name})
 
-    return plan.model_copy(update={"groups": tuple(map(pivoted, plan.groups))})
+    return plan.model_copy(update={"groups": tuple(map(stored, plan.groups))})
 
 
 def takes_cache(model: nn.Module) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,9 +15,18 @@ from fxshare.planning.options import Options, second_unit, unit_cost
 from fxshare.planning.rules import named_apart
 from fxshare.planning.solver.curve import DENSE, Curve, restrict
 from fxshare.planning.solver.problem import Node, Part, Problem
-from fxshare.planning.solver.solve import Choice, Solution
-from fxshare.plans.cost import Storage, ranks
+from fxshare.planning.solver.solve import Solution
+from fxshare.plans.cost import Shape, ranks
 from fxshare.plans.plan import Group
+from fxshare.plans.storage import PLAIN, Storage, usable
+
+
+@dataclass(frozen=True)
+class BasisOption:
+    """What a label of a basis candidate's curve stands for."""
+
+    rank: int
+    storage: Storage
 
 
 def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) -> Problem:
@@ -26,25 +37,37 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
     alone = [shape_of(nodes, frozenset({name})) for name in nodes]
     side, limit = second_unit(alone, options)
 
+    @functools.cache  # groups of one full rank have the same options
+    def meanings(full_rank: int, storages: tuple[Storage, ...]) -> tuple[BasisOption, ...]:
+        rank = ranks(Shape(full_rank, full_rank), options.rank_multiple).tolist()
+        return tuple(BasisOption(r, storage) for storage in storages for r in rank)
+
     def curve(part: Part) -> Curve:
         shape = shape_of(nodes, part)
         rank = ranks(shape, options.rank_multiple)
-        dense = unit_cost(shape, np.array([0]), "plain", options, dense=True)
-        costs, losses, chosen, sides = [], [], [], []
+        dense = unit_cost(shape, np.array([0]), PLAIN, options, dense=True)
+        costs, losses, labels, sides = [], [], [], []
+        storages = usable(options.storages, looked_up=bool(shape.lookups))
         if not any(nodes[name].layer in options.keep_dense for name in part):
             tails = spectra.tails(part)
-            for storage in ("plain",) if shape.lookups else options.storages:
+            for at, storage in enumerate(storages):
                 cost = unit_cost(shape, rank, storage, options)
                 keep = cost < dense[0]
                 costs.append(cost[keep])
                 losses.append(tails[rank[keep]])
-                chosen.append(rank[keep] * 2 + (storage == "pivoted"))
+                labels.append(at * len(rank) + np.flatnonzero(keep))
                 sides.append(side(shape, rank[keep], storage))
         costs.append(dense)
         losses.append(np.zeros(1))
-        chosen.append(np.array([DENSE]))
+        labels.append(np.array([DENSE]))
         sides.append(side(shape, np.array([0]), None))
-        whole = Curve(*(np.concatenate(each) for each in (costs, losses, chosen, sides)))
+        whole = Curve(
+            np.concatenate(costs),
+            np.concatenate(losses),
+            np.concatenate(labels),
+            np.concatenate(sides),
+            meanings(shape.full_rank, storages),
+        )
         ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
         return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
 
@@ -58,18 +81,14 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
     )
 
 
-def rank_of(choice: Choice) -> tuple[int, Storage]:
-    """Rank and storage that an option of a basis candidate stands for."""
-    return choice.rank // 2, "pivoted" if choice.rank % 2 else "plain"
-
-
 def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:
     """The plan's groups; slices that stay dense are in none."""
     groups = []
     for choice in solution.choices:
-        if choice.rank == DENSE:
+        option = choice.meaning
+        if option is None:
             continue
-        rank, storage = rank_of(choice)
+        assert isinstance(option, BasisOption)
         part = choice.candidate.slices
         members = sorted((nodes[n] for n in part), key=lambda n: (n.layer, n.site, n.name))
         shape = shape_of(nodes, part)
@@ -87,8 +106,8 @@ def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...
                 slices=tuple(n.name for n in members),
                 in_features=shape.in_features,
                 out_features=shape.out_features,
-                rank=rank,
-                storage=storage,
+                rank=option.rank,
+                storage=option.storage.name,
                 loss=choice.loss,
             )
         )

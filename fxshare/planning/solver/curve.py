@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,14 +20,21 @@ class Curve:
     """The options of one candidate, by ascending cost; the last one is dense.
 
     ``cost`` is in the budget's unit, ``loss`` the predicted increase of the model's loss per token,
-    ``rank`` what is kept (:data:`DENSE` for dense). ``side`` is a cost in a second unit, such as
-    FLOPs, for a plan that is bounded in that as well.
+    ``side`` is a cost in a second unit, such as FLOPs, for a plan that is bounded in that as well.
+    ``label`` is what whoever made the curve calls each option (:data:`DENSE` for dense), and
+    ``meanings`` what labels stand for; the solver hands both back and reads neither.
     """
 
     cost: NDArray[np.int64]
     loss: Floats
-    rank: NDArray[np.int64]
+    label: NDArray[np.int64]
     side: NDArray[np.int64] | None = None
+    meanings: Sequence[object] = ()
+
+    def meaning(self, option: int) -> object:
+        """What an option stands for to whoever made the curve; None for dense."""
+        label = int(self.label[option])
+        return None if label == DENSE else self.meanings[label]
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.loss).all() or (self.loss < 0).any():
@@ -86,6 +94,6 @@ def restrict(curve: Curve, *, least: float = 0.0, most: float | None = None) -> 
         keep &= curve.cost <= most
     # dense always remains: nothing else can be done where the floor is above every rank
     if most is None or not keep.any():
-        keep |= curve.rank == DENSE
+        keep |= curve.label == DENSE
     side = None if curve.side is None else curve.side[keep]
-    return Curve(curve.cost[keep], curve.loss[keep], curve.rank[keep], side)
+    return Curve(curve.cost[keep], curve.loss[keep], curve.label[keep], side, curve.meanings)

@@ -50,9 +50,14 @@ class Choice:
         return 0 if side is None else int(side[self.option])
 
     @property
-    def rank(self) -> int:
-        """Rank, or ``DENSE``."""
-        return int(self.candidate.curve.rank[self.option])
+    def label(self) -> int:
+        """What whoever made the curve calls the option, or ``DENSE``."""
+        return int(self.candidate.curve.label[self.option])
+
+    @property
+    def meaning(self) -> object:
+        """What the label stands for; None for dense."""
+        return self.candidate.curve.meaning(self.option)
 
 
 @dataclass(frozen=True)

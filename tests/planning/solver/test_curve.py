@@ -69,14 +69,14 @@ def test_floor_and_ceiling_bound_every_option_but_dense(
     one: Curve, least: float, most: float
 ) -> None:
     floored = restrict(one, least=least)
-    assert set(floored.cost[floored.rank != DENSE]) <= {c for c in one.cost if c >= least}
-    assert (floored.rank == DENSE).sum() == (one.rank == DENSE).sum()
+    assert set(floored.cost[floored.label != DENSE]) <= {c for c in one.cost if c >= least}
+    assert (floored.label == DENSE).sum() == (one.label == DENSE).sum()
     both = restrict(one, least=least, most=most)
     inside = (one.cost >= least) & (one.cost <= most)
     if inside.any():
         assert both.cost.tolist() == one.cost[inside].tolist()
     else:
-        assert both.rank.tolist() == [DENSE]
+        assert both.label.tolist() == [DENSE]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e-9])

@@ -19,6 +19,7 @@ from fxshare.planning.solver.problem import Part, Problem
 from fxshare.planning.solver.solve import Solution, least_cost, solve, sweep
 from fxshare.planning.solver.strategies import STRATEGIES
 from fxshare.plans.cost import Shape, numbers, ranks
+from fxshare.plans.storage import PLAIN
 from tests.planning.build import all_partitions, random_problem, stack
 
 seeds = st.integers(0, 10_000)
@@ -35,7 +36,7 @@ def cheapest(problem: Problem) -> int:
 
 
 def plan_of(solution: Solution) -> set[tuple[Part, int]]:
-    return {(c.candidate.slices, c.rank) for c in solution.choices}
+    return {(c.candidate.slices, c.label) for c in solution.choices}
 
 
 def smooth_problem(count: int, seed: int) -> Problem:
@@ -52,7 +53,7 @@ def smooth_problem(count: int, seed: int) -> Problem:
         at = np.arange(1, shape.full_rank + 1.0)
         spectrum = sum(scale[n] * at ** -power[n] for n in sorted(part))
         tail = np.cumsum(spectrum[::-1])[::-1] * (1 if len(part) == 1 else together)
-        cost = numbers(shape, rank, "plain")
+        cost = numbers(shape, rank, PLAIN)
         keep = cost < shape.dense_numbers
         return Curve(
             np.append(cost[keep], shape.dense_numbers),
@@ -200,7 +201,7 @@ def test_the_scale_of_the_losses_does_not_matter(seed: int, scale: float, strate
 
     def scaled(part: Part) -> Curve:
         one = problem.curve_of(part)
-        return Curve(one.cost, one.loss * scale, one.rank)
+        return Curve(one.cost, one.loss * scale, one.label)
 
     budget = 0.6 * dense_of(problem)
     other = solve(Problem(problem.nodes, scaled), budget, strategy=strategy)
@@ -237,7 +238,7 @@ def test_least_cost_says_when_the_ceiling_is_in_the_way() -> None:
 
     def cheap_only(part: Part) -> Curve:
         one = problem.curve_of(part)
-        return Curve(one.cost[:1], one.loss[:1], one.rank[:1])
+        return Curve(one.cost[:1], one.loss[:1], one.label[:1])
 
     with pytest.raises(PlanError, match="dearest plan that the ceiling allows"):
         least_cost(Problem(problem.nodes, cheap_only), 0.0)
@@ -265,7 +266,7 @@ def test_a_curve_that_is_not_finite_is_refused(wrong: float) -> None:
 
     def broken(part: Part) -> Curve:
         one = problem.curve_of(part)
-        return Curve(one.cost, np.full_like(one.loss, wrong), one.rank)
+        return Curve(one.cost, np.full_like(one.loss, wrong), one.label)
 
     with pytest.raises(PlanError, match="not finite"):
         solve(Problem(problem.nodes, broken), 50)
