@@ -44,7 +44,7 @@ from fxshare.embedded.model import GPT, GPTConfig
 from fxshare.errors import ConfigError, FxShareWarning, PlanError
 from fxshare.plans.cost import Shape
 from fxshare.plans.plan import Group, Plan
-from fxshare.plans.storage import STORAGES, Storage
+from fxshare.plans.storage import PLAIN, STORAGES, Storage
 from fxshare.result.module import record_of
 from fxshare.sites.site import Site, SliceSpec
 from fxshare.views.table import slower_than_dense, time_table
@@ -254,7 +254,7 @@ def test_shares_of_time_add_up_to_dense_and_bound_either_step() -> None:
     low = [int(time_shares(rates, s, np.array([20]), "plain", whole)[0]) for s in shapes]
     for tokens, total in zip((PREFILL, DECODE), whole, strict=True):
         took = sum(
-            float(product_seconds(rates, s, np.array([20]), "plain", tokens=tokens)[0])
+            float(product_seconds(rates, s, np.array([20]), PLAIN, tokens=tokens)[0])
             for s in shapes
         )
         assert took / total <= sum(low) / SIDE_UNIT
