@@ -251,7 +251,7 @@ def test_shares_of_time_add_up_to_dense_and_bound_either_step() -> None:
     whole = dense_seconds(rates, shapes)
     dense = [int(time_shares(rates, s, np.array([0]), None, whole)[0]) for s in shapes]
     assert sum(dense) == pytest.approx(SIDE_UNIT, abs=len(shapes))
-    low = [int(time_shares(rates, s, np.array([20]), "plain", whole)[0]) for s in shapes]
+    low = [int(time_shares(rates, s, np.array([20]), PLAIN, whole)[0]) for s in shapes]
     for tokens, total in zip((PREFILL, DECODE), whole, strict=True):
         took = sum(
             float(product_seconds(rates, s, np.array([20]), PLAIN, tokens=tokens)[0])
