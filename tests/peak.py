@@ -104,7 +104,9 @@ def _peak(folder: str, out: str, reading: str) -> dict[str, int]:
                 {k: v.clone() for k, v in model.state_dict().items()}, assign=True
             )
         with mock.patch.object(
-            fxshare.verifying, "widen", _copy_in_float32 if reading == "widened" else widen
+            fxshare.verifying.evaluated,
+            "widen",
+            _copy_in_float32 if reading == "widened" else widen,
         ):
             example = torch.arange(12).view(2, 6)
             gm = fxshare.compile(model, CONFIG, example=example, check=reading != "copied")

@@ -131,7 +131,9 @@ def shares(view: View, named: tuple[str, Slice]) -> str | None:
 def not_its_own(view: View, named: tuple[str, Slice]) -> str | None:
     """A slice in a linear of another name."""
     name, place = named
-    return None if place.module == name else f"rows {place.start}:{place.stop} of {place.module!r}"
+    # the graph of one linear by itself knows its slices by the whole model's names
+    own = place.module in (name, "linear") or name.endswith(f".{place.module}")
+    return None if own else f"rows {place.start}:{place.stop} of {place.module!r}"
 
 
 def not_rejoined(view: View, parts: list[fx.Node]) -> str | None:

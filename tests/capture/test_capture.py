@@ -240,7 +240,7 @@ def test_a_branch_on_data_names_the_node_and_the_line() -> None:
     line = DataDependent.forward.__code__.co_firstlineno + 2
     with pytest.raises(CaptureError) as caught:
         capture(DataDependent(), torch.randn(2, 8, WIDTH), mode="fx")
-    assert f"branches on the data of a tensor (gt) at tests.test_capture:{line}" in str(
+    assert f"branches on the data of a tensor (gt) at tests.capture.test_capture:{line}" in str(
         caught.value
     )
 

@@ -461,18 +461,18 @@ def test_the_embedded_model_is_missing(fxshare: Run, monkeypatch: pytest.MonkeyP
 def test_demo_passes_its_options_on(
     fxshare: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fxshare.bench import demo
+    from fxshare.bench import demo as run
 
     asked: dict[str, Any] = {}
-    row = demo.Row("dense", 2.0, 1.0, 10, 40, 1000.0, "class Reader:")
+    row = run.Row("dense", 2.0, 1.0, 10, 40, 1000.0, "class Reader:")
     machine: dict[str, object] = {"cpu": "a CPU", "threads": 2, "torch": "2", "python": "3"}
-    found = demo.Demo(machine, 100, 3, 999, (row,), {}, 1.0)
+    found = run.Demo(machine, 100, 3, 999, (row,), {}, 1.0)
 
-    def demo(**options: Any) -> demo.Demo:
+    def demo(**options: Any) -> run.Demo:
         asked.update(options)
         return found
 
-    monkeypatch.setattr(demo, "demo", demo)
+    monkeypatch.setattr(run, "demo", demo)
     ran = fxshare("demo", "--quick", "-o", tmp_path, "--json")
     assert ran.code == 0
     assert ran.json["held_out_bytes"] == 999

@@ -78,7 +78,7 @@ def test_an_interrupt(folder: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline() == "asleep\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
 
 

@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_traced() -> None:
     cfg = {"weight_types": {"fc": {"pattern": r".*c_fc$"}}}
     text = refusal(CaptureError, cfg, Untraceable(), capture="fx")
     line = Untraceable.forward.__code__.co_firstlineno + 1
-    assert f"tests.test_bad_input:{line}" in text
+    assert f"tests.compiling.test_bad_input:{line}" in text
     assert "(gt)" in text
     assert fxshare.compile(Untraceable(), cfg, calibration=BATCHES).fxshare.front_end == "modules"
 

@@ -197,7 +197,9 @@ def test_every_part_of_the_legend_is_there_when_it_is_needed(small: Plan) -> Non
     assert "1 modules not rewritten" in exact
     labels = tuple(f"q.{head}" for head in range(70))
     assert "average of slices" in words(exact_plan([site(0, "q", labels)]))
-    few = [site(layer, t, ("q.0", "q.1")) for layer in range(2) for t in map(str, range(40))]
+    few = [
+        site(layer, t, ("q.0", "q.1")) for layer in range(2) for t in map("t{}".format, range(40))
+    ]
     assert "one bar per slice" in words(exact_plan(few))
 
 
