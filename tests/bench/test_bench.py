@@ -15,7 +15,9 @@ from fxshare.bench.planner import bench_planner, draw
 from fxshare.bench.planner import table as planner_table
 from fxshare.bench.quality import Case, bench_quality, kept_in_file
 from fxshare.bench.quality import table as quality_table
+from fxshare.embedded.corpus import calibration
 from fxshare.embedded.model import GPT, GPTConfig
+from tests.embedded.shallow import first_layers
 
 
 def small_gpt() -> GPT:
@@ -64,8 +66,10 @@ def test_kept_in_file_is_what_the_plan_says(extra: dict[str, object]) -> None:
 def test_the_demo_shows_dense_exact_sharing_and_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # one size, and attention only: the wide matrices take most of the time
+    # one size, two layers, and attention only: the wide matrices take most of the time
     types = {k: v for k, v in CONFIG["weight_types"].items() if k.startswith("attn")}
+    monkeypatch.setattr(demo, "load_embedded", lambda: first_layers(2))
+    monkeypatch.setattr(demo, "calibration", lambda docs, n_bytes: calibration(docs, n_bytes=8_000))
     monkeypatch.setattr(demo, "SIZES", (0.5,))
     monkeypatch.setattr(demo, "CONFIG", {**CONFIG, "weight_types": types})
     found = demo.demo(quick=True, out=tmp_path)

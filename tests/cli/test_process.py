@@ -56,13 +56,6 @@ def test_an_error_is_one_line_without_a_traceback(folder: Path) -> None:
     assert "\x1b" not in ran.stderr
 
 
-def test_debug_shows_the_traceback(folder: Path) -> None:
-    ran = run(folder, "inspect", "gpt2", FXSHARE_DEBUG="1")
-    assert ran.returncode == 2
-    assert "Traceback" in ran.stderr
-    assert ran.stderr.splitlines()[-1].startswith("error: 'gpt2' is not a model")
-
-
 def test_an_interrupt(folder: Path) -> None:
     (folder / "cli_sleeps.py").write_text(
         "import time\n\ndef make():\n    print('asleep', flush=True)\n    time.sleep(60)\n"
@@ -74,6 +67,8 @@ def test_an_interrupt(folder: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        # a shell starts what runs in the background with interrupts ignored, and children inherit it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "asleep\n"
@@ -108,6 +103,16 @@ def test_help_is_light(folder: Path) -> None:
 
 
 # in this process --------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FXSHARE_DEBUG", "1")
+    assert main(["inspect", "gpt2"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1].startswith("error: 'gpt2' is not a model")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

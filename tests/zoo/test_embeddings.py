@@ -58,7 +58,10 @@ def test_what_init_offers_can_be_taken(family: Family) -> None:
         assert torch.equal(gm.generate(ids, max_new_tokens=4, **settings), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma", "llama", "opt"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "opt"))],
+)
 def test_without_a_cache_the_models_own_code_looks_up_factors(name: str) -> None:
     model, cfg = with_offers(family(name))
     cfg |= {"group_size": 1, "compression_rate": 0.5}
