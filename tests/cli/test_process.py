@@ -67,7 +67,7 @@ def test_an_interrupt(folder: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        # a shell starts what runs in the background with interrupts ignored, and children inherit it
+        # what a shell starts in the background has interrupts ignored, and so have its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None

@@ -16,10 +16,12 @@ import pytest
 import torch
 import yaml
 
+import fxshare.embedded
 from fxshare.cli import main
 from fxshare.config import load_config
 from tests.documents.blocks import Block, blocks_of, commands_of
 from tests.documents.conftest import ROOT
+from tests.embedded.shallow import first_layers
 
 PAGES = [
     "README.md",
@@ -62,7 +64,7 @@ SHORTER = {
         "pack(token_stream(text, tokenizer))": "pack(token_stream(text, tokenizer))[:6]",
         'planned = {"budget": {"params_kept": 0.8}}': (
             'planned = {"budget": {"params_kept": 0.8}, "planner": '
-            '{"search": "off", "strategy": "separate", "keep_dense": [0, 1, 2, 3]}}'
+            '{"search": "off", "strategy": "separate"}}'
         ),
         "--data stdlib:held-out": "--data stdlib:held-out --tokens 2048",
     },
@@ -107,7 +109,8 @@ class Page:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_code_of_the_page_runs(name: str, room: Path) -> None:
+def test_the_code_of_the_page_runs(name: str, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxshare.embedded, "load_embedded", lambda: first_layers(2))
     text = (ROOT / name).read_text(encoding="utf-8")
     for said, run in SHORTER.get(name, {}).items():
         assert said in text, f"{name} does not say {said!r} any more"

@@ -69,7 +69,7 @@ def test_a_masked_model_lowered(tmp_path: Path) -> None:
 def test_large_weights_go_beside_the_file_and_a_damaged_file_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gm = build.toy("sharing")
+    gm = build.compiled(build.model(n_layer=1), **build.SHARING)
     write = target.write
 
     def apart(subject: Any, path: Path, opset: int | None) -> Any:
