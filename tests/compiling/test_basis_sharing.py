@@ -141,8 +141,7 @@ def check(
         # the paper has no floor; a Gram measured in float32 is only known to 1e-7
         "calibration": {"relative_floor": 1e-14 if dtype == torch.float64 else 1e-8},
     }
-    # the numbers are those of the factorisation, which is the same whatever captured the model
-    gm = fxshare.compile(model, cfg, calibration=batches(), capture="modules")
+    gm = fxshare.compile(model, cfg, calibration=batches())
     grams = grams_of(model, [n.format(i) for n in modules.values() for i in range(LAYERS)])
     compared = groups = 0
     for type_name, template in modules.items():

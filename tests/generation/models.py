@@ -13,7 +13,7 @@ import fxshare
 from tests.zoo.families import FAMILIES, Family, family, transformers_model
 from tests.zoo.written import VOCABULARY
 
-NEW = 32  # beyond every sliding window, whichever prompt
+NEW = 64
 LENGTHS = (9, 7, 5)
 NAMES = tuple(f.name for f in FAMILIES if f.causal and f.name != "nanogpt")
 
