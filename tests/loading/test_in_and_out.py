@@ -277,12 +277,16 @@ def test_the_number_of_samples_of_a_large_corpus_is_limited(
     monkeypatch.setattr(batching, "DEFAULT_SAMPLES", 12)
     _numbered(tmp_path / "a.txt", 4000)
     for padded in (False, True):
-        with pytest.warns(FxShareWarning, match="a random choice of 12 samples"):
+        # that one paragraph gives one sample is a second warning
+        with pytest.warns(FxShareWarning) as warned:
             batches: Any = sample_batches(
                 str(tmp_path / "a.txt"),
                 Sampling(length=9, padded=padded),
                 tokenizer=byte_tokenizer(),
             )
+        said = [str(one.message) for one in warned]
+        assert any("a random choice of 12 samples" in text for text in said)
+        assert len(said) == 1 + padded
         rows = [b["input_ids"] if padded else b for b in batches]
         # one paragraph is one document
         assert sum(len(r) for r in rows) == (1 if padded else 12)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 import fxshare
@@ -74,6 +75,14 @@ def gm() -> Any:
 def original(gm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hostile") / "out"
     fxshare.save(gm, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unlowered(gm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a folder that calls its bases by their own names."""
+    path = tmp_path_factory.mktemp("unlowered") / "out"
+    fxshare.save(fxshare.readable(gm), path)
     return path
 
 
@@ -256,12 +265,22 @@ def test_every_hostile_string_in_every_field(
 # The two ways in that were open --------------------------------------------------------------
 
 
-def test_an_argument_of_the_example_call_is_no_source(saved: Path, gm: Any, tmp_path: Path) -> None:
+# Both payloads ran before names had a grammar. One that is no valid source where the name stands would
+# show nothing.
+
+
+def test_an_argument_of_the_example_call_is_no_source(saved: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    evil = f"idx, x=__import__('pathlib').Path({str(canary)!r}).touch()"
+    # names stood once in a signature and twice, as NAME=NAME, in a call: the quotes open in the one
+    # and close in the next, so that both are valid, and the default runs when the function is made
+    touch = f'__import__("pathlib").Path("{canary}").touch()'
+    opening, closing = f"w={touch}, s='''", "z=''', *a"
 
     def rename(manifest: dict[str, Any]) -> None:
-        manifest["inputs"] = [{evil: call["idx"]} for call in manifest["inputs"]]
+        manifest["inputs"] = [
+            {opening: call["idx"], closing: call["idx"], "idx": call["idx"]}
+            for call in manifest["inputs"]
+        ]
 
     change(saved, "fxshare.json", rename)
     with pytest.raises(StoreError, match="expected the name of an argument"):
@@ -269,15 +288,28 @@ def test_an_argument_of_the_example_call_is_no_source(saved: Path, gm: Any, tmp_
     assert not canary.exists()
 
 
-def test_a_groups_name_is_no_source(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_groups_name_is_no_source(unlowered: Path, tmp_path: Path, tensors: bool) -> None:
+    """``tensors``: with the tensors renamed too, as it takes to be called when loading compares."""
     canary = tmp_path / "canary"
-    # no dots: they would divide the name of the module
-    touch = f"eval(bytes.fromhex('{f'''open({str(canary)!r},'w')'''.encode().hex()}'))"
-    touch = touch.replace("bytes.fromhex", "getattr(bytes, 'fromhex')")
-    evil = f'x") or {touch} or getattr(self, "x'
-    change(saved, "plan.json", lambda plan: plan["groups"][0].update(name=evil))
-    with pytest.raises(PlanError, match=r"plan\.json: group .* expected the name of a group"):
-        fxshare.load(saved)
+    # fx writes getattr(self, "NAME"); no dots, which would divide the name of the module
+    code = f"open({str(canary)!r},'w')".encode().hex()
+    evil = f'x" if eval(getattr(bytes, "fromhex")("{code}")) else "y'
+    folder = Path(shutil.copytree(unlowered, tmp_path / "saved"))
+    plan, manifest = read(folder, "plan.json"), read(folder, "fxshare.json")
+    name = plan["groups"][0]["name"]
+    plan["groups"][0]["name"] = evil
+    (folder / "plan.json").write_text(json.dumps(plan))
+    if tensors:
+        (file,) = folder.glob("*.safetensors")
+        held = {key.replace(name, evil): tensor for key, tensor in load_file(file).items()}
+        save_file(held, file, metadata={"format": "pt"})
+        renamed = {key.replace(name, evil): entry for key, entry in manifest["tensors"].items()}
+        manifest["tensors"] = renamed
+    seal(folder, manifest)
+    reason = "dotted name of a module" if tensors else r"plan\.json: group .* the name of a group"
+    with pytest.raises(StoreError if tensors else PlanError, match=reason):
+        fxshare.load(folder)
     assert not canary.exists()
 
 
