@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.errors import PlanError
-from passes import Pass, PivotBasis, ShareBasis
 
 StorageName = Literal["plain", "pivoted"]
 """The words of plan files."""
@@ -35,8 +34,6 @@ class Storage(ABC):
     """One way to store a group: a basis of R rows, and a coefficient for each of its slices."""
 
     name: ClassVar[StorageName]
-    carried_out_by: ClassVar[type[Pass]]
-    """The pass after which a graph stores a group so; :class:`passes.ShareBasis` comes first."""
     keeps_inputs: ClassVar[bool]
     """Whether R of the inputs are kept as they are. The module then gathers its input, and has an
     index entry for each of them."""
@@ -118,7 +115,6 @@ class _Plain(Storage):
     """``C (B x)``: ``R (I + O)`` numbers."""
 
     name = "plain"
-    carried_out_by = ShareBasis
     keeps_inputs = False
     looks_rows_up = True
 
@@ -138,7 +134,6 @@ class _Pivoted(Storage):
     entries for the same function."""
 
     name = "pivoted"
-    carried_out_by = PivotBasis
     keeps_inputs = True
     looks_rows_up = False
 

@@ -8,6 +8,7 @@ that repeats what repeats, or repeats a choice, may try exponentially many ways 
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,12 @@ import regex
 
 from fxshare.errors import ConfigError
 from passes.graph.names import shortened
+
+# as `re` itself reads a pattern; no public module tells
+if sys.version_info >= (3, 11):
+    from re import _parser  # type: ignore[attr-defined]
+else:
+    import sre_parse as _parser
 
 SECONDS = 1.0
 """For all the names of a model together."""
@@ -71,9 +78,6 @@ class Pattern:
 def may_backtrack(pattern: str) -> bool:
     """Whether matching may take long: a repeat inside another or around a choice, more than
     4 repeats, or a reference to an earlier group."""
-    # as `re` itself reads the pattern; no public module tells
-    from re import _parser  # type: ignore[attr-defined]
-
     repeats = 0
     stack: list[tuple[Any, bool]] = [(_parser.parse(pattern), False)]
     while stack:

@@ -265,8 +265,8 @@ def test_every_hostile_string_in_every_field(
 # The two ways in that were open --------------------------------------------------------------
 
 
-# Both payloads ran before names had a grammar. One that is no valid source where the name stands would
-# show nothing.
+# Both payloads ran before names had a grammar. One that is no valid source where the name stands
+# would show nothing.
 
 
 def test_an_argument_of_the_example_call_is_no_source(saved: Path, tmp_path: Path) -> None:
