@@ -18,7 +18,6 @@ from passes.packing.merge_slices import MergeSlices
 from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
 from passes.sharing.look_up_rows import LookedUp, LookUpRows
-from passes.sharing.pivot_basis import PivotBasis, PivotedGroup
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import SplitLinear, SplitSite
@@ -30,7 +29,7 @@ Prefer = Literal["memory", "speed"]
 def default_passes(
     sites: Sequence[SplitSite],
     groups: Sequence[SharedGroup] = (),
-    pivots: Sequence[PivotedGroup] = (),
+    storing: Sequence[Pass] = (),
     *,
     fuse: bool = True,
     extra: Sequence[Pass] = (),
@@ -39,6 +38,7 @@ def default_passes(
     """The passes from a captured graph to the rewritten one.
 
     Without ``groups`` this is exact mode: slices over the original weights, left visible.
+    ``storing`` are the passes that change how the bases of ``groups`` are stored.
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
     """
     return (
@@ -53,11 +53,11 @@ def default_passes(
                 # before fusing: coefficients can only be fused once they read the same product
                 ReuseBasis(),
                 # after reuse, so that a product's gather is made once
-                *((PivotBasis(groups=tuple(pivots)),) if pivots else ()),
+                *storing,
                 # after reuse; `fuse=False` leaves the slices apart for people who read the graph
                 *((FuseCoefficients(),) if fuse else ()),
                 # after fusing, so that a producer which was fused with others is left alone
-                *((FoldGathers(),) if pivots and fuse else ()),
+                *((FoldGathers(),) if storing and fuse else ()),
             )
             if groups
             else ()

@@ -18,6 +18,7 @@ from fxshare.base.numerics import beyond_rounding, relative_error
 from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import GuardError, MatchError
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.storage import PIVOTED
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product, slices_of
 from fxshare.sites.site import Site
@@ -205,7 +206,8 @@ class Backend:
             SplitSite((site.name,), tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
             for site in sites
         ]
-        result, _ = run(gm, default_passes(split, groups, pivots, fuse=record.config.fuse))
+        storing = PIVOTED.passes(pivots)
+        result, _ = run(gm, default_passes(split, groups, storing, fuse=record.config.fuse))
         keep_sources(gm, result)
         for parameter in result.parameters():
             parameter.requires_grad_(False)

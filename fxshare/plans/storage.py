@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.errors import PlanError
+from passes import Pass, PivotBasis, PivotedGroup
 
 StorageName = Literal["plain", "pivoted"]
 """The words of plan files."""
@@ -105,6 +106,10 @@ class Storage(ABC):
         """The weight ``(O, I)`` that a stored coefficient and basis stand for."""
         return coefficient_OR @ self.whole_basis(basis_RB, kept_J)
 
+    def passes(self, stored: Sequence[PivotedGroup]) -> tuple[Pass, ...]:
+        """What stores shared groups in this way, in a rewritten graph that has them whole."""
+        return ()
+
     def faults(self, basis_RB: Tensor) -> tuple[str, ...]:
         """What is wrong with a stored basis, in sentences; it may still be used."""
         return ()
@@ -155,6 +160,9 @@ class _Pivoted(Storage):
         whole[:, kept] = torch.eye(rank, dtype=whole.dtype, device=whole.device)
         whole[:, others] = basis_RB
         return whole
+
+    def passes(self, stored: Sequence[PivotedGroup]) -> tuple[Pass, ...]:
+        return (PivotBasis(groups=tuple(stored)),) if stored else ()
 
     def faults(self, basis_RB: Tensor) -> tuple[str, ...]:
         largest = float(basis_RB.abs().max()) if basis_RB.numel() else 0.0

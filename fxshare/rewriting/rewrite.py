@@ -9,6 +9,7 @@ from torch import fx
 
 from fxshare.base.progress import stage
 from fxshare.plans.plan import Plan
+from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
@@ -44,7 +45,9 @@ def rewrite(
         for site in plan.sites
         if site.lookups
     ]
-    passes = default_passes(sites, groups, pivots, fuse=fuse, extra=extra, looked_up=looked_up)
+    passes = default_passes(
+        sites, groups, PIVOTED.passes(pivots), fuse=fuse, extra=extra, looked_up=looked_up
+    )
     with stage("rewrite", _LOG) as running:
         result, applied = run(graph, passes)
         running.found(f"{sum(a.rewrites for a in applied)} rewrites by {len(applied)} passes")

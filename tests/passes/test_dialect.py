@@ -391,7 +391,8 @@ def test_every_toy_is_legal_at_every_stage(toy: Toy) -> None:
     exact = run(gm, default_passes(wanted), watch=watch)[0]
     check(exact, "split")
     factors = groups(exact, pool=True)
-    result = run(gm, default_passes(wanted, factors, [pivoted(one) for one in factors]))[0]
+    pivot = PivotBasis(groups=tuple(pivoted(one) for one in factors))
+    result = run(gm, default_passes(wanted, factors, [pivot]))[0]
     check(result, "shared")
     forget_origins(result)
     check(run(exact, lowering_passes())[0], "lowered")

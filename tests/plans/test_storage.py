@@ -21,6 +21,7 @@ from fxshare.plans.storage import (
     storages_of,
     usable,
 )
+from passes import PivotBasis, PivotedGroup
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 60))
 
@@ -104,3 +105,11 @@ def test_a_table_above_the_bound_is_a_fault() -> None:
     (said,) = PIVOTED.faults(table * 4 / table.abs().max())
     assert "the largest entry of the table of a pivoted basis is 4, expected at most 2" in said
     assert PLAIN.faults(table * 1000) == ()
+
+
+def test_a_storage_names_its_passes() -> None:
+    stored = [PivotedGroup("b", torch.zeros(0), torch.zeros(0, 0))]
+    assert PLAIN.passes(stored) == () == PIVOTED.passes([])
+    (found,) = PIVOTED.passes(stored)
+    assert isinstance(found, PivotBasis)
+    assert found.groups == tuple(stored)
