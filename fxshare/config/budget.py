@@ -7,13 +7,13 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, model_validator
 
 from fxshare.config.section import Section
-from fxshare.config.values import Count, Share, as_loss
+from fxshare.config.values import Count, Kept, Share, as_loss
 
 
 class Budget(Section):
     """What a planned compression may cost: exactly one limit, and perhaps a bound on FLOPs."""
 
-    params_kept: Share = Field(
+    params_kept: Kept = Field(
         default=None,
         description="Stored numbers after over weights before, of the matched linears (0.8 keeps "
         "80 %).",

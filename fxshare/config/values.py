@@ -98,6 +98,18 @@ def as_kept(value: object) -> float | None:
     return kept
 
 
+def as_budget(value: object) -> float | None:
+    """A fraction of parameters kept that is a limit: above 0 and at most 1."""
+    kept = as_kept(value)
+    if kept is not None and kept > 1:
+        percent = f"; {kept:g} % is {kept / 100:g}" if kept <= 100 else ""
+        raise ValueError(
+            "expected the fraction of parameters kept, above 0 and at most 1 (0.8 keeps 80 % of "
+            f"the parameters); found {shown(value)}{percent}"
+        )
+    return kept
+
+
 def as_loss(value: object) -> float | None:
     """An increase of the loss per token, in nats, above 0."""
     if value is None:
@@ -183,5 +195,7 @@ def as_list(value: object) -> object:
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A whole number above 0."""
+Kept = Annotated[float | None, BeforeValidator(as_budget)]
+"""A fraction kept, above 0 and at most 1; None where it is not given."""
 Share = Annotated[float | None, BeforeValidator(as_kept)]
 """A fraction kept, above 0; None where it is not given."""

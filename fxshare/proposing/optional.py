@@ -10,7 +10,7 @@ from torch import nn
 
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import MatchError
-from fxshare.sites.match import match
+from fxshare.sites.match import matching
 from passes import is_embedding, is_linear
 
 
@@ -47,7 +47,7 @@ def optional_types(
         while name in names:
             name += "_"
         try:
-            sites = match(model, ShareConfig(weight_types={name: spec})).sites
+            sites = matching(model, ShareConfig(weight_types={name: spec})).sites
         except MatchError:
             continue
         names.add(name)

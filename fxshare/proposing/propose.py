@@ -6,11 +6,13 @@ with the reason; nothing is decided by the class of the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from fxshare.base.progress import stage
 from fxshare.capture import Captured, capture
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import CaptureError, ConfigError, MatchError
@@ -21,8 +23,9 @@ from fxshare.proposing.proposal import LeftOut, Proposal, ProposedType
 from fxshare.proposing.rows import Rows, rows_read_together
 from fxshare.proposing.same_input import seen_in_graph, told_by_names
 from fxshare.proposing.weights import Weight, alike, total_numbers, weights_of
-from fxshare.sites.match import match
+from fxshare.sites.match import matching
 
+_LOG = logging.getLogger(__name__)
 _WORTH = 1e-3
 """Share of the model's parameters below which a weight type is left out."""
 
@@ -38,6 +41,7 @@ def init(model: nn.Module) -> ShareConfig:
     return propose(model).config
 
 
+@stage("propose", _LOG)
 def propose(model: nn.Module, *, example: object = None) -> Proposal:
     """What to compress in ``model``, by structure: the weights of its layers, how their rows are
     fused, and what is left out and why.
@@ -153,7 +157,7 @@ def _refused(model: nn.Module, specs: Mapping[str, WeightType]) -> dict[str, str
     found = {}
     for name, spec in specs.items():
         try:
-            match(model, ShareConfig(weight_types={name: spec}))
+            matching(model, ShareConfig(weight_types={name: spec}))
         except MatchError as error:
             found[name] = str(error)
     return found
@@ -181,7 +185,7 @@ def _counted(
     layouts: Mapping[str, Layout],
     weights: Sequence[Weight],
 ) -> tuple[ProposedType, ...]:
-    sites = match(model, config).sites
+    sites = matching(model, config).sites
     found: list[ProposedType] = []
     for name, group in named.items():
         own = [site for site in sites if site.type == name]

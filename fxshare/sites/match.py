@@ -50,12 +50,13 @@ def match(model: nn.Module, cfg: ShareConfig) -> Matching:
     module matched by two types, a layer number that cannot be found, heads that do not divide.
     """
     with stage("match", _LOG) as running:
-        found = _matching(model, cfg)
+        found = matching(model, cfg)
         running.found(f"{len(found.sites)} sites")
     return found
 
 
-def _matching(model: nn.Module, cfg: ShareConfig) -> Matching:
+def matching(model: nn.Module, cfg: ShareConfig) -> Matching:
+    """:func:`match` without a word about it, for those who try many patterns."""
     refuse_quantised(model)
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
     types = _types(modules, cfg)

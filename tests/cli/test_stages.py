@@ -47,6 +47,13 @@ def test_a_pipe_shows_stages_and_stdout_the_result_alone(fxshare: Run) -> None:
     assert state() == before
 
 
+def test_looking_for_patterns_is_one_stage(fxshare: Run) -> None:
+    ran = fxshare("init", "cli_toy:make")
+    assert ran.code == 0, ran.err
+    started = [line.partition(":")[0] for line in said(ran) if line.endswith(": started")]
+    assert sorted(started) == ["capture", "load", "propose"]
+
+
 def test_verbose_shows_passes_with_their_rewrites(fxshare: Run) -> None:
     ran = fxshare(*COMPILE, "-v")
     assert ran.code == 0, ran.err
