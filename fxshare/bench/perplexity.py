@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxshare.base.progress import stage, track
 from fxshare.capture import device_of
+from fxshare.data.starts import said, started
 from fxshare.data.tokens import check_ids
 from fxshare.errors import CheckFailed, DataError
 from fxshare.models.traits import vocabulary_of
@@ -78,6 +79,7 @@ def evaluate(
     length: int | None = None,
     bytes_per_token: float | Tensor | None = None,
     batch_size: int = 4,
+    before: tuple[int, ...] = (),
 ) -> Evaluation:
     """Perplexity of a language model, and bits per byte where bytes are known.
 
@@ -93,6 +95,9 @@ def evaluate(
         ``"A"`` or ``"B"``, see :data:`PROTOCOLS`.
     bytes_per_token
         Bytes of text per token on average, or of every id, (V,).
+    before
+        Ids that every window of a stream starts with, within its ``length``, as the tokenizer puts
+        them before a text; they are never what is predicted.
 
     Raises
     ------
@@ -106,18 +111,19 @@ def evaluate(
     if batch_size < 1:
         raise DataError(f"batch_size: expected at least 1, found {batch_size}")
     start = time.perf_counter()
-    windows, last = _cut(tokens, length, keep_last=protocol == "B")
+    windows, last = _cut(tokens, length, before, keep_last=protocol == "B")
     check_ids(tokens, vocabulary_of(model), name="tokens")
     batches = list(torch.split(windows, batch_size)) if len(windows) else []
     if last is not None:
         batches.append(last)
     device = device_of(model)
+    given = max(0, len(before) - 1)  # predicted positions that `before` has anyway
     sums: list[float] = []
     counts: list[int] = []
     n_bytes = 0.0
     with torch.no_grad(), _eval_mode(model):
         for batch in track(batches, "evaluating", total=len(batches)):
-            nll_BT = _nll(model, batch.to(device))
+            nll_BT = _nll(model, batch.to(device))[:, given:]
             if not bool(torch.isfinite(nll_BT).all()):
                 at = len(sums) + int((~torch.isfinite(nll_BT)).any(dim=1).int().argmax())
                 raise CheckFailed(
@@ -127,7 +133,7 @@ def evaluate(
                 )
             sums += nll_BT.sum(dim=1).tolist()
             counts += [nll_BT.shape[1]] * nll_BT.shape[0]
-            n_bytes += _bytes(batch[:, 1:], bytes_per_token)
+            n_bytes += _bytes(batch[:, 1 + given :], bytes_per_token)
     total, predicted = math.fsum(sums), sum(counts)
     if protocol == "A":
         nll = total / predicted
@@ -135,7 +141,7 @@ def evaluate(
         nll = math.fsum(s / n for s, n in zip(sums, counts, strict=True)) / len(sums)
     return Evaluation(
         protocol=protocol,
-        description=PROTOCOLS[protocol],
+        description=PROTOCOLS[protocol] + said(before),
         nll=nll,
         perplexity=math.exp(nll) if nll < 700 else math.inf,
         bits_per_byte=total / math.log(2) / n_bytes if n_bytes > 0 else None,
@@ -146,7 +152,9 @@ def evaluate(
     )
 
 
-def _cut(tokens: Tensor, length: int | None, *, keep_last: bool) -> tuple[Tensor, Tensor | None]:
+def _cut(
+    tokens: Tensor, length: int | None, before: tuple[int, ...], *, keep_last: bool
+) -> tuple[Tensor, Tensor | None]:
     """Whole windows (N, L), and the short last one (1, l) where it is kept and predicts a token."""
     if tokens.ndim == 2:
         if length not in (None, tokens.shape[1]):
@@ -162,15 +170,19 @@ def _cut(tokens: Tensor, length: int | None, *, keep_last: bool) -> tuple[Tensor
         return tokens.long(), None
     if tokens.ndim != 1:
         raise DataError(f"tokens: expected shape (T,) or (N, L), found {tuple(tokens.shape)}")
-    if length is None or length < 2:
-        raise DataError(f"length: a stream needs a window length of at least 2, found {length}")
-    whole = len(tokens) // length
-    windows = tokens[: whole * length].long().view(whole, length)
-    rest = tokens[whole * length :].long()
-    last = rest[None] if keep_last and len(rest) >= 2 else None
+    least = max(2, len(before) + 1)
+    if length is None or length < least:
+        raise DataError(
+            f"length: a stream needs a window length of at least {least}, found {length}"
+        )
+    own = length - len(before)
+    whole = len(tokens) // own
+    windows = started(tokens[: whole * own].long().view(whole, own), before)
+    rest = started(tokens[whole * own :].long()[None], before)
+    last = rest if keep_last and rest.shape[1] >= least else None
     if whole == 0 and last is None:
         raise DataError(
-            f"tokens: expected at least {length}, one window, found {len(tokens)}; give more data "
+            f"tokens: expected at least {own}, one window, found {len(tokens)}; give more data "
             "or a smaller length"
         )
     return windows, last

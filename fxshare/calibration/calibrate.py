@@ -21,7 +21,7 @@ from fxshare.calibration.gradients import Moment, is_diagonal
 from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.lookups import LookedUpSite
-from fxshare.calibration.losses import Labels, Loss
+from fxshare.calibration.losses import Labels, Loss, first_ids
 from fxshare.calibration.observed import GraphStage, Width
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Call, Captured, quiet
@@ -70,7 +70,7 @@ def calibrate(
     tracked = track(batches, "calibrating", total=total)
     observe = backward if gradients else lambda call, batch: running(call)
     try:
-        count, tokens = _stream(captured, tracked, running, observe, max_tokens)
+        count, tokens, starts = _stream(captured, tracked, running, observe, max_tokens)
     finally:
         running.close()
     if count == 0:
@@ -96,6 +96,7 @@ def calibrate(
         _by_lookup(sites, running),
         loss=backward.name,
         mean_loss=backward.total / max(tokens, 1) if gradients else math.nan,
+        starts_with=next(iter(starts)) if len(starts) == 1 else None,
     )
 
 
@@ -105,9 +106,11 @@ def _stream(
     running: GraphStage | HookStage,
     observe: Callable[[Call, object], object],
     max_tokens: int | None,
-) -> tuple[int, int]:
-    """Run batches until ``max_tokens`` were seen; how many batches and tokens that were."""
+) -> tuple[int, int, set[int]]:
+    """Run batches until ``max_tokens`` were seen; how many batches and tokens that were, and the
+    ids that samples started with."""
     count = tokens = 0
+    starts: set[int] = set()
     caller = captured.caller
     for batch in batches:
         call = caller(batch)
@@ -123,10 +126,11 @@ def _stream(
                 f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
             ) from error
         count += 1
+        starts |= first_ids(call)
         tokens = max((o.tokens for o in running.counting), default=0)
         if max_tokens is not None and tokens >= max_tokens:
             break
-    return count, tokens
+    return count, tokens, starts
 
 
 def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:

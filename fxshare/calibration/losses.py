@@ -42,6 +42,25 @@ def next_token_logits(output: Any, call: Call) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def first_ids(call: Call) -> set[int]:
+    """The token ids that the samples of a call start with; those that padding comes before are left
+    out. Empty where a call has no ids ``(B, T)``."""
+    mask = call.get(MASK)
+    for name, value in call.items():
+        if (
+            name != MASK
+            and isinstance(value, Tensor)
+            and value.ndim == 2
+            and value.dtype in (torch.int64, torch.int32)
+            and value.numel()
+        ):
+            firsts = value[:, 0]
+            if isinstance(mask, Tensor) and mask.shape == value.shape:
+                firsts = firsts[mask[:, 0].bool()]
+            return set(firsts.tolist())
+    return set()
+
+
 def default_loss(
     output: Any, call: Call, *, labels: Labels = "data", generator: torch.Generator | None = None
 ) -> tuple[Tensor, str]:

@@ -37,6 +37,8 @@ class Statistics:
     """The loss whose gradients they are."""
     mean_loss: float = math.nan
     """That loss per token on the calibration data."""
+    starts_with: int | None = None
+    """The token that every sample of ids started with; None where they differ, or for no ids."""
 
     def moment(self, slice_name: str, site: str) -> Tensor:
         """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token; its

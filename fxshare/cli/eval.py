@@ -13,6 +13,7 @@ from fxshare.cli.options import (
     Debug,
     Length,
     Model,
+    NoBos,
     Original,
     Protocol,
     Quiet,
@@ -55,6 +56,7 @@ def evaluate_model(
     tokens: Tokens = None,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
+    no_bos: NoBos = False,
     original: Original = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -69,7 +71,7 @@ def evaluate_model(
       fxshare eval out/ --against path/to/gpt2 --data wiki.test.txt --protocol B
     """
     del as_json, debug, verbose, quiet
-    from fxshare.bench.perplexity import PROTOCOLS, evaluate
+    from fxshare.bench.perplexity import evaluate
     from fxshare.data.stream import read_stream
     from fxshare.models.traits import vocabulary_of
 
@@ -81,8 +83,14 @@ def evaluate_model(
     models = _load(model, against, original)
     tokenizer = next((m.tokenizer for m in models if m.tokenizer is not None), None)
     vocabularies = [v for m in models if (v := vocabulary_of(m.model)) is not None]
-    stream = read_stream(data, tokenizer=tokenizer, vocabulary=min(vocabularies, default=None))
     size = min(window_length(m, length) for m in models)
+    stream = read_stream(
+        data,
+        tokenizer=tokenizer,
+        vocabulary=min(vocabularies, default=None),
+        bos=not no_bos,
+        length=size,
+    )
     ids = stream.ids
     if tokens is not None:
         ids = stream.windows(size, count=max(1, -(-tokens // size)), seed=seed)
@@ -94,12 +102,14 @@ def evaluate_model(
             length=size,
             bytes_per_token=stream.bytes_per_token,
             batch_size=batch_size,
+            before=stream.before,
         )
         for m in models
     ]
     document = {
         "protocol": protocol.value,
-        "description": PROTOCOLS[protocol.value],
+        "description": found[0].description,
+        "starts_with": list(stream.before),
         "data": data,
         "length": size,
         "results": [{"model": m.name, **_numbers(e)} for m, e in zip(models, found, strict=True)],

@@ -21,6 +21,7 @@ from fxshare.cli.options import (
     Length,
     MaxBytes,
     MaxLoss,
+    NoBos,
     Padded,
     Samples,
     Seed,
@@ -161,6 +162,7 @@ class Data:
     length: Length = None
     batch_size: BatchSize = 4
     seed: Seed = 0
+    no_bos: NoBos = False
 
     def batches(self, loaded: LoadedModel) -> list[Batch] | None:
         """The batches; None without ``--calibration``."""
@@ -189,6 +191,7 @@ class Data:
                 padded=self.padded,
                 batch_size=self.batch_size,
                 seed=self.seed,
+                bos=not self.no_bos,
             ),
             tokenizer=loaded.tokenizer,
             vocabulary=vocabulary_of(loaded.model),
@@ -202,6 +205,7 @@ class Data:
             "--length": self.length,
             "--text-key": self.text_key,
             "--padded": self.padded or None,
+            "--no-bos": self.no_bos or None,
         }
         for option, value in options.items():
             if value is not None:

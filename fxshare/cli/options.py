@@ -119,6 +119,14 @@ Padded = Annotated[
         "packed, windows over all documents one after the other.",
     ),
 ]
+NoBos = Annotated[
+    bool,
+    typer.Option(
+        "--no-bos",
+        help="Windows of text do not start with the token that the tokenizer puts before a text "
+        "(BOS), as in GPTQ's protocol. Default: they do, where it puts one.",
+    ),
+]
 Length = Annotated[
     int | None,
     typer.Option(

@@ -217,4 +217,5 @@ def _describe(statistics: Statistics) -> dict[str, Any]:
         "tokens": statistics.tokens,
         "bytes": statistics.bytes,
         "seconds": statistics.seconds,
+        "starts_with": statistics.starts_with,
     }

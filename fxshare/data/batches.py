@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxshare.data.documents import TEXT_FILES, documents, text_blocks
+from fxshare.data.starts import before_text, started, warn_of_others
 from fxshare.data.stream import (
     TextTokenizer,
     check_fit,
@@ -46,7 +47,8 @@ class Sampling:
     ``padded``: one document a sample, cut at ``length`` tokens, and shorter ones filled up on the
     right, with an ``attention_mask`` that leaves the filling out. Otherwise samples are windows of
     exactly ``length`` tokens over everything, one document after the other. ``count`` None: all, of
-    a source of more than :data:`LARGE` bytes :data:`DEFAULT_SAMPLES`.
+    a source of more than :data:`LARGE` bytes :data:`DEFAULT_SAMPLES`. ``bos``: every sample of text
+    starts with what the tokenizer puts before a text, mostly a BOS token.
     """
 
     length: int
@@ -54,6 +56,7 @@ class Sampling:
     padded: bool = False
     batch_size: int = 4
     seed: int = 0
+    bos: bool = True
 
 
 def sample_batches(
@@ -97,11 +100,17 @@ class _Source:
             if path.suffix not in TEXT_FILES:
                 ids = token_rows(path, key).flatten()
                 check_ids(ids, self.vocabulary, name=self.spec)
-                return choose_windows(ids, length, count=count, seed=seed, name=self.spec)
+                found = choose_windows(ids, length, count=count, seed=seed, name=self.spec)
+                warn_of_others(found[:, 0], self._before(), name=self.spec)
+                return found
             if path.stat().st_size > LARGE:
                 return self._places(path, key, self._count())
         stream = read_stream(
-            self.spec, tokenizer=self.tokenizer, vocabulary=self.vocabulary, key=self.key
+            self.spec,
+            tokenizer=self.tokenizer,
+            vocabulary=self.vocabulary,
+            key=self.key,
+            bos=self.sampling.bos,
         )
         return stream.windows(length, count=count, seed=seed)
 
@@ -120,7 +129,8 @@ class _Source:
     def _places(self, path: Path, key: str | None, count: int) -> Tensor:
         """A window each from blocks of text chosen over the whole file."""
         generator = random.Random(self.sampling.seed)
-        length = self.sampling.length
+        before = self._before()
+        length = self.sampling.length - len(before)
         blocks = text_blocks(path, key, _PER_TOKEN * length)
         chosen = _reservoir(blocks, _with_spare(count), generator)
         found = []
@@ -136,7 +146,8 @@ class _Source:
                 "length"
             )
         self._warn_of_few(len(found), count)
-        return torch.stack([ids for _, ids in sorted(found[:count], key=lambda one: one[0])])
+        windows = torch.stack([ids for _, ids in sorted(found[:count], key=lambda one: one[0])])
+        return started(windows, before)
 
     def rows(self) -> tuple[list[Tensor], int]:
         """Padded samples, each int64 (2..L,), and the id to fill up with."""
@@ -159,7 +170,7 @@ class _Source:
             raise no_text(self.spec, path.stat().st_size)
         found = []
         for at, text in chosen:
-            ids = self._encoded(text)[: self.sampling.length]
+            ids = self._document(text)[: self.sampling.length]
             if len(ids) >= 2:  # one token alone has no next one
                 found.append((at, ids))
         if not found:
@@ -184,6 +195,7 @@ class _Source:
                 f"{tuple(mask.shape)}"
             )
         check_ids(ids, self.vocabulary, name=self.spec)
+        warn_of_others(ids[:, 0], self._before(), name=self.spec)
         count, length = self.sampling.count, self.sampling.length
         chosen = _reservoir(range(len(ids)), count, random.Random(self.sampling.seed))
         rows = []
@@ -196,6 +208,16 @@ class _Source:
         if count is not None:
             self._warn_of_few(len(rows), count)
         return rows
+
+    def _before(self) -> tuple[int, ...]:
+        return before_text(self.tokenizer) if self.sampling.bos else ()
+
+    def _document(self, text: str) -> Tensor:
+        """The ids of a whole document, with what a tokenizer puts around one."""
+        tokenizer = needed(self.spec, self.tokenizer)
+        ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+        check_fit(ids, tokenizer, self.vocabulary, name=self.spec)
+        return ids if self.sampling.bos else ids[len(before_text(tokenizer)) :]
 
     def _encoded(self, text: str) -> Tensor:
         ids = encode(needed(self.spec, self.tokenizer), text)

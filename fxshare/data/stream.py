@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxshare.data.documents import BETWEEN, TEXT_FILES, text_blocks
+from fxshare.data.starts import before_text, started, warn_of_others
 from fxshare.data.tokens import TOKEN_FILES, check_ids, token_rows
 from fxshare.errors import DataError, FxShareWarning
 
@@ -35,35 +36,56 @@ class TokenStream:
     """All tokens of one source in order: ``ids`` is int64 (T,).
 
     ``bytes_per_token`` is the size of the text as UTF-8 over T, or, where the tokenizer tells, the
-    size of every id, int64 (V,); None for token files.
+    size of every id, int64 (V,); None for token files. ``before`` are the ids that the tokenizer
+    puts before a text, which ``ids`` does not contain.
     """
 
     name: str
     ids: Tensor
     bytes_per_token: float | Tensor | None = None
+    before: tuple[int, ...] = ()
 
     def windows(self, length: int, *, count: int | None = None, seed: int = 0) -> Tensor:
         """Windows (N, length) in the order of the stream, without overlap; the rest is dropped.
+        Each starts with ``before``.
 
         With ``count`` they are a random choice of that many, still in order; where there are fewer,
         all of them and a :class:`FxShareWarning`.
         """
-        return choose_windows(self.ids, length, count=count, seed=seed, name=self.name)
+        return choose_windows(
+            self.ids, length, count=count, seed=seed, name=self.name, before=self.before
+        )
 
 
-def choose_windows(ids: Tensor, length: int, *, count: int | None, seed: int, name: str) -> Tensor:
+def choose_windows(
+    ids: Tensor,
+    length: int,
+    *,
+    count: int | None,
+    seed: int,
+    name: str,
+    before: tuple[int, ...] = (),
+) -> Tensor:
     """:meth:`TokenStream.windows` of ids (T,) in any dtype; only what is chosen is looked at."""
-    if length < 1:
-        raise DataError(f"{name}: expected windows of at least 1 token, found {length}")
-    found = len(ids) // length
+    own = length - len(before)
+    if own < 1:
+        raise DataError(
+            f"{name}: expected windows of at least {len(before) + 1} tokens, found {length}"
+        )
+    found = len(ids) // own
     if found == 0:
         raise DataError(
-            f"{name}: expected at least {length} tokens, one window, found {len(ids)}; give more "
-            "data or a smaller length"
+            f"{name}: expected at least {own} tokens, one window, found {len(ids)}; give more data "
+            "or a smaller length"
         )
-    windows = ids[: found * length].view(found, length)
+    windows = ids[: found * own].view(found, own)
+    return started(_chosen(windows, length, count, seed, name).to(torch.int64), before)
+
+
+def _chosen(windows: Tensor, length: int, count: int | None, seed: int, name: str) -> Tensor:
+    found = len(windows)
     if count is None or count == found:
-        return windows.to(torch.int64)
+        return windows
     if count < 1:
         raise DataError(f"{name}: expected at least 1 window to choose, found {count}")
     if count > found:
@@ -71,12 +93,12 @@ def choose_windows(ids: Tensor, length: int, *, count: int | None, seed: int, na
             f"{name}: {count} windows of {length} tokens were asked for, the data has {found}: all "
             "of them are used",
             FxShareWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return windows.to(torch.int64)
+        return windows
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(found, generator=generator)[:count].sort().values
-    return windows[chosen].to(torch.int64)
+    return windows[chosen]
 
 
 def load_tokens(
@@ -87,10 +109,11 @@ def load_tokens(
     count: int | None = None,
     seed: int = 0,
     vocabulary: int | None = None,
+    bos: bool = True,
 ) -> Tensor:
     """Windows of tokens, int64 (N, length): :func:`read_stream`, then
     :meth:`TokenStream.windows`."""
-    stream = read_stream(spec, tokenizer=tokenizer, vocabulary=vocabulary)
+    stream = read_stream(spec, tokenizer=tokenizer, vocabulary=vocabulary, bos=bos, length=length)
     return stream.windows(length, count=count, seed=seed)
 
 
@@ -100,6 +123,8 @@ def read_stream(
     tokenizer: TextTokenizer | None,
     vocabulary: int | None = None,
     key: str | None = None,
+    bos: bool = True,
+    length: int | None = None,
 ) -> TokenStream:
     """Read all tokens of a source.
 
@@ -118,6 +143,10 @@ def read_stream(
         Number of ids that the model knows: a larger id in the data is an error.
     key
         What could also follow the file's name after a colon.
+    bos
+        Whether windows of text start with what the tokenizer puts before a text.
+    length
+        Of the windows that a token file will be cut into: those that do not start so are warned of.
 
     Raises
     ------
@@ -125,25 +154,32 @@ def read_stream(
         The data cannot be read, is empty, or has ids that the model does not know.
     """
     if spec.partition(":")[0] == "stdlib":
-        stream = _stdlib(spec, spec.partition(":")[2], tokenizer)
+        stream = _stdlib(spec, spec.partition(":")[2], tokenizer, bos)
         check_fit(stream.ids, tokenizer, vocabulary, name=spec)
         return stream
     path, key = file_and_key(spec, key)
     if path.suffix in TOKEN_FILES:
         ids = token_rows(path, key).flatten().to(torch.int64)
         check_ids(ids, vocabulary, name=spec)
+        if bos and length is not None:
+            warn_of_others(
+                ids[: max(1, len(ids) // length) * length : length],
+                before_text(tokenizer),
+                name=spec,
+            )
         return TokenStream(spec, ids)
     parts: list[tuple[Tensor, bool]] = []
     size = 0
     for block in text_blocks(path, key, _BLOCK):
-        ids = encode(needed(spec, tokenizer), block, first=not parts)
+        ids = encode(needed(spec, tokenizer), block)
         check_fit(ids, tokenizer, vocabulary, name=spec)
         size += len(block.encode("utf-8"))
         parts.append((ids, bool(block.strip())))
     if not any(has_text for _, has_text in parts):
         raise no_text(spec, path.stat().st_size)
     ids = torch.cat([ids for ids, _ in parts])
-    return TokenStream(spec, ids, size / max(len(ids), 1))
+    before = before_text(tokenizer) if bos else ()
+    return TokenStream(spec, ids, size / max(len(ids), 1), before)
 
 
 def file_and_key(spec: str, key: str | None = None) -> tuple[Path, str | None]:
@@ -167,10 +203,10 @@ def file_and_key(spec: str, key: str | None = None) -> tuple[Path, str | None]:
     return path, key if named is None else named
 
 
-def encode(tokenizer: TextTokenizer, text: str, *, first: bool = True) -> Tensor:
-    """The ids of ``text`` (T,) int64; what a tokenizer puts before a text only at the ``first``."""
+def encode(tokenizer: TextTokenizer, text: str) -> Tensor:
+    """The ids of ``text`` (T,) int64, without what a tokenizer puts around a text."""
     of_transformers: Any = tokenizer
-    if not first and hasattr(tokenizer, "save_pretrained"):
+    if hasattr(tokenizer, "save_pretrained"):
         return torch.tensor(of_transformers.encode(text, add_special_tokens=False)).long()
     return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
 
@@ -212,7 +248,7 @@ def needed(spec: str, tokenizer: TextTokenizer | None) -> TextTokenizer:
     return tokenizer
 
 
-def _stdlib(spec: str, part: str, tokenizer: TextTokenizer | None) -> TokenStream:
+def _stdlib(spec: str, part: str, tokenizer: TextTokenizer | None, bos: bool) -> TokenStream:
     from fxshare.embedded import corpus
     from fxshare.embedded.bpe import Tokenizer
 
@@ -224,7 +260,8 @@ def _stdlib(spec: str, part: str, tokenizer: TextTokenizer | None) -> TokenStrea
     if not isinstance(tokenizer, Tokenizer):
         text = BETWEEN.join(d.text for d in documents)
         ids = encode(tokenizer, text)
-        return TokenStream(spec, ids, len(text.encode("utf-8")) / max(len(ids), 1))
+        before = before_text(tokenizer) if bos else ()
+        return TokenStream(spec, ids, len(text.encode("utf-8")) / max(len(ids), 1), before)
     ids = torch.tensor(corpus.token_stream(documents, tokenizer), dtype=torch.int64)
     sizes = torch.tensor([len(token) for token in tokenizer.token_bytes], dtype=torch.int64)
     return TokenStream(spec, ids, sizes)

@@ -148,9 +148,11 @@ class Report:
         ]
         if self.calibration is not None:
             c = self.calibration
+            first = c.get("starts_with")
+            starts = "" if first is None else f"; every sample starts with token {first}"
             lines.append(
                 f"calibrated on {c['tokens']:,} tokens in {c['batches']} batches, "
-                f"{c['seconds']:.1f} s, {c['bytes']:,} bytes of statistics"
+                f"{c['seconds']:.1f} s, {c['bytes']:,} bytes of statistics{starts}"
             )
         elif self.mode == "sharing":
             lines.append("no calibration data: plain SVD of the weights, all inputs counted alike")
