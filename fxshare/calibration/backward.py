@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxshare.calibration.distance import DISTANCE
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.losses import Labels, Loss, default_loss
 from fxshare.calibration.observed import GraphStage
@@ -37,7 +38,8 @@ class Backward:
             _check_loss(value)
             probes = [tap.probe for tap in self.running.taps.values()]
             torch.autograd.grad(value, probes, allow_unused=True)
-        self.total += float(value.detach())
+        if self.name != DISTANCE:  # the distance of the dense model from itself is zero
+            self.total += float(value.detach())
         for name, tap in self.running.taps.items():
             if not tap.finite:
                 raise CalibrationError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxshare.base.numerics import float_leaves
+from fxshare.calibration.distance import DISTANCE, projected
 from fxshare.capture.call import MASK, Call
 from fxshare.errors import CalibrationError
 
@@ -64,7 +64,8 @@ def first_ids(call: Call) -> set[int]:
 def default_loss(
     output: Any, call: Call, *, labels: Labels = "data", generator: torch.Generator | None = None
 ) -> tuple[Tensor, str]:
-    """Summed next-token cross-entropy for a language model, else half the output's energy.
+    """Summed next-token cross-entropy for a language model; else what has the second moments of
+    gradients of the :mod:`distance <fxshare.calibration.distance>` to the dense output.
 
     With ``labels="sampled"`` the next tokens are drawn from the model itself: the expectation of
     the squared gradient is then the Fisher matrix proper. Positions that are masked, or whose
@@ -74,13 +75,12 @@ def default_loss(
     """
     found = next_token_logits(output, call)
     if found is None:
-        leaves = [leaf for _, leaf in float_leaves(output)]
-        if not leaves:
+        projection = projected(output, call, generator)
+        if projection is None:
             raise CalibrationError(
                 "the model's output has no floating-point tensor to take a loss of; give loss=..."
             )
-        energy = torch.stack([0.5 * _wide(leaf).pow(2).sum() for leaf in leaves]).sum()
-        return energy, "output energy"
+        return projection, DISTANCE
     logits, ids = found
     predictions = _wide(logits[:, :-1].flatten(0, 1))
     targets = ids[:, 1:].flatten().long()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from fxshare.base.numerics import float_leaves
+from fxshare.calibration.distance import distance, output_rows
 from fxshare.calibration.losses import Loss, default_loss, next_token_logits
 from fxshare.capture import Call, Captured, quiet
 from fxshare.sites.site import Site
@@ -65,9 +64,6 @@ class Judge:
             return float(self._loss(output, batch))
         if next_token_logits(output, call) is not None:
             return float(default_loss(output, call)[0])
-        # the output's energy itself falls with everything that is left out, down to zero where
-        # nothing is left: what counts is that of the distance to the dense output
-        leaves = [leaf for _, leaf in float_leaves(output)]
-        dense = self._dense.setdefault(number, leaves)
-        gaps = [(a.double() - b.double()).pow(2).sum() for a, b in zip(leaves, dense, strict=True)]
-        return 0.5 * float(torch.stack(gaps).sum())
+        if number not in self._dense:  # the first run is the dense model's
+            self._dense[number] = list(output_rows(output, call))
+        return distance(output, self._dense[number], call)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fxshare
 from fxshare.bench import demo
@@ -15,8 +18,10 @@ from fxshare.bench.planner import bench_planner, draw
 from fxshare.bench.planner import table as planner_table
 from fxshare.bench.quality import Case, bench_quality, kept_in_file
 from fxshare.bench.quality import table as quality_table
+from fxshare.cli import main
 from fxshare.embedded.corpus import calibration
 from fxshare.embedded.model import GPT, GPTConfig
+from fxshare.errors import FxShareWarning
 from tests.embedded.shallow import first_layers
 
 
@@ -80,3 +85,31 @@ def test_the_demo_shows_dense_exact_sharing_and_planned(
     assert by_name["planned 0.50"].params_kept <= 0.5
     assert (tmp_path / "demo.md").exists()
     assert (tmp_path / "demo.json").exists()
+
+
+def test_encoder_compares_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        **shape, intermediate_size=32, vocab_size=260, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 260, (24, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(16)[None] < torch.arange(1, 25)[:, None]
+    save_file({"ids": ids, "attention_mask": mask.long()}, tmp_path / "a.safetensors")
+    spec = f"{tmp_path}/a.safetensors:ids"
+    data = ["--calibration", spec, "--data", spec, "--samples", "20", "--texts", "9"]
+    command = ["bench", "encoder", str(tmp_path / "model"), *data, "--json", "--quiet"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxShareWarning)
+        assert main([*command, "--sizes", "1.0,0.5", "--search", "off"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["texts"] == 9
+    rows = {(row["size"], row["method"]): row for row in found["rows"]}
+    for method in ("basis sharing", "whitened SVD", "planned"):
+        assert rows[0.5, method]["params_kept"] <= 0.5
+        assert -1 <= rows[0.5, method]["lowest"] <= rows[0.5, method]["cosine"] < 1 - 1e-6
+    # at the dense size the plan has nothing to do
+    assert rows[1.0, "planned"]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert rows[0.5, "planned"]["cosine"] > rows[0.5, "basis sharing"]["cosine"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxshare.base.numerics import worst
 from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.distance import DISTANCE, distance, output_rows
 from fxshare.calibration.losses import default_loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import capture
@@ -223,15 +224,48 @@ def test_a_loss_of_ones_own_is_used() -> None:
 
 
 @pytest.mark.parametrize("mode", ["fx", "export", "modules"])
-def test_without_tokens_the_outputs_energy_is_the_loss(mode: str) -> None:
+def test_without_tokens_the_distance_to_the_dense_output_is_the_loss(mode: str) -> None:
     model = plain_model(dtype=torch.float64)
     data = [x.double() for x in features()]
     found = statistics(model, PLAIN, data, mode)
+    v = torch.cat(projections(model, data))
+    assert found.loss == DISTANCE
+    assert found.tokens == len(v)
+    assert worst(v.T @ v / len(v), found.moment("down", "down")).relative <= 1e-12
+    assert found.mean_loss == 0
+
+
+def projections(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
+    """What the gradients at the output are: a standard normal vector over the norm of each row."""
+    generator = torch.Generator().manual_seed(0)
+    y = [model(x).detach() for x in data]
+    v = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in y]
+    return [a / b.norm(dim=-1, keepdim=True) for a, b in zip(v, y, strict=True)]
+
+
+def test_the_second_moment_is_the_gauss_newton_matrix_of_the_distance() -> None:
+    model = plain_model(dtype=torch.float64)
+    data = [x.double() for x in features()] * 40
+    found = statistics(model, PLAIN, data).moment("down", "down")
     y = torch.cat([model(x) for x in data]).detach()
-    assert found.loss == "output energy"
-    assert found.tokens == len(y)
-    assert worst(y.T @ y / len(y), found.moment("down", "down")).relative <= 1e-12
-    assert found.mean_loss == pytest.approx(float(y.pow(2).sum() / 2 / len(y)), rel=1e-12)
+    expected = torch.eye(y.shape[1], dtype=torch.float64) * y.pow(2).sum(-1).reciprocal().mean()
+    # the mean of n products of normal vectors: entries off by sqrt(2 / n) of the diagonal
+    assert worst(expected, found).relative <= 5 * (2 / len(y)) ** 0.5
+
+
+def test_rows_that_are_masked_do_not_count_in_the_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, other = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    pooled = torch.ones(2, 4)
+    call = {"ids": torch.zeros(2, 3), "attention_mask": mask}
+    rows = list(output_rows({"h": dense, "pooled": pooled}, call))
+    assert [tuple(one.shape) for one in rows] == [(3, 4), (2, 4)]
+    found = distance({"h": other, "pooled": 3 * pooled}, rows, call)
+    kept = mask.bool()
+    gaps = (other - dense)[kept].pow(2).sum(-1) / dense[kept].pow(2).sum(-1)
+    assert found == pytest.approx(0.5 * (float(gaps.sum()) + 2 * 4), rel=1e-6)
+    assert distance({"h": dense, "pooled": pooled}, rows, call) == 0
 
 
 @pytest.mark.parametrize("mode", ["fx", "export", "modules"])
@@ -239,7 +273,8 @@ def test_activations_written_in_place_are_no_obstacle(mode: str) -> None:
     model = plain_model(dtype=torch.float64)
     data = [x.double() for x in features()]
     inside = [torch.relu(model.up(x)) for x in data]
-    delta = [(model.down(h) @ model.down.weight) * (h > 0) for h in inside]
+    above = projections(model, data)
+    delta = [(v @ model.down.weight) * (h > 0) for v, h in zip(above, inside, strict=True)]
     expected = torch.cat(delta).T @ torch.cat(delta) / 128
     found = statistics(model, PLAIN, data, mode).moment("up", "up")
     assert worst(expected.detach(), found).relative <= 1e-12

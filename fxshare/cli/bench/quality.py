@@ -66,7 +66,7 @@ def quality(
             include={"weight_types", "block_pattern"}
         )
         cases.append(folder_case(name, file, types))
-    shares = _sizes(sizes)
+    shares = sizes_of(sizes)
     with using(threads):
         result = bench_quality(cases, sizes=shares, search=search, seed=seed, say=note)
     header, rows = rows_of(result)
@@ -81,7 +81,8 @@ def quality(
     return Result(result.to_dict(), "\n".join([table(header, rows), "", *below]))
 
 
-def _sizes(text: str) -> tuple[float, ...]:
+def sizes_of(text: str) -> tuple[float, ...]:
+    """The shares that ``--sizes`` names."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
