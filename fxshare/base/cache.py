@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from fxshare.base.files import write_bytes
+from fxshare.base.unfinished import clear
 from fxshare.errors import FxShareWarning, StoreError
 
 _HASH = hashlib.sha256().digest_size
@@ -32,6 +33,7 @@ def write_entry(folder: Path, key: str, content: bytes) -> None:
     ``key`` is a plain file name. Where it cannot be written nothing is kept, with an
     :class:`FxShareWarning` that says why.
     """
+    clear(folder)  # of whatever key: nobody may ever ask for the same again
     try:
         write_bytes(folder / key, _digest(key, content) + content)
     except StoreError as error:

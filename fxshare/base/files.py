@@ -1,16 +1,16 @@
-"""Write files and folders whole or not at all."""
+"""Write files and folders whole or not at all, whatever ends the process in between."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fxshare.base.exchange import exchange
+from fxshare.base.unfinished import OLDER, PARTIAL, READY, hidden, remove, renamed, settle
 from fxshare.errors import StoreError
 
 
@@ -23,29 +23,36 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` under a temporary name, then rename.
 
     Raises :class:`StoreError` naming the path when the disk is full or the folder cannot be
-    written; nothing is left behind then.
+    written; nothing is left behind then, nor by an interruption. What a killed run left of the same
+    file is removed.
     """
+    path = path.resolve() if path.is_symlink() else path
+    settle(path)
     # not tempfile: its files are their owner's alone, and stay so after renaming
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = hidden(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        remove(temporary)
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        remove(temporary)
+        raise
 
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` to write into, gone at the end unless it was renamed.
 
-    Parents of ``path`` are made, and removed again where something fails. Raises
-    :class:`StoreError` naming ``path`` for what the disk or safetensors refuses.
+    Parents of ``path`` are made, and removed again where something fails. What a killed run left
+    is settled first. Raises :class:`StoreError` naming ``path`` for what the disk or safetensors
+    refuses.
     """
+    settle(path)
     made = [parent for parent in path.parents if not parent.exists()]
-    folder = _hidden(path, "partial")
+    folder = hidden(path, PARTIAL)
     done = False
     try:
         folder.mkdir(parents=True)
@@ -55,27 +62,42 @@ def aside(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"cannot write {path}: {reason}; nothing was written") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         for parent in () if done else made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 def swap_in(folder: Path, path: Path) -> None:
-    """Rename a folder to ``path``. An older one there is removed only once the new one has taken
-    its place, and comes back where that fails."""
+    """Give the folder that :func:`aside` made, or one inside of it, the name ``path``.
+
+    An older one there is exchanged for it in one step where the file system can. Elsewhere in two,
+    under names by which the next run finishes or undoes what was broken off between them; an error
+    or an interruption undoes it at once.
+    """
     if not path.exists():
         folder.rename(path)
-        return
-    older = _hidden(path, "older")
-    path.rename(older)
+    elif exchange(folder, path):
+        remove(folder)
+    else:
+        _in_two_steps(folder, path)
+
+
+def _in_two_steps(folder: Path, path: Path) -> None:
+    ready = hidden(path, READY)
+    older = renamed(ready, OLDER)
     try:
-        folder.rename(path)
-    except OSError:
-        os.replace(older, path)
+        folder.rename(ready)
+        path.rename(older)
+        ready.rename(path)
+    except BaseException:
+        if not path.exists() and older.exists():
+            os.replace(older, path)
+        remove(ready)
         raise
-    shutil.rmtree(older, ignore_errors=True)
+    finally:
+        if path.exists():
+            remove(older)
 
 
-def _hidden(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{what}")
+__all__ = ["aside", "swap_in", "write_bytes", "write_text"]

@@ -6,6 +6,7 @@ spectra, so that only the planner itself is timed.
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fxshare.base.files import write_bytes
 from fxshare.base.machine import environment
 from fxshare.base.progress import stage
 from fxshare.errors import ConfigError
@@ -138,7 +140,9 @@ def draw(result: PlannerBench, path: Path) -> None:
     axes.set_ylabel("seconds to plan")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix(".") or None)
+    write_bytes(path, content.getvalue())
 
 
 def table(result: PlannerBench) -> tuple[list[str], list[list[str]]]:

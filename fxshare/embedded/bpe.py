@@ -93,7 +93,10 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write the merges as JSON."""
         merges = ",\n".join(f"[{left},{right}]" for left, right in self._merges)
-        path.write_text(f'{{"format":"fxshare-bpe-1","merges":[\n{merges}\n]}}\n', encoding="utf-8")
+        text = f'{{"format":"fxshare-bpe-1","merges":[\n{merges}\n]}}\n'
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:

@@ -131,13 +131,14 @@ def export(
     """
     from fxshare.exporting import place
     from fxshare.exporting.subject import subject_of
-    from fxshare.exporting.targets import dense, python
+    from fxshare.exporting.targets import dense, onnx, python
 
     place_of = Path(path)
     _check_options(to, place_of, opset, original)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
     ours = {"py": python.ours, "dense": None if place_of.suffix == dense.SUFFIX else dense.ours}
-    with place.new_place(place_of, force=force, ours=ours.get(to)) as temporary:
+    renames = onnx.rename_data if to == "onnx" else None
+    with place.new_place(place_of, force=force, ours=ours.get(to), renames=renames) as temporary:
         subject = subject_of(gm, example, dynamic=dynamic, seed=seed)
         written = _write(subject, temporary, to, opset, original)
         checked, distance, limit, notes = _check(subject, written, to, seed)

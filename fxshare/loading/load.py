@@ -16,6 +16,7 @@ from torch import nn
 from fxshare.base.json_text import parse_json
 from fxshare.base.numerics import beyond_rounding, tolerance
 from fxshare.base.progress import stage
+from fxshare.base.unfinished import settle
 from fxshare.capture import device_of
 from fxshare.config import ShareConfig, load_config
 from fxshare.errors import FxShareWarning, PlanError, StoreError
@@ -94,6 +95,7 @@ def load(
         A configuration or a plan that this version of fxshare does not accept any more.
     """
     folder = Path(path)
+    settle(folder.resolve() if folder.is_symlink() else folder)
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     check_sizes(folder, manifest)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxshare.base.files import aside, swap_in
+from fxshare.base.unfinished import settle
 from fxshare.errors import StoreError
 
 _MARK = "fxshare.json"
@@ -22,6 +23,7 @@ def new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     Raises :class:`StoreError` where ``path`` is taken or cannot be written.
     """
     path = path.resolve() if path.is_symlink() else path
+    settle(path)  # an older folder may be back by it, and is to be refused then
     _check_target(path, force)
     with aside(path) as temporary:
         yield temporary

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxshare
+from fxshare.base import files as files_module
 from fxshare.base.numerics import tolerance, worst
 from fxshare.embedded.model import GPT, GPTConfig
 from fxshare.errors import FxShareWarning, StoreError
@@ -721,10 +722,8 @@ def test_a_full_disk_leaves_nothing_behind(
     elif where == "text":
         monkeypatch.setattr(Path, "write_text", full)
     else:
-        real = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda p, to: full() if p.suffix == ".partial" else real(p, to)
-        )
+        monkeypatch.setattr(Path, "rename", full)
+        monkeypatch.setattr(files_module, "exchange", full)
     with pytest.raises(StoreError, match=rf"cannot write {target}: No space left on device"):
         fxshare.save(gm, target, force=force)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

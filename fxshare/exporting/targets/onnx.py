@@ -42,7 +42,8 @@ def check_opset(opset: int | None) -> None:
 def write(
     subject: Subject, path: Path, opset: int | None, largest_file: int = _LARGEST_FILE
 ) -> Written:
-    """Write ``path``; weights of more than 2 GB go into ``<name>.data`` beside it.
+    """Write ``path``; weights of more than 2 GB go into ``<name>.data`` beside it (or, in place of
+    an older export, ``<name>.<digits>.data``: the file names the one it belongs to).
 
     Inputs have the names of the arguments, outputs those of the dictionary's keys, or ``output_0``,
     ``output_1``, ... Rows that the attention mask leaves out are not defined.
@@ -86,6 +87,17 @@ def write(
         return refilled(subject.shown, outputs)
 
     return Written(run, found.batch, found.sequence, found.notes, unmasked_only=True)
+
+
+def rename_data(path: Path, old: str, new: str) -> None:
+    """Make the graph in ``path`` refer to its data by another name."""
+    onnx, *_ = _imported()
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value == old:
+                entry.value = new
+    path.write_bytes(model.SerializeToString())
 
 
 def _imported() -> list[Any]:
