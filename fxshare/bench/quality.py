@@ -178,7 +178,9 @@ def embedded_case(*, calibration_bytes: int = 160_000, every: int = 4) -> Case:
     )
 
 
-def folder_case(name: str, tokens: Path, weight_types: Mapping[str, Any]) -> Case:
+def folder_case(
+    name: str, tokens: Path, weight_types: Mapping[str, Any], *, allow_missing: bool = False
+) -> Case:
     """A model by name with a token file that has ``calibration`` and ``heldout`` ``(N, T)``."""
     from fxshare.loading.names import load_model
 
@@ -190,7 +192,8 @@ def folder_case(name: str, tokens: Path, weight_types: Mapping[str, Any]) -> Cas
                 f"{sorted(opened.keys())}"
             )
         parts = [opened.get_tensor(key).long() for key in ("calibration", "heldout")]
-    return Case(Path(name).name, load_model(name).model.eval(), weight_types, parts[0], parts[1])
+    model = load_model(name, allow_missing=allow_missing).model.eval()
+    return Case(Path(name).name, model, weight_types, parts[0], parts[1])
 
 
 def table(result: Quality) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AsJson, Capture, Debug, Model, Quiet, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Capture, Debug, Model, Quiet, Verbose
 from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
 
@@ -40,6 +40,7 @@ def compile_model(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output folder of fxshare.")
     ] = False,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -47,7 +48,8 @@ def compile_model(
 ) -> Result:
     """Rewrite a model under a configuration, check the result, and print the report.
 
-    Without -o nothing is saved. Without -c the configuration is what 'fxshare init' finds in the
+    Without -o nothing is saved; with it the folder is loaded once and compared before it takes its
+    place. Without -c the configuration is what 'fxshare init' finds in the
     model. Without --calibration the weights alone decide (plain SVD).
 
     \b
@@ -64,15 +66,16 @@ def compile_model(
     cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
     _check_free(output, force)
-    loaded = load_model(model)
+    loaded = load_model(model, allow_missing=allow_missing)
     cfg = cfg or wanted.from_model(loaded, model)
     batches = data.batches(loaded)
     note(f"compiling {model} ({type(loaded.model).__name__})")
+    example = None if batches else example_ids(loaded.model, seed=data.seed)
     gm = fxshare.compile(
         loaded.model,
         cfg,
         calibration=batches,
-        example=None if batches else example_ids(loaded.model, seed=data.seed),
+        example=example,
         plan=made,
         capture=None if capture is None else capture.value,
         seed=data.seed,
@@ -81,7 +84,7 @@ def compile_model(
     found: dict[str, Any] = {**report.to_dict(), "saved_to": None}
     text = str(report)
     if output is not None:
-        _save(gm, loaded, output, force)
+        _save(gm, loaded, batches[0] if batches else example, output, force)
         found["saved_to"] = str(output)
         text += f"\nsaved to {output}"
     return Result(found, text)
@@ -106,9 +109,16 @@ def _check_free(output: Path | None, force: bool) -> None:
         )
 
 
-def _save(gm: Any, loaded: LoadedModel, output: Path, force: bool) -> None:
+def _save(gm: Any, loaded: LoadedModel, example: object, output: Path, force: bool) -> None:
+    """Save, and load what was saved before it takes its place."""
+    from fxshare.compiling.given import named_passes
+    from fxshare.loading.saved import check_saved
     from fxshare.store.save import save
+
+    def written(folder: Path) -> None:
+        passes = named_passes(gm.fxshare.config)
+        check_saved(folder, gm, loaded.model, example=example, passes=passes)
 
     # the files as they are; the demo's tokenizer comes with this package
     tokenizer = loaded.folder if loaded.tokenizer is not None else None
-    save(gm, output, force=force, tokenizer=tokenizer)
+    save(gm, output, force=force, tokenizer=tokenizer, written=written)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import fxshare
 from fxshare.cli.options import (
+    AllowMissing,
     AsJson,
     BatchSize,
     Debug,
@@ -58,6 +60,7 @@ def evaluate_model(
     seed: Seed = 0,
     no_bos: NoBos = False,
     original: Original = None,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -80,7 +83,7 @@ def evaluate_model(
             f"--tokens {tokens}: protocol B keeps the short last window of all the data, so a "
             "choice of windows is not it; leave --tokens out or take --protocol A"
         )
-    models = _load(model, against, original)
+    models = _load(model, against, original, allow_missing)
     tokenizer = next((m.tokenizer for m in models if m.tokenizer is not None), None)
     vocabularies = [v for m in models if (v := vocabulary_of(m.model)) is not None]
     size = min(window_length(m, length) for m in models)
@@ -117,9 +120,13 @@ def evaluate_model(
     return Result(document, _text(models, found, data))
 
 
-def _load(model: str, against: str | None, original: str | None) -> list[LoadedModel]:
-    from fxshare.loading.names import is_saved, load_model
+def _load(
+    model: str, against: str | None, original: str | None, allow_missing: bool
+) -> list[LoadedModel]:
+    from fxshare.loading.names import is_saved
+    from fxshare.loading.names import load_model as by_name
 
+    load_model = functools.partial(by_name, allow_missing=allow_missing)
     structure = None if original is None else load_model(original).model
     if against is None:
         return [load_model(model, original=structure)]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Original, Quiet, Seed, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Original, Quiet, Seed, Verbose
 from fxshare.cli.output import Result, note
 
 
@@ -49,6 +49,7 @@ def export_model(
     original: Original = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -71,8 +72,8 @@ def export_model(
             f"{folder}: expected a folder that 'fxshare compile -o' or fxshare.save wrote; an "
             "export is made from a compiled model"
         )
-    source = None if original is None else load_model(original).model
-    loaded = load_model(folder, original=source)
+    source = None if original is None else load_model(original, allow_missing=allow_missing).model
+    loaded = load_model(folder, original=source, allow_missing=allow_missing)
     note(f"exporting {folder} to {to.value}")
     done = export(
         loaded.model,

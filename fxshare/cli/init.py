@@ -9,7 +9,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import propose_for, refuse_compiled
-from fxshare.cli.options import AsJson, Debug, Model, Quiet, Seed, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Model, Quiet, Seed, Verbose
 from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def init_config(
         ),
     ] = True,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -60,7 +61,8 @@ def init_config(
             f"-o {output}: there is such a file; --force overwrites it, or give another name"
         )
     refuse_compiled(model)
-    found = propose_for(load_model(model), model, capture=capture, seed=seed)
+    loaded = load_model(model, allow_missing=allow_missing)
+    found = propose_for(loaded, model, capture=capture, seed=seed)
     text = found.text
     if output is not None:
         write_text(output, text)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Configs, Debug, Draw, Original, Sets, config_of
+from fxshare.cli.options import (
+    AllowMissing,
+    AsJson,
+    Configs,
+    Debug,
+    Draw,
+    Original,
+    Sets,
+    config_of,
+)
 from fxshare.cli.output import Result, table
 from fxshare.cli.plan import draw_named, plan_text, read_plan
 
@@ -43,6 +52,7 @@ def inspect_model(
     ] = None,
     draw: Draw = None,
     original: Original = None,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -68,8 +78,10 @@ def inspect_model(
                 "--graph out"
             )
         return _plan_file(Path(model), why, draw)
-    structure = None if original is None else load_model(original).model
-    loaded = load_model(model, original=structure)
+    structure = (
+        None if original is None else load_model(original, allow_missing=allow_missing).model
+    )
+    loaded = load_model(model, original=structure, allow_missing=allow_missing)
     meta = getattr(loaded.model, "meta", None)
     record: Record | None = meta.get("fxshare") if isinstance(meta, dict) else None
     cfg = _config(config, set_, record)

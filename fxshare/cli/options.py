@@ -144,6 +144,14 @@ Original = Annotated[
         help="The model that a saved folder was made from, where the folder cannot tell its class.",
     ),
 ]
+AllowMissing = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing",
+        help="Go on where weights of a transformers folder are missing (random then), have no "
+        "place or another shape.",
+    ),
+]
 LONGEST_DEFAULT = 2048
 """Window length of the published perplexities; the default where the model takes that much."""
 

@@ -12,7 +12,7 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AsJson, Debug, Draw, Model, Quiet, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Draw, Model, Quiet, Verbose
 from fxshare.cli.output import Result, note, table
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def plan_model(
         ),
     ] = None,
     data: Data,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -75,7 +76,7 @@ def plan_model(
     _check_first(draw, sweep, picture, data)
     if cfg is not None:
         _check_budget(cfg, sweep)
-    loaded = load_model(model)
+    loaded = load_model(model, allow_missing=allow_missing)
     if cfg is None:
         cfg = wanted.from_model(loaded, model)
         _check_budget(cfg, sweep)

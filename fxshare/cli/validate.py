@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Configs, Debug, Sets, config_of
+from fxshare.cli.options import AllowMissing, AsJson, Configs, Debug, Sets, config_of
 from fxshare.cli.output import Result, table
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def validate(
     ] = None,
     config: Configs = [],  # noqa: B006  typer reads the default, nothing changes it
     set_: Sets = None,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> Result:
@@ -49,15 +50,18 @@ def validate(
     if model is None:
         names = ", ".join(cfg.weight_types)
         return Result(data, f"{head}: {names}\n(give a MODEL to see what they match)")
-    return _against(model, cfg, head, data)
-
-
-def _against(name: str, cfg: ShareConfig, head: str, data: dict[str, Any]) -> Result:
     from fxshare.loading.names import load_model
+
+    loaded = load_model(model, allow_missing=allow_missing).model
+    return _against(loaded, model, cfg, head, data)
+
+
+def _against(
+    model: nn.Module, name: str, cfg: ShareConfig, head: str, data: dict[str, Any]
+) -> Result:
     from fxshare.planning.rules import exact_plan, make_plan
     from fxshare.sites.match import match
 
-    model = load_model(name).model
     matching = match(model, cfg)
     planned = cfg.mode == "planned"  # its ranks are decided by data, not here
     sites, skipped = matching.sites, matching.skipped

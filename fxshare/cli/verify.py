@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxshare.cli.options import AsJson, Debug, Length, Model, Quiet, Seed, Verbose, window_length
+from fxshare.cli.options import (
+    AllowMissing,
+    AsJson,
+    Debug,
+    Length,
+    Model,
+    Quiet,
+    Seed,
+    Verbose,
+    window_length,
+)
 from fxshare.cli.output import Result
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ def verify_model(
     ] = None,
     length: Length = None,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -52,8 +63,8 @@ def verify_model(
     from fxshare.result.module import record_of
     from fxshare.verifying.verify import verify
 
-    original = load_model(model)
-    compiled = load_model(out, original=original.model)
+    original = load_model(model, allow_missing=allow_missing)
+    compiled = load_model(out, original=original.model, allow_missing=allow_missing)
     record = record_of(compiled.model)
     inputs: list[Tensor] | None = None
     if data is not None:

@@ -94,7 +94,24 @@ def load(
     ConfigError, PlanError
         A configuration or a plan that this version of fxshare does not accept any more.
     """
-    folder = Path(path)
+    return _load(Path(path), model, passes, device=device, check=check, mapped=False)
+
+
+def load_mapped(folder: Path, model: ModelSource | None, passes: Sequence[Pass]) -> Compiled:
+    """:func:`load` on the CPU, with tensors that stay in the mapped files where their layout lets
+    them: to look at, while the folder is there."""
+    return _load(folder, model, passes, device=None, check=True, mapped=True)
+
+
+def _load(
+    folder: Path,
+    model: ModelSource | None,
+    passes: Sequence[Pass],
+    *,
+    device: str | torch.device | None,
+    check: bool,
+    mapped: bool,
+) -> Compiled:
     settle(folder.resolve() if folder.is_symlink() else folder)
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -109,7 +126,7 @@ def load(
     structure = skeleton(manifest.source, model, most_modules(len(manifest.tensors)))
     result, lowered = rebuild(structure, manifest, record, passes, target)
     record = replace(record, lowered=lowered)
-    fill(result, manifest.tensors, folder, list(manifest.files), target)
+    fill(result, manifest.tensors, folder, list(manifest.files), target, mapped=mapped)
     for name, module in result.named_modules():
         module.training = manifest.training != (name in manifest.training_differs)
     verbs = Verbs(generate, save_pretrained)

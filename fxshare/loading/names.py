@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,23 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxshare.base.building import at_most
-from fxshare.base.json_text import parse_json
 from fxshare.base.progress import stage
+from fxshare.base.unfinished import settle
 from fxshare.data.stream import TextTokenizer
 from fxshare.errors import ConfigError, DataError, FxShareWarning
 from fxshare.loading.hub import is_hub_id, snapshot
-from fxshare.loading.weights import check_weights
-from fxshare.models.quantised import quantisation_of, refusal_of_quantised
+from fxshare.loading.pretrained import (
+    contents,
+    import_transformers,
+    load_pretrained,
+    refuse_adapter,
+)
+from fxshare.loading.state import SUFFIXES
 from fxshare.models.source import EMBEDDED, USER
-from fxshare.store.sizes import most_modules
-from fxshare.store.transformers import MODEL_TYPE
 from passes.errors import FxShareError
 
 _LOG = logging.getLogger(__name__)
 Kind = Literal["saved", "transformers", "factory", "embedded"]
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,7 +55,9 @@ class LoadedModel:
     folder: Path | None = None
 
 
-def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, original: nn.Module | None = None, allow_missing: bool = False
+) -> LoadedModel:
     """Load a model from the disk or from Python.
 
     Parameters
@@ -68,14 +70,18 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
         where there is no folder ``owner`` here, from the cache or downloaded.
     original
         The model that a saved folder was made from; used where the folder cannot tell its class.
+    allow_missing
+        Warn where the weights of a transformers folder are not exactly those of its class, instead
+        of refusing it: parameters without weights are random then.
 
     Raises
     ------
     ConfigError
         The name is none of these; the message says what was tried.
     DataError
-        A folder without weights, with weights that are incomplete or quantised, or one that
-        transformers cannot read; a hub id that is neither cached nor to be had.
+        A folder without weights, with weights that are incomplete, quantised, an adapter, or not
+        those of the class that it names; one that transformers cannot read; a hub id that is
+        neither cached nor to be had.
     StoreError
         A saved folder that is damaged or needs ``original``.
     """
@@ -85,20 +91,22 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
         with stage("load", _LOG):
             return LoadedModel(name, "embedded", load_embedded(), load_tokenizer())
     folder = Path(name)
+    settle(folder.resolve() if folder.is_symlink() else folder)
     if not folder.exists() and is_hub_id(name):
         with stage("download", _LOG):
             folder = snapshot(name)
     if folder.is_dir():
         if is_saved(str(folder)):
             return _saved(name, folder, original)
+        refuse_adapter(name, folder)
         if (folder / "config.json").is_file():
             with stage("load", _LOG) as running:
-                loaded = _transformers(name, folder)
-                running.found(type(loaded.model).__name__)
-            return loaded
+                model = load_pretrained(name, folder, allow_missing=allow_missing)
+                running.found(type(model).__name__)
+            return LoadedModel(name, "transformers", model, _tokenizer(folder), folder)
         raise DataError(
             f"{name}: expected fxshare.json (a folder written by fxshare.save) or config.json (a "
-            f"transformers folder), found {_contents(folder)}"
+            f"transformers folder), found {contents(folder)}"
         )
     module_name, colon, attribute = name.partition(":")
     if colon and module_name and attribute and not folder.exists():
@@ -106,6 +114,12 @@ def load_model(name: str, *, original: nn.Module | None = None) -> LoadedModel:
             made = _made(name, module_name, attribute)
             running.found(type(made).__name__)
         return LoadedModel(name, "factory", made)
+    if folder.is_file() and folder.suffix in SUFFIXES:
+        raise ConfigError(
+            f"{name}: weights without a model; write a function that makes it, and name that as "
+            "package.module:function: def make(): return fxshare.loading.state.load_weights(Net(), "
+            f"{name!r})"
+        )
     near = difflib.get_close_matches(name, ["embedded"], n=1)
     file = "it is a file" if folder.is_file() else "no such folder"
     raise ConfigError(
@@ -123,11 +137,6 @@ def is_saved(name: str) -> bool:
     return (Path(name) / MANIFEST).is_file()
 
 
-def _contents(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
-
-
 def _saved(name: str, folder: Path, original: nn.Module | None) -> LoadedModel:
     from fxshare.loading.load import load
     from fxshare.store.manifest import read_manifest
@@ -142,85 +151,10 @@ def _saved(name: str, folder: Path, original: nn.Module | None) -> LoadedModel:
     return LoadedModel(name, "saved", model, tokenizer, folder)
 
 
-def _transformers(name: str, folder: Path) -> LoadedModel:
-    config = _config_of(folder)
-    architectures = config.get("architectures") or []
-    if config.get("model_type") == MODEL_TYPE:
-        raise DataError(
-            f"{name}: config.json is that of a folder of fxshare.save, but fxshare.json is missing;"
-            " copy the whole folder"
-        )
-    method = quantisation_of(config)
-    if method is not None:
-        raise DataError(refusal_of_quantised(name, method))
-    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise DataError(
-            f"{name}: expected weights ({' or '.join(_WEIGHTS)}) beside config.json, found "
-            f"{_contents(folder)}"
-        )
-    most = most_modules(check_weights(folder))
-    transformers = _import_transformers(name)
-    causal = any(str(a).endswith(_CAUSAL) for a in architectures)
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    try:
-        with _progress_on_terminals_only(transformers), at_most(most):
-            model, info = auto.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # transformers raises whatever the file at fault made it raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{name}: transformers cannot load this folder: {reason[0]}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        warnings.warn(
-            f"{name}: the folder has no weights for {len(missing)} parameters of "
-            f"{type(model).__name__}, which are random now: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}",
-            FxShareWarning,
-            stacklevel=3,
-        )
-    return LoadedModel(name, "transformers", model, _tokenizer(folder), folder)
-
-
-def _config_of(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON, found {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object, found a {type(config).__name__}")
-    return config
-
-
-def _import_transformers(name: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise DataError(
-            f"{name}: a transformers folder needs the transformers library, which cannot be "
-            f"imported ({error}); pip install 'fxshare[hf]'"
-        ) from error
-    return transformers
-
-
-@contextmanager
-def _progress_on_terminals_only(transformers: Any) -> Iterator[None]:
-    bars = transformers.utils.logging
-    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()
-
-
 def _tokenizer(folder: Path) -> TextTokenizer | None:
     if not any((folder / file).is_file() for file in _TOKENIZERS):
         return None
-    transformers = _import_transformers(str(folder))
+    transformers = import_transformers(str(folder))
     try:
         # Whole files are encoded at once and cut into windows: no length is too much.
         tokenizer: TextTokenizer = transformers.AutoTokenizer.from_pretrained(

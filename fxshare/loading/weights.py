@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from fxshare.base.json_text import parse_json
 from fxshare.errors import DataError
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 _POINTER = b"version https://git-lfs"
 # of a pickled tensor: its name, shape and type
 _LEAST_BYTES = 64
@@ -21,20 +25,42 @@ def check_weights(folder: Path) -> int:
 
     Raises :class:`DataError` naming the file that is missing, cut off, or not what its name says.
     """
+    files = _safetensors(folder)
+    if files is not None:
+        return sum(_check_file(folder / name) for name in files)
+    _check_pickled(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return size // _LEAST_BYTES
+
+
+def tensor_names(folder: Path) -> frozenset[str] | None:
+    """The names in the safetensors files that transformers will read, after
+    :func:`check_weights`; None where the folder has others."""
+    files = _safetensors(folder)
+    if files is None:
+        return None
+    return frozenset(name for file in files for name in _header(folder / file)[0])
+
+
+def _safetensors(folder: Path) -> list[str] | None:
+    """The names of the files that transformers reads; None where it reads others."""
     if (folder / _WHOLE).is_file():
-        return _check_file(folder / _WHOLE)
-    index = folder / _INDEX
-    if not index.is_file():
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        return size // _LEAST_BYTES
-    files = _files_of(index)
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
+        return [_WHOLE]
+    if (folder / _INDEX).is_file():
+        return _files_of(folder / _INDEX)
+    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if shards and not any((folder / f"{_PICKLED}{end}").is_file() for end in ("", ".index.json")):
         raise DataError(
-            f"{folder}: {len(missing)} of {len(files)} files of weights are missing, the first is "
-            f"{missing[0]}: {_INDEX} names it; {_AGAIN}"
+            f"{folder}: expected {_INDEX} beside {len(shards)} files of weights such as "
+            f"{shards[0]}, found none; {_AGAIN}"
         )
-    return sum(_check_file(folder / name) for name in files)
+    return None
+
+
+def _check_pickled(folder: Path) -> None:
+    index = folder / f"{_PICKLED}.index.json"
+    if not (folder / _PICKLED).is_file() and index.is_file():
+        _files_of(index)
 
 
 def _files_of(index: Path) -> list[str]:
@@ -48,12 +74,34 @@ def _files_of(index: Path) -> list[str]:
     wrong = [name for name in files if name != Path(name).name]
     if wrong:
         raise DataError(f"{index}: expected the names of files beside it, found {wrong[0]!r}")
+    missing = [name for name in files if not (index.parent / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{index.parent}: {len(missing)} of {len(files)} files of weights are missing, the "
+            f"first is {missing[0]}: {index.name} names it; {_AGAIN}"
+        )
     return files
 
 
 def _check_file(path: Path) -> int:
-    """How many tensors it has. The header says how long the file is: 8 bytes with its length,
-    itself, and the tensors."""
+    """How many tensors it has; the header says how long the file is."""
+    tensors, length = _header(path)
+    found = path.stat().st_size
+    try:
+        ends = [entry["data_offsets"][1] for entry in tensors.values()]
+        expected = 8 + length + max(ends, default=0)
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors: {error!r:.80}") from error
+    if found != expected:
+        raise DataError(
+            f"{path} is cut off or altered: expected {expected:,} bytes, found {found:,}; {_AGAIN}"
+        )
+    return len(ends)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors that a file says it has, and the length of what says it, which follows 8 bytes
+    with that length."""
     found = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -70,15 +118,10 @@ def _check_file(path: Path) -> int:
             )
         try:
             header = parse_json(file.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read as safetensors: {error!r:.80}") from error
-    expected = 8 + length + max(ends, default=0)
-    if found != expected:
-        raise DataError(
-            f"{path} is cut off or altered: expected {expected:,} bytes, found {found:,}; {_AGAIN}"
-        )
-    return len(ends)
+    return tensors, length
 
 
-__all__ = ["check_weights"]
+__all__ = ["check_weights", "tensor_names"]

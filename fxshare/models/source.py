@@ -35,7 +35,9 @@ class Source:
         cls = type(model)
         name = f"{cls.__module__}:{cls.__qualname__}"
         config = getattr(model, "config", None)
-        if cls.__module__.startswith("transformers.") and config is not None:
+        # with the modules of an adapter in it, it is not what its configuration describes
+        adapted = getattr(model, "_hf_peft_config_loaded", False)
+        if cls.__module__.startswith("transformers.") and config is not None and not adapted:
             generation = getattr(model, "generation_config", None)
             return Source(
                 TRANSFORMERS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def save(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer: TokenizerSource | None = None,
+    written: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a compiled model to a folder, whole or not at all.
 
@@ -73,6 +75,9 @@ def save(
         Tensors go into several files where one would be larger than this.
     tokenizer
         A folder whose tokenizer files are copied, or a tokenizer of transformers.
+    written
+        Called with the complete folder before it takes its place, which it does not where this
+        raises.
 
     Raises
     ------
@@ -104,6 +109,8 @@ def save(
             write_tokenizer(tokenizer, folder)
         files = {name: file_entry(folder / name) for name in (*names, *texts)}
         write_manifest(folder, _manifest(gm, record, source, inputs, probe, entries, files))
+        if written is not None:
+            written(folder)
 
 
 def _texts(record: Record) -> dict[str, str]:

@@ -152,14 +152,19 @@ def fill(
     folder: Path,
     files: Iterable[str],
     device: torch.device,
+    *,
+    mapped: bool = False,
 ) -> None:
-    """Put the saved tensors into a module of the same structure.
+    """Put the saved tensors into a module of the same structure; ``mapped`` leaves them in the
+    files where their layout is that of the file.
 
     Raises :class:`StoreError` where names or shapes differ from the module's, or a file does not
     hold what the manifest says.
     """
     _check_names(folder, tensors_of(module), entries)
-    stored = _read(folder, [file for file in files if is_tensor_file(file)], entries, device)
+    stored = _read(
+        folder, [file for file in files if is_tensor_file(file)], entries, device, mapped
+    )
     objects: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.same_as is not None:
@@ -213,7 +218,11 @@ def _check_names(
 
 
 def _read(
-    folder: Path, files: Sequence[str], entries: Mapping[str, TensorEntry], device: torch.device
+    folder: Path,
+    files: Sequence[str],
+    entries: Mapping[str, TensorEntry],
+    device: torch.device,
+    mapped: bool,
 ) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for file in files:
@@ -222,7 +231,9 @@ def _read(
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     tensor = opened.get_tensor(name)
                     _check_entry(folder / file, name, tensor, entries)
-                    stored[name] = _laid_out(tensor, entries[name].order, device)
+                    order = entries[name].order
+                    in_place = mapped and order is None
+                    stored[name] = tensor if in_place else _laid_out(tensor, order, device)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"cannot read {folder / file}: {error}") from error
     return stored

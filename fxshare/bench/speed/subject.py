@@ -161,6 +161,7 @@ def named_subject(
     *,
     configs: Sequence[Path] = (),
     original: str | None = None,
+    allow_missing: bool = False,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -172,8 +173,9 @@ def named_subject(
     """
     if original is not None and not Path(name).is_dir():
         raise ConfigError("--original: names the model that a saved folder was made from")
-    source = None if original is None else load_model(original).model
-    loaded = load_model(name, original=source)
+    by_name = partial(load_model, allow_missing=allow_missing)
+    source = None if original is None else by_name(original).model
+    loaded = by_name(name, original=source)
     if loaded.kind == "saved":
         if settings is not None or configs:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Quiet, Seed, Threads, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result, note, table
 
 
@@ -36,6 +36,7 @@ def quality(
     search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
     threads: Threads = 0,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -65,7 +66,7 @@ def quality(
         types: dict[str, Any] = load_config(path).model_dump(
             include={"weight_types", "block_pattern"}
         )
-        cases.append(folder_case(name, file, types))
+        cases.append(folder_case(name, file, types, allow_missing=allow_missing))
     shares = sizes_of(sizes)
     with using(threads):
         result = bench_quality(cases, sizes=shares, search=search, seed=seed, say=note)

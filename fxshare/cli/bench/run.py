@@ -9,6 +9,7 @@ import typer
 
 import fxshare
 from fxshare.cli.options import (
+    AllowMissing,
     AsJson,
     Debug,
     Device,
@@ -89,6 +90,7 @@ def run(
     ] = None,
     threads: Threads = 0,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -135,6 +137,7 @@ def run(
                 settings if given else None,
                 configs=config or (),
                 original=original,
+                allow_missing=allow_missing,
                 dtype=kind,
                 device=place,
                 seed=seed,
