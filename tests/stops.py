@@ -1,7 +1,9 @@
 """A process that is stopped before one of its operations on files.
 
 :func:`run` forks this process, which has everything loaded, and lets the copy work; before the
-operation with a given number that touches ``folder`` it sends itself a signal. Operations are what
+operation with a given number that touches ``folder`` it sends itself a signal. :func:`everywhere`
+does the work once: before every operation the copy forks twice, one of these is killed and the
+other interrupted there, and what each left is kept aside. Operations are what
 Python's audit events say (open for writing, rename, mkdir, remove, rmdir, truncate, link, symlink),
 and what is written without them: exchanged names, fsync, files of safetensors and of torch.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -41,8 +44,11 @@ class Ended:
 
 
 class _Operations:
-    def __init__(self, folder: Path, at: int | None, how: int, pipe: int) -> None:
+    def __init__(
+        self, folder: Path, at: int | None, how: int, pipe: int, kept: Path | None
+    ) -> None:
         self.folder, self.at, self.how, self.pipe = os.fspath(folder), at, how, pipe
+        self.kept = kept
         self.count = 0
         self.busy = False
 
@@ -72,6 +78,27 @@ class _Operations:
             self.busy = False
         if stop:
             os.kill(os.getpid(), self.how)
+        if self.kept is not None:
+            self._stop_here(self.kept)
+
+    def _stop_here(self, kept: Path) -> None:
+        """Let copies of this process be stopped here, and keep what each of them leaves."""
+        self.busy = True
+        folder, number = Path(self.folder), self.count - 1
+        before = kept / f"{number}.before"
+        shutil.copytree(folder, before, symlinks=True)
+        for how in (signal.SIGKILL, signal.SIGINT):
+            pid = os.fork()
+            if pid == 0:
+                os.kill(os.getpid(), how)  # an interruption goes on from here, as an exception
+                return
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            shutil.copytree(folder, kept / f"{number}.{how.name}.{code}", symlinks=True)
+            for child in folder.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            shutil.copytree(before, folder, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(before)
+        self.busy = False
 
 
 def run(
@@ -84,13 +111,32 @@ def run(
 ) -> Ended:
     """Let a copy of this process do ``work``, stopped before operation ``at`` if any. Without
     ``exchanging`` its file system cannot exchange two names."""
+    return _run(work, folder, at, how, exchanging, None)
+
+
+def everywhere(
+    work: Callable[[], object], folder: Path, kept: Path, *, exchanging: bool = True
+) -> Ended:
+    """Let a copy of this process do ``work`` once, and stop copies of it before every operation:
+    ``kept`` then has a folder ``NUMBER.SIGNAL.CODE`` for each, as it was left."""
+    return _run(work, folder, None, signal.SIGKILL, exchanging, kept)
+
+
+def _run(
+    work: Callable[[], object],
+    folder: Path,
+    at: int | None,
+    how: int,
+    exchanging: bool,
+    kept: Path | None,
+) -> Ended:
     read, write = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         os.close(read)
-        _child(work, _Operations(folder, at, how, write), exchanging)
+        _child(work, _Operations(folder, at, how, write, kept), exchanging)
     os.close(write)
     with open(read, encoding="utf-8", errors="replace") as pipe:
         said = pipe.read()
@@ -106,6 +152,9 @@ def _child(work: Callable[[], object], operations: _Operations, exchanging: bool
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         with contextlib.ExitStack() as patched:
+            if operations.kept is not None:
+                # by names: folders are made anew between operations, and an open one is the old
+                patched.enter_context(mock.patch.object(shutil, "_use_fd_functions", False))
             for patch in _unseen(operations, exchanging):
                 patched.enter_context(patch)
             sys.addaudithook(operations.event)
