@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxshare
-from fxshare.cli import main
+from fxshare.cli import main, make_app
 from fxshare.errors import ConfigError, DataError, FxShareWarning, StoreError
 from fxshare.loading.names import load_model
 from fxshare.loading.state import load_weights
@@ -183,6 +184,19 @@ def test_the_command_line_saves_nothing(
     assert main(["compile", str(folder), "-o", str(tmp_path / "out"), "--allow-missing"]) == 0
     assert "warning: " in capsys.readouterr().err
     assert (tmp_path / "out" / "fxshare.json").is_file()
+
+
+def test_every_command_with_a_model_has_the_option() -> None:
+    def walk(command: Any, name: str = "") -> dict[str, set[str]]:
+        found = {} if hasattr(command, "commands") else {name: {p.name for p in command.params}}
+        for key, inner in getattr(command, "commands", {}).items():
+            found |= walk(inner, f"{name} {key}")
+        return found
+
+    named = {"model", "original", "against"}
+    commands = {n: p for n, p in walk(typer.main.get_command(make_app())).items() if p & named}
+    assert len(commands) >= 10
+    assert [n for n, parameters in commands.items() if "allow_missing" not in parameters] == []
 
 
 def test_what_a_class_declares_is_not_missing(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fxshare.cli.bench.quality import sizes_of
-from fxshare.cli.options import AsJson, Debug, Model, Quiet, Seed, Threads, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Model, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result, note, table
 
 
@@ -28,6 +28,7 @@ def encoder(
     search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
     threads: Threads = 0,
     seed: Seed = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -48,7 +49,7 @@ def encoder(
 
     del as_json, debug, verbose, quiet
     shares = sizes_of(sizes)
-    loaded = load_model(model)
+    loaded = load_model(model, allow_missing=allow_missing)
     types = init(loaded.model).model_dump(include={"weight_types", "block_pattern"})
 
     def batches(spec: str, count: int) -> list[Any]:
