@@ -112,7 +112,7 @@ def _left(folder: Path, name: str | None) -> dict[str, dict[str, Path]]:
 def _is_dead(parts: re.Match[str]) -> bool:
     """Whether the writer has ended. One on another machine, or in another container, cannot be
     seen from here and counts as alive."""
-    if parts["host"] != _host():
+    if parts["host"] != _host() or os.name != "posix":  # elsewhere signal 0 ends a process
         return False
     pid, started = int(parts["pid"], 16), int(parts["start"], 16)
     try:

@@ -94,7 +94,10 @@ def _check_free(output: Path | None, force: bool) -> None:
     """Refuse before hours of work what saving would refuse after them."""
     from fxshare.loading.names import is_saved
 
-    if output is None or not output.exists():
+    if output is None:
+        return
+    ours = is_saved(str(output))
+    if not output.exists():
         return
     if not output.is_dir():
         raise fxshare.errors.StoreError(f"{output}: expected a folder to save to, found a file")
@@ -102,7 +105,7 @@ def _check_free(output: Path | None, force: bool) -> None:
         raise fxshare.errors.StoreError(
             f"{output} exists; choose another folder, or replace it with --force"
         )
-    if any(output.iterdir()) and not is_saved(str(output)):
+    if any(output.iterdir()) and not ours:
         raise fxshare.errors.StoreError(
             f"{output} has files and was not written by fxshare; --force replaces only folders "
             "that were. Choose another"

@@ -134,7 +134,9 @@ def is_saved(name: str) -> bool:
     """Whether the name is that of a folder that :func:`fxshare.save` wrote."""
     from fxshare.store.manifest import MANIFEST
 
-    return (Path(name) / MANIFEST).is_file()
+    folder = Path(name)
+    settle(folder.resolve() if folder.is_symlink() else folder)  # it may be back by it
+    return (folder / MANIFEST).is_file()
 
 
 def _saved(name: str, folder: Path, original: nn.Module | None) -> LoadedModel:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from fxshare import embedded as fxshare_demo
+from fxshare.base.files import aside, swap_in
+from tests import stops
 from tests.cli.conftest import ROOT, STORIES, Ran
 
 Run = Callable[..., Ran]
@@ -479,3 +481,24 @@ def test_demo_passes_its_options_on(
     assert (asked["quick"], asked["out"]) == (True, tmp_path)
     assert "class Reader:" in fxshare("demo").out
     assert asked["quick"] is False
+
+
+def test_a_folder_whose_replacement_was_broken_off_is_found_again(
+    fxshare: Run, saved: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(saved, out)
+
+    def replaced() -> None:
+        with aside(out) as new:
+            shutil.copytree(saved, new, dirs_exist_ok=True)
+            swap_in(new, out)
+
+    whole = stops.run(replaced, tmp_path, exchanging=False)
+    renames = [n for n, each in enumerate(whole.operations) if each.startswith("os.rename")]
+    assert stops.run(replaced, tmp_path, at=renames[-1], exchanging=False).code == -9
+    assert not out.exists()
+    ran = fxshare("export", out, tmp_path / "dense", "--to", "dense", "--original", "cli_toy:make")
+    assert "earlier run ended in the middle of replacing it" in ran.err
+    assert ran.code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
