@@ -25,6 +25,7 @@ from passes.graph.graph import (
 from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
 from passes.graph.slices import Slice, slice_weight, slices
+from passes.graph.stacks import stacks
 from passes.observing.gradients import ObserveGradients, tapped
 from passes.observing.inputs import ObserveInputs, observed
 from passes.observing.lookups import ObserveLookups, observed_lookups
@@ -46,7 +47,7 @@ from passes.sharing.pivot_basis import PivotBasis, PivotedGroup, derive_gathers,
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import Rows, SplitLinear, SplitSite
-from passes.sharing.unstack_experts import UnstackExperts, stacks
+from passes.sharing.unstack_experts import UnstackExperts, unstacked_as
 
 __all__ = [
     "Applied",
@@ -111,5 +112,6 @@ __all__ = [
     "stacks",
     "structure_copy",
     "tapped",
+    "unstacked_as",
     "weight_and_bias",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from fxshare.sites.stacked import stores_columns
 from passes.graph.graph import is_linear, weight_and_bias
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
@@ -86,14 +87,14 @@ def _candidates(model: nn.Module) -> Iterator[Weight]:
             continue
         for field, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{field}" if name else field
-            shape = _matrices(name, module, field, parameter)
+            shape = _matrices(model, name, module, field, parameter)
             if shape is not None:
                 experts, rows, columns = shape
                 yield Weight(full, id(parameter), rows, columns, experts, inside=full)
 
 
 def _matrices(
-    name: str, module: nn.Module, field: str, parameter: Tensor
+    model: nn.Module, name: str, module: nn.Module, field: str, parameter: Tensor
 ) -> tuple[int, int, int] | None:
     """``(matrices, out, in)`` of a bare parameter that is multiplied by; None for any other.
 
@@ -109,7 +110,7 @@ def _matrices(
     if parameter.ndim != 3 or min(parameter.shape) < 2 or not _EXPERTS.search(named):
         return None
     experts, rows, columns = parameter.shape
-    if getattr(module, "is_transposed", False) is True:
+    if stores_columns(model, module, field):
         rows, columns = columns, rows
     return experts, rows, columns
 

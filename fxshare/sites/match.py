@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from fxshare.base.progress import stage
-from fxshare.config import ShareConfig
+from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import MatchError
 from fxshare.sites.patterns import Pattern
 from fxshare.sites.refusals import (
@@ -26,6 +26,7 @@ from fxshare.sites.refusals import (
 )
 from fxshare.sites.rows import slices_of_rows
 from fxshare.sites.site import Site, Skipped, SliceSpec
+from fxshare.sites.stacked import stores_columns
 from fxshare.sites.tensors import stored_bias
 from passes import is_linear, weight_and_bias
 from passes.graph.names import shortened, unwritable
@@ -41,6 +42,8 @@ class Matching:
     skipped: tuple[Skipped, ...]
     parameters: frozenset[str] = frozenset()
     """The sites that are bare parameters: only a graph tells whether they are used as linears."""
+    turned: Mapping[str, Site | str] = field(default_factory=dict)
+    """Of these the site where the graph shows that its rows are columns, or why there is none."""
 
 
 def match(model: nn.Module, cfg: ShareConfig) -> Matching:
@@ -84,15 +87,22 @@ def matching(model: nn.Module, cfg: ShareConfig) -> Matching:
         layer = _layer(cfg, block, name, type_name, alone=type_name in alone)
         sites.append(_site(model, cfg, type_name, layer, readers))
     parameters: set[str] = set()
+    turned: dict[str, Site | str] = {}
     for name, type_name in _parameter_types(model, modules, cfg).items():
         found = _parameter_sites(model, cfg, block, name, type_name, owners)
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
-            sites.extend(found)
-            parameters.update(site.name for site in found)
+            for usual, other in found:
+                if isinstance(usual, str):
+                    usual, other = other, usual
+                if isinstance(usual, str):
+                    raise MatchError(other)
+                sites.append(usual)
+                parameters.add(usual.name)
+                turned[usual.name] = other
     every_type_has_sites(cfg, sites, skipped, modules)
-    return Matching(tuple(sites), tuple(skipped), frozenset(parameters))
+    return Matching(tuple(sites), tuple(skipped), frozenset(parameters), turned)
 
 
 def _types(modules: Mapping[str, nn.Module], cfg: ShareConfig) -> dict[str, str]:
@@ -210,9 +220,10 @@ def _parameter_sites(
     name: str,
     type_name: str,
     owners: Mapping[int, list[str]],
-) -> list[Site] | Skipped:
+) -> list[tuple[Site | str, Site | str]] | Skipped:
     """The sites of a parameter that a model multiplies by itself: one for a matrix, one for each
-    matrix of a stack ``(experts, out, in)``. That it is used as a linear, the graph has to show."""
+    matrix of a stack ``(experts, out, in)``, and what each is where the rows are columns. That it
+    is used as a linear, and which of the two it is, the graph has to show."""
     owner, _, field = name.rpartition(".")
     module = model.get_submodule(owner)
     parameter = getattr(module, field)
@@ -227,35 +238,53 @@ def _parameter_sites(
     if len(owners[id(parameter)]) > 1:
         reason = f"is tied to {next(n for n in owners[id(parameter)] if n != name)!r}"
         return Skipped(name=name, type=type_name, reason=reason)
-    layer = _layer(cfg, block, name, type_name)
-    spec = cfg.weight_types[type_name]
-    transposed = parameter.ndim == 3 and getattr(module, "is_transposed", False) is True
-    bias = stored_bias(module, field) is not None
-    rows, columns = parameter.shape[-2:]
-    if transposed:
-        rows, columns = columns, rows
+    columns = parameter.ndim == 3 and stores_columns(model, module, field)
     linear = owner if field == "weight" and owner else name
     names = [linear] if parameter.ndim == 2 else [f"{name}.{e}" for e in range(len(parameter))]
-    found = []
-    for number, one in enumerate(names):
-        slices = slices_of_rows(one, rows, spec, type_name, model)
-        if parameter.ndim == 3:
-            # an expert's number is what tells slices of one layer apart, as a head's is elsewhere
-            slices = tuple(s.model_copy(update={"head": number}) for s in slices)
-        found.append(
+    made = [
+        _parameter_site(
+            model,
+            cfg.weight_types[type_name],
             Site(
                 name=one,
                 calls=(one,),
                 type=type_name,
-                layer=layer,
-                in_features=columns,
-                out_features=rows,
-                bias=bias,
-                slices=slices,
-                transposed=transposed,
-            )
+                layer=_layer(cfg, block, name, type_name),
+                in_features=parameter.shape[-1],
+                out_features=parameter.shape[-2],
+                bias=stored_bias(module, field) is not None,
+                slices=(),
+            ),
+            None if parameter.ndim == 2 else number,
         )
-    return found
+        for number, one in enumerate(names)
+    ]
+    return [both[::-1] if columns else both for both in made]
+
+
+def _parameter_site(
+    model: nn.Module, spec: WeightType, plain: Site, number: int | None
+) -> tuple[Site | str, Site | str]:
+    """A site as it is where its parameter is stored ``(out, in)``, and where ``(in, out)``."""
+    rows, columns = plain.out_features, plain.in_features
+    found: list[Site | str] = []
+    for transposed, (outputs, inputs) in enumerate(((rows, columns), (columns, rows))):
+        try:
+            slices = slices_of_rows(plain.name, outputs, spec, plain.type, model)
+        except MatchError as error:
+            found.append(str(error))
+            continue
+        if number is not None:
+            # an expert's number is what tells slices of one layer apart, as a head's is elsewhere
+            slices = tuple(s.model_copy(update={"head": number}) for s in slices)
+        update = {
+            "in_features": inputs,
+            "out_features": outputs,
+            "slices": slices,
+            "transposed": bool(transposed),
+        }
+        found.append(plain.model_copy(update=update))
+    return found[0], found[1]
 
 
 def _layer(

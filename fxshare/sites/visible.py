@@ -20,6 +20,7 @@ from passes import (
     other_reader,
     run,
     stacks,
+    unstacked_as,
 )
 
 _UNSEEN = "is not called by this graph"
@@ -58,7 +59,8 @@ def visible_sites(
         if site.lookups:
             found = _as_looked_up(gm, site, set(called), looked_up)
         else:
-            found = _as_called(site, called, parts, site.name in matching.parameters)
+            other = matching.turned.get(site.name)
+            found = _as_called(site, called, parts, other, unstacked_as(gm))
         if found == _UNSEEN and captured.side_by_side and site.name in matching.parameters:
             found = _NO_MODULE
         if isinstance(found, str):
@@ -72,10 +74,12 @@ def _as_called(
     site: Site,
     called: Mapping[str, Sequence[LinearCall]],
     parts: Mapping[str, Sequence[str]],
-    is_parameter: bool,
+    other: Site | str | None,
+    stored: Mapping[str, bool],
 ) -> list[Site] | str:
     """The site as the graph reads it: under other names, transposed, or in parts, each of which is
-    a site of its own (cross attention reads q from one input, k and v from another)."""
+    a site of its own (cross attention reads q from one input, k and v from another). ``other`` is
+    a parameter's site turned, ``stored`` says which stacks are."""
     if site.name in parts:
         if site.name in called:
             return "is read as a whole and in parts"
@@ -85,8 +89,11 @@ def _as_called(
     calls = tuple(name for name in site.calls if name in called)
     if not calls:
         return _UNSEEN
-    if is_parameter:
-        return _turned(site, called[calls[0]][0])
+    if other is not None:
+        call = called[calls[0]][0]
+        transposed = stored.get(site.name.rpartition(".")[0], call.transposed)
+        usual = site if transposed is site.transposed else other
+        return usual if isinstance(usual, str) else _fitting(usual, call)
     return [site if calls == site.calls else _called_as(site, calls, calls)]
 
 
@@ -125,28 +132,28 @@ def _part_of(site: Site, name: str, call: LinearCall) -> Site | str:
             s.model_copy(update={"start": s.start - start, "stop": s.stop - start}) for s in inside
         ),
     }
-    found = _turned(site.model_copy(update=update), call)
+    part = site.model_copy(update=update)
+    if call.transposed and len(inside) == 1:
+        whole = part.slices[0].model_copy(update={"stop": site.in_features})
+        update = {
+            "in_features": part.out_features,
+            "out_features": site.in_features,
+            "slices": (whole,),
+            "transposed": True,
+        }
+        part = part.model_copy(update=update)
+    found = _fitting(part, call)
     return found if isinstance(found, str) else found[0]
 
 
-def _turned(site: Site, call: LinearCall) -> list[Site] | str:
-    """A parameter's site with the orientation that its call shows; matching takes a matrix for
-    ``(out, in)``."""
-    turned = site
-    if call.transposed and len(site.slices) == 1:
-        update = {
-            "in_features": site.out_features,
-            "out_features": site.in_features,
-            "slices": (site.slices[0].model_copy(update={"stop": site.in_features}),),
-            "transposed": True,
-        }
-        turned = site.model_copy(update=update)
-    if tuple(call.weight_OI.shape) != (turned.out_features, turned.in_features):
+def _fitting(site: Site, call: LinearCall) -> list[Site] | str:
+    """A parameter's site with the bias that its call shows."""
+    if tuple(call.weight_OI.shape) != (site.out_features, site.in_features):
         return f"is read as {tuple(call.weight_OI.shape)}, which its slices do not fit"
     if call.bias_O is not None and not site.bias:
         return "is called with a bias that does not go with it by its name"
     # another `bias` of the module may go with something else
-    return [turned.model_copy(update={"bias": call.bias_O is not None})]
+    return [site.model_copy(update={"bias": call.bias_O is not None})]
 
 
 def _called_as(site: Site, readers: tuple[str, ...], calls: tuple[str, ...]) -> Site:

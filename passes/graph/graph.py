@@ -160,7 +160,7 @@ def _module_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
 
 
 def _function_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
-    found = _product(node)
+    found = multiplication(node)
     if found is None:
         return None
     x, weight, bias, by_rows, parameters_only = found
@@ -179,7 +179,7 @@ def _function_call(gm: fx.GraphModule, node: fx.Node) -> LinearCall | None:
     return LinearCall(node, read.name, x, weight_OI, bias_O, transposed)
 
 
-def _product(node: fx.Node) -> tuple[object, object, object, bool, bool] | None:
+def multiplication(node: fx.Node) -> tuple[object, object, object, bool, bool] | None:
     """``(x, weight, bias, by_rows, parameters_only)`` of a function that multiplies; ``by_rows``
     says that it takes the weight as ``(out, in)``."""
     if node.op == "call_function" and node.target in _LINEAR_FUNCTIONS:

@@ -22,6 +22,7 @@ _TRANSPOSING_FUNCTIONS = {
     torch.ops.aten.transpose.int: "transpose",
     torch.ops.aten.permute.default: "permute",
     torch.ops.aten.numpy_T.default: "t",
+    torch.ops.aten.mT.default: "mT",
 }
 _MATMULS = (operator.matmul, torch.matmul, torch.ops.aten.matmul.default)
 _EINSUMS = (torch.einsum, torch.functional.einsum)
@@ -125,10 +126,15 @@ def _is(node: fx.Node, functions: tuple[Any, ...]) -> bool:
 
 def _transposes(node: fx.Node) -> bool:
     """Whether the node is the transpose of a matrix."""
+    return swaps_last(node, 2)
+
+
+def swaps_last(node: fx.Node, ndim: int) -> bool:
+    """Whether the node swaps the last two of ``ndim`` dimensions."""
     if node.op == "call_method" and node.target in _TRANSPOSING:
         how = str(node.target)
     elif node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
+        return node.args[1] == "mT" or (node.args[1] == "T" and ndim == 2)
     elif node.op == "call_function" and node.target in _TRANSPOSING_FUNCTIONS:
         how = _TRANSPOSING_FUNCTIONS[node.target]
     else:
@@ -138,12 +144,15 @@ def _transposes(node: fx.Node) -> bool:
     given = node.args[1:]
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = tuple(given[0])
+    if how == "mT":
+        return True
     if how == "t":
-        return not given
-    if len(given) != 2 or not all(isinstance(d, int) for d in given):
+        return not given and ndim == 2
+    dims = [d % ndim for d in given if isinstance(d, int)]
+    if len(dims) != len(given):
         return False
-    dims = [d % 2 for d in given if isinstance(d, int)]
-    return dims == [1, 0] if how == "permute" else sorted(dims) == [0, 1]
+    last = [ndim - 2, ndim - 1]
+    return dims == [*range(ndim - 2), *last[::-1]] if how == "permute" else sorted(dims) == last
 
 
 def _rows(index: object, size: int) -> tuple[int, int] | None:

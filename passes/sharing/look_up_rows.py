@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -21,6 +20,7 @@ from passes.graph.graph import (
 )
 from passes.graph.lookups import Lookup, look_up, lookups
 from passes.graph.operands import chain, readers
+from passes.graph.sizes import make_constant
 from passes.graph.slices import Slice, set_slices
 from passes.sharing.split_linear import same_memory
 
@@ -110,7 +110,10 @@ class LookUpRows(Pass):
                     y = gm.graph.call_module(site.name, (x,))
                 _replace(gm.graph, call.node, y, keep=x)
             for node in _shape_reads(gm, site):
-                _make_constant(node, reading[0].weight_VI.shape)
+                operand = node.args[0]
+                assert isinstance(operand, fx.Node)
+                make_constant(node, reading[0].weight_VI.shape)
+                erase_dead(gm.graph, [operand])
             count += len(reading) + len(calls)
         return count
 
@@ -175,27 +178,3 @@ def _shape_reads(gm: fx.GraphModule, site: LookedUp) -> list[fx.Node]:
         and len(user.args) == 1
         and all(u.target is operator.getitem and isinstance(u.args[1], int) for u in user.users)
     ]
-
-
-def _make_constant(size: fx.Node, shape: Sequence[int]) -> None:
-    graph = size.graph
-    for entry in list(size.users):
-        number = entry.args[1]
-        assert isinstance(number, int)
-        _read_number(entry, shape[number])
-        graph.erase_node(entry)
-    operand = size.args[0]
-    graph.erase_node(size)
-    assert isinstance(operand, fx.Node)
-    erase_dead(graph, [operand])
-
-
-def _read_number(entry: fx.Node, number: int) -> None:
-    """Let the readers of ``entry`` have a number in its place."""
-
-    def constant(node: fx.Node) -> Any:
-        return number if node is entry else node
-
-    for reader in list(entry.users):
-        reader.args = fx.node.map_arg(reader.args, constant)
-        reader.kwargs = fx.node.map_arg(reader.kwargs, constant)

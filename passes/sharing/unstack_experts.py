@@ -5,19 +5,32 @@ Legend for shapes: E experts, O output features, I input features, S pairs of a 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.errors import RequiresError
-from passes.graph.graph import attribute, erase_dead, new_linear, put_module
+from passes.graph.graph import attribute, new_linear, put_module
+from passes.graph.sizes import make_constant
+from passes.graph.stacks import (
+    Batched,
+    Grouped,
+    One,
+    Routed,
+    Stack,
+    ndim_of,
+    shape_reads,
+    stacks,
+)
+from passes.graph.writes import is_in_place
 
-_BMM = (torch.bmm, torch.ops.aten.bmm.default)
+_KEY = "unstacked"
 
 
 def expert_rows(experts: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -29,26 +42,6 @@ def joined_rows(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
     """The inverse of taking ``rows``: ``parts`` ``(·, O)`` in the pairs' order, ``(S, O)``."""
     order = torch.cat(list(rows)).argsort()
     return torch.cat(list(parts)).index_select(0, order)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A batched product with one matrix of a stack per row.
-
-    ``parameter`` is the stack's name, ``(E, O, I)`` or with ``transposed`` ``(E, I, O)``; ``bias``
-    that of its biases ``(E, O)``. ``input`` ``(S, I)`` and ``experts`` ``(S,)`` are nodes, as are
-    the product ``result`` ``(S, O)`` and ``added``, which adds the biases to it in place; ``inner``
-    are those in between, in order.
-    """
-
-    parameter: str
-    bias: str | None
-    transposed: bool
-    input: fx.Node
-    experts: fx.Node
-    result: fx.Node
-    added: fx.Node | None
-    inner: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,13 @@ class UnstackExperts(Pass):
         y = joined_rows([rows[0], rows[1]], [y_0, y_1])
 
     The number of rows depends on the data, as in a loop over experts, and no weight is gathered.
+    The other ways to read a stack (:mod:`passes.graph.stacks`) become::
+
+        y = torch.bmm(x, self.experts.up_proj)        # before; x (E, T, I), the stack (E, I, O)
+
+        y_0 = getattr(self.experts.up_proj, '0')(x.select(-3, 0))
+        y_1 = getattr(self.experts.up_proj, '1')(x.select(-3, 1))
+        y = torch.stack([y_0, y_1], -3)
     """
 
     name: ClassVar[str] = "unstack-experts"
@@ -80,100 +80,41 @@ class UnstackExperts(Pass):
         for name in self.parameters:
             if name not in found:
                 raise RequiresError(
-                    f"{self.name}: {name!r} is not read as a stack of experts only (indexed by "
-                    f"expert, then multiplied with bmm); stacks of this graph: {sorted(found)[:6]}"
+                    f"{self.name}: {name!r} is not read as a stack of experts only (multiplied "
+                    "whole, by one of its matrices, or by those that an index names); stacks of "
+                    f"this graph: {sorted(found)[:6]}"
                 )
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         found = stacks(gm)
-        routes: dict[tuple[fx.Node, int], list[fx.Node]] = {}
-        placed: set[str] = set()
+        writer = _Writer(gm.graph)
         count = 0
         for name in self.parameters:
+            size = tuple(_stored(gm, name).shape)
+            _place(gm, name, *_tensors(gm, found[name][0]))
             for stack in found[name]:
-                if name not in placed:
-                    tensors = _tensors(gm, stack)
-                    _place(gm, name, *tensors)
-                    placed.add(name)
-                _unstack(gm, stack, routes)
+                writer.unstack(stack, size[0])
                 count += 1
+            for weight in gm.graph.find_nodes(op="get_attr", target=name):
+                for read in shape_reads(weight):
+                    make_constant(read, size)
+                _erase_unread(weight)
+        gm.meta[_KEY] = {
+            **gm.meta.get(_KEY, {}),
+            **{name: found[name][0].transposed for name in self.parameters},
+        }
         return count
 
 
-def stacks(gm: fx.GraphModule) -> Mapping[str, tuple[Stack, ...]]:
-    """The stacks of experts whose every reader is such a product, by the parameter's name."""
-    readers: dict[str, list[Stack | None]] = {}
-    for node in gm.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        value = attribute(gm, str(node.target))
-        if isinstance(value, nn.Parameter) and value.ndim == 3:
-            found = readers.setdefault(str(node.target), [])
-            found += [_stack(gm, node, user) for user in node.users]
-    return {
-        name: tuple(one for one in found if one is not None)
-        for name, found in readers.items()
-        if found and None not in found
-    }
-
-
-def _stack(gm: fx.GraphModule, weight: fx.Node, gathered: fx.Node) -> Stack | None:
-    experts = _index(gathered, weight)
-    product = _only_user(gathered)
-    if experts is None or product is None or product.op != "call_function":
-        return None
-    if product.target not in _BMM or len(product.args) != 2 or product.kwargs:
-        return None
-    transposed = product.args[1] is gathered
-    widened = product.args[0 if transposed else 1]
-    at = 1 if transposed else -1
-    narrowed = _only_user(product)
-    if not isinstance(widened, fx.Node) or not _is(widened, "unsqueeze", at):
-        return None
-    if narrowed is None or not _is(narrowed, "squeeze", at):
-        return None
-    x = widened.args[0]
-    if not isinstance(x, fx.Node):
-        return None
-    inner = [weight, gathered, widened, product]
-    name = str(weight.target)
-    for user in narrowed.users:
-        biases = user.args[1] if user.target == "add_" and len(user.args) == 2 else None
-        stored = biases.args[0] if isinstance(biases, fx.Node) and biases.args else None
-        if (
-            isinstance(biases, fx.Node)
-            and isinstance(stored, fx.Node)
-            and user.args[0] is narrowed
-            and stored.target == f"{name}_bias"
-            and _index(biases, stored) is experts
-        ):
-            inner = [stored, biases, *inner]
-            bias = str(stored.target)
-            return Stack(name, bias, transposed, x, experts, narrowed, user, tuple(inner))
-    return Stack(name, None, transposed, x, experts, narrowed, None, tuple(inner))
-
-
-def _index(node: fx.Node, of: fx.Node) -> fx.Node | None:
-    """The node that indexes the first dimension of ``of``."""
-    if node.op != "call_function" or node.target is not operator.getitem or node.args[0] is not of:
-        return None
-    index = node.args[1]
-    if isinstance(index, (tuple, list)) and len(index) == 1:
-        (index,) = index
-    return index if isinstance(index, fx.Node) else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is(node: fx.Node, method: str, dim: int) -> bool:
-    return node.op == "call_method" and node.target == method and node.args[1:] == (dim,)
+def _stored(gm: fx.GraphModule, name: str) -> Tensor:
+    tensor = attribute(gm, name)
+    assert isinstance(tensor, Tensor), name
+    return tensor
 
 
 def _tensors(gm: fx.GraphModule, stack: Stack) -> tuple[Tensor, Tensor | None]:
-    weight: Any = attribute(gm, stack.parameter)
-    bias: Any = None if stack.bias is None else attribute(gm, stack.bias)
+    weight = _stored(gm, stack.parameter)
+    bias = None if stack.bias is None else _stored(gm, stack.bias)
     with torch.enable_grad():  # without it the views would say that weights are frozen
         return (weight.transpose(1, 2) if stack.transposed else weight), bias
 
@@ -192,32 +133,154 @@ def _place(gm: fx.GraphModule, name: str, weight_EOI: Tensor, bias_EO: Tensor | 
         put_module(gm, f"{name}.{number}", linear)
 
 
-def _unstack(
-    gm: fx.GraphModule, stack: Stack, routes: dict[tuple[fx.Node, int], list[fx.Node]]
-) -> None:
-    graph = gm.graph
-    holder = gm.get_submodule(stack.parameter)
-    count = len(holder._modules)
-    if (stack.experts, count) not in routes:
-        with graph.inserting_after(stack.experts):
-            rows = graph.call_function(expert_rows, (stack.experts, count))
+class _Writer:
+    """Writes the nodes of unstacked products; rows that are routed alike are found once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.routes: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+
+    def unstack(self, stack: Stack, count: int) -> None:
+        form = stack.form
+        if isinstance(form, Routed):
+            self._find_rows(form.experts, count)
+        with self.graph.inserting_before(stack.result):
+            if isinstance(form, One):
+                y = self._shifted(self._call(stack, form.number, stack.input), form.shift)
+            elif isinstance(form, Routed):
+                y = self._routed(stack, form, count)
+            elif isinstance(form, Batched):
+                y = self._batched(stack, form, count)
+            else:
+                y = self._grouped(stack, form, count)
+        y.meta.update(stack.result.meta)
+        for node in filter(None, (stack.added, stack.result)):
+            operands = node.all_input_nodes
+            node.replace_all_uses_with(y)
+            self.graph.erase_node(node)
+            for operand in operands:
+                _erase_chain(operand)
+
+    def _call(self, stack: Stack, number: int, x: fx.Node) -> fx.Node:
+        y = self.graph.call_module(f"{stack.parameter}.{number}", (x,))
+        ndim = ndim_of(x)
+        return y if ndim is None else _noted(y, ndim)
+
+    def _method(self, x: fx.Node, name: str, *arguments: Any, less: int = 0) -> fx.Node:
+        ndim = ndim_of(x)
+        y = self.graph.call_method(name, (x, *arguments))
+        return y if ndim is None else _noted(y, ndim - less)
+
+    def _einsum(self, equation: str, x: fx.Node) -> fx.Node:
+        y = self.graph.call_function(torch.einsum, (equation, x))
+        ndim = ndim_of(x)
+        return y if ndim is None else _noted(y, ndim)
+
+    def _shifted(self, y: fx.Node, shift: fx.Node | None) -> fx.Node:
+        return y if shift is None else self.graph.call_function(torch.add, (y, shift))
+
+    def _routed(self, stack: Stack, form: Routed, count: int) -> fx.Node:
+        x = stack.input
+        if form.contraction is not None and form.contraction.before_all:
+            x = self._einsum(form.contraction.before_all, x)
+        if form.turned:
+            x = self._method(x, "transpose", -2, -1)
+        if form.spread is not None:
+            pairs = self.graph.call_method("size", (form.experts, 0))
+            x = self._method(x, "expand", pairs, *[-1] * (form.spread - 1))
+        rows = self.routes[form.experts, count]
+        parts = [
+            self._call(stack, number, self._method(x, "index_select", 0, picked))
+            for number, picked in enumerate(rows)
+        ]
+        y = self.graph.call_function(joined_rows, (rows, parts))
+        if form.turned:
+            y = self._method(y, "transpose", -2, -1)
+        if form.contraction is not None and form.contraction.after:
+            y = self._einsum(form.contraction.after, y)
+        return y
+
+    def _find_rows(self, experts: fx.Node, count: int) -> None:
+        if (experts, count) in self.routes:
+            return
+        with self.graph.inserting_after(experts):
+            rows = self.graph.call_function(expert_rows, (experts, count))
         picked: list[fx.Node] = []
         at = rows
         for number in range(count):
-            with graph.inserting_after(at):
-                at = graph.call_function(operator.getitem, (rows, number))
+            with self.graph.inserting_after(at):
+                at = self.graph.call_function(operator.getitem, (rows, number))
             picked.append(at)
-        routes[stack.experts, count] = picked
-    picked = routes[stack.experts, count]
-    with graph.inserting_before(stack.result):
+        self.routes[experts, count] = picked
+
+    def _batched(self, stack: Stack, form: Batched, count: int) -> fx.Node:
+        x, at, read = stack.input, form.at, form.contraction
+        if form.turned:
+            x = self._method(x, "transpose", -2, -1)
+        if form.spread is not None:
+            x = self._method(x, "expand", *[-1] * (form.spread - 3), count, -1, -1)
+        if read is not None and at is None and read.before:
+            x = self._einsum(read.before, x)
         parts = []
-        for number, rows in enumerate(picked):
-            x = graph.call_method("index_select", (stack.input, 0, rows))
-            parts.append(graph.call_module(f"{stack.parameter}.{number}", (x,)))
-        y = graph.call_function(joined_rows, (picked, parts))
-    for node in (*parts, y):
-        node.meta.update(stack.result.meta)
-    for node in filter(None, (stack.added, stack.result)):
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-    erase_dead(graph, stack.inner)
+        for number in range(count):
+            one = x if at is None else self._method(x, "select", at, number, less=1)
+            if read is not None and at is not None and read.before:
+                one = self._einsum(read.before, one)
+            parts.append(self._call(stack, number, one))
+        if read is not None and read.total:
+            y = functools.reduce(
+                lambda left, right: self.graph.call_function(operator.add, (left, right)), parts
+            )
+        else:
+            dim = 0 if at is None or read is not None else at
+            y = self.graph.call_function(torch.stack, (parts, dim))
+        if read is not None and read.after:
+            y = self._einsum(read.after, y)
+        if form.turned:
+            y = self._method(y, "transpose", -2, -1)
+        return self._shifted(y, form.shift)
+
+    def _grouped(self, stack: Stack, form: Grouped, count: int) -> fx.Node:
+        graph = self.graph
+        # torch wants the ends on the CPU; what is behind the last one belongs to no expert
+        ends = graph.call_method("to", (form.ends, "cpu", torch.int64))
+        runs = graph.call_function(torch.tensor_split, (stack.input, ends))
+        parts = []
+        for number in range(count):
+            run = _noted(graph.call_function(operator.getitem, (runs, number)), 2)
+            parts.append(self._call(stack, number, run))
+        rest = graph.call_function(operator.getitem, (runs, count))
+        left = graph.call_method("size", (rest, 0))
+        width = graph.call_method("size", (parts[0], 1))
+        parts.append(_noted(graph.call_method("new_zeros", (rest, (left, width))), 2))
+        return graph.call_function(torch.cat, (parts,))
+
+
+def unstacked_as(gm: fx.GraphModule) -> Mapping[str, bool]:
+    """The stacks that were taken apart, and whether their matrices were ``(in, out)``."""
+    found: Mapping[str, bool] = gm.meta.get(_KEY, {})
+    return found
+
+
+def _noted(node: fx.Node, ndim: int) -> fx.Node:
+    node.meta["ndim"] = ndim
+    return node
+
+
+def _erase_chain(node: fx.Node) -> None:
+    """Erase a node that nothing reads, and what is left without a reader before it: views of the
+    stack, and inputs that were widened for a product."""
+    if node.users or node.op in ("placeholder", "output") or is_in_place(node):
+        return
+    operands = node.all_input_nodes
+    node.graph.erase_node(node)
+    for operand in operands:
+        _erase_chain(operand)
+
+
+def _erase_unread(weight: fx.Node) -> None:
+    """Erase what is left of the reads of a stack: views that nothing reads."""
+    for user in list(weight.users):
+        _erase_unread(user)
+    if not weight.users:
+        weight.graph.erase_node(weight)

@@ -131,6 +131,8 @@ def _call(root: nn.Module, graph: fx.Graph, switch: DtypeSwitch) -> fx.Node:
     while hasattr(root, f"dtype_switch_{number}"):
         number += 1
     root.add_module(f"dtype_switch_{number}", switch)
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
+    # torch.export puts the reads of parameters before the inputs
+    nodes = list(graph.nodes)
+    inputs = [at for at, node in enumerate(nodes) if node.op == "placeholder"]
+    with graph.inserting_before(nodes[max(inputs, default=-1) + 1]):
         return graph.call_module(f"dtype_switch_{number}")
