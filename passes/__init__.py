@@ -26,6 +26,7 @@ from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
 from passes.graph.slices import Slice, slice_weight, slices
 from passes.graph.stacks import stacks
+from passes.graph.uses import other_readers, used_nodes
 from passes.observing.gradients import ObserveGradients, tapped
 from passes.observing.inputs import ObserveInputs, observed
 from passes.observing.lookups import ObserveLookups, observed_lookups
@@ -105,6 +106,7 @@ __all__ = [
     "original",
     "origins",
     "other_reader",
+    "other_readers",
     "put_module",
     "run",
     "slice_weight",
@@ -113,5 +115,6 @@ __all__ = [
     "structure_copy",
     "tapped",
     "unstacked_as",
+    "used_nodes",
     "weight_and_bias",
 ]

@@ -28,6 +28,7 @@ from fxshare.proposing.propose import init
 from fxshare.rewriting.assemble import assemble
 from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.match import match
+from fxshare.sites.visible import seen
 from passes import SharedGroup
 
 _LOG = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ def bench_capture(make: Callable[[], nn.Module] = family) -> CaptureBench:
     ids = torch.zeros((2, 16), dtype=torch.int64, device="meta")
     captured = capture(model, ids, mode="fx", needs=[n for s in matching.sites for n in s.calls])
     middle, captured_busy = time.perf_counter(), time.process_time() - busy
-    plan = make_plan(cfg, matching.sites, matching.skipped)
+    shown = seen(captured, matching)
+    captured, plan = shown.captured, make_plan(cfg, shown.sites, shown.skipped)
     rewritten, _ = rewrite(captured.graph, plan, empty_groups(plan), cfg.fuse)
     result = assemble(captured, rewritten, plan, copy=False)
     end, busy = time.perf_counter(), time.process_time() - busy

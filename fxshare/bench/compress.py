@@ -26,6 +26,7 @@ from fxshare.factors.factorise import Factors, Whitening, factorise, whiten
 from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
 from fxshare.sites.match import match
+from fxshare.sites.visible import seen
 from passes import weight_and_bias
 
 _LOG = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def bench_compress(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (tokens // length, length), generator=generator)
     batches = list(torch.split(ids, batch))
-    captured = capture(model, batches[0], mode="fx")
+    shown = seen(capture(model, batches[0], mode="fx"), matching)
+    captured = shown.captured
 
     def forward() -> None:
         with quiet():
@@ -89,11 +91,11 @@ def bench_compress(
                 model(one)
 
     def gather() -> None:
-        calibrate(captured, batches, matching.sites)
+        calibrate(captured, batches, shown.sites)
 
     times = interleaved({"forward": forward, "calibrate": gather}, repeats=repeats)
-    statistics = calibrate(captured, batches, matching.sites)
-    plan = make_plan(cfg, matching.sites)
+    statistics = calibrate(captured, batches, shown.sites)
+    plan = make_plan(cfg, shown.sites)
     ours = theirs = gap = 0.0
     for weights, gram, rank in _problems(model, plan, statistics.gram):
         a, b, difference = _race(weights, gram, rank)

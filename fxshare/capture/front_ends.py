@@ -24,6 +24,8 @@ from fxshare.errors import CaptureError
 from passes import linear_calls, lookups, structure_copy
 
 _LOG = logging.getLogger(__name__)
+_MANY = 4
+"""A function of so many tensors computes more than one product."""
 
 
 def capture(
@@ -184,13 +186,14 @@ def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:
     nodes = {node for node, _ in seen}
     hidden = set(names) - {name for _, name in seen}
     called = [f"{n.target}." for n in gm.graph.nodes if n.op == "call_module"]
-    # F.multi_head_attention_forward is one node that reads the weight of out_proj
+    # F.multi_head_attention_forward is one node that reads the weight of out_proj among others; a
+    # product by a weight hides nothing, it is no call of the linear
     read = {
         str(n.target).rpartition(".")[0]
         for n in gm.graph.nodes
         if n.op == "get_attr"
         and str(n.target).endswith(".weight")
-        and not nodes.issuperset(n.users)
+        and any(len(u.all_input_nodes) >= _MANY for u in n.users if u not in nodes)
     }
     return sorted(n for n in hidden if n in read or any(n.startswith(leaf) for leaf in called))
 

@@ -223,6 +223,7 @@ def _slice_table(sites: list[dict[str, Any]]) -> str:
 
 
 def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
+    from fxshare.proposing.coverage import left_dense
     from fxshare.sites.match import match
     from passes.graph.graph import is_linear, weight_and_bias
 
@@ -256,6 +257,7 @@ def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
         "linears": linears,
         "skipped": [] if matching is None else [s.model_dump() for s in matching.skipped],
     }
+    dense = None if matching is None else left_dense(model, matching.sites, matching.skipped)
     header = ["module", "kind", "in→out", "bias", "shares weight with"]
     header += [] if cfg is None else ["weight type"]
     rows = [
@@ -273,7 +275,7 @@ def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
         f"{name}: {type(model).__name__}, {parameters:,} parameters, {len(linears)} linear "
         f"modules; not compiled by fxshare\n{table(header, rows, left=2)}"
     )
-    return Result(data, text)
+    return Result(data, text if dense is None else f"warning: {dense}\n{text}")
 
 
 def _or_dash(value: object) -> str:

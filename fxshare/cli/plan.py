@@ -70,6 +70,7 @@ def plan_model(
     from fxshare.compiling.survey import survey
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
+    from fxshare.proposing.coverage import left_dense
 
     cfg = wanted.from_files()
     picture = None if sweep in (None, "-") else Path(str(sweep))
@@ -106,7 +107,8 @@ def plan_model(
     size = dtype_of(loaded.model).itemsize
     times = _times(plan, loaded.model) if plan.groups else None
     text = plan_text(plan, cfg, element_size=size, alternatives=found.alternatives, times=times)
-    blocks = [text]
+    dense = left_dense(loaded.model, plan.sites, plan.skipped)
+    blocks = [text if dense is None else f"warning: {dense}\n{text}"]
     if sweep == "-":
         blocks.append(_sweep_text(found))
     blocks += [f"written to {path}" for path in written]

@@ -24,6 +24,7 @@ from fxshare.models.source import Source
 from fxshare.models.structure import keep_structure
 from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
+from fxshare.proposing.coverage import left_dense
 from fxshare.result.face import Verbs
 from fxshare.result.module import Compiled, attach
 from fxshare.result.record import Record
@@ -178,6 +179,7 @@ def _report(
     start: float,
 ) -> Report:
     model = stages.model
+    dense = left_dense(model, plan.sites, plan.skipped)
     return Report(
         model=type(model).__name__,
         mode=plan.mode,
@@ -197,6 +199,7 @@ def _report(
         calibration=None if statistics is None else _describe(statistics),
         passes=tuple({"name": a.name, "rewrites": a.rewrites, "exact": a.exact} for a in applied),
         notes=(*stages.captured.notes, *(statistics.notes if statistics else ())),
+        warnings=() if dense is None else (dense,),
         seconds={
             "capture": stages.captured.seconds,
             "calibrate": statistics.seconds if statistics else 0.0,

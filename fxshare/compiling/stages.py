@@ -21,7 +21,7 @@ from fxshare.proposing.propose import init
 from fxshare.sites.match import match
 from fxshare.sites.refusals import refuse_quantised
 from fxshare.sites.site import Site, Skipped
-from fxshare.sites.visible import unstacked, visible_sites
+from fxshare.sites.visible import seen
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,16 +112,27 @@ def prepare(
         # labels among the data are for training; an example that has them wants the loss
         example = Caller(model)(first)
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
-    captured = unstacked(captured, matching.sites)
-    sites, skipped = visible_sites(captured, matching)
-    if not sites and captured.side_by_side:
-        raise MatchError(f"nothing to rewrite: {skipped[0].name!r} {skipped[0].reason}")
-    if not sites:
+    tried: list[object] = []
+    shown = seen(captured, matching, _kept(batches, example, tried))
+    if batches is not None and not isinstance(batches, Sequence):
+        batches = itertools.chain(tried, batches)
+    if not shown.sites:
+        first_one = shown.skipped[0]
         raise MatchError(
-            f"nothing to rewrite: none of the matched modules is called, {skipped[0].name!r} for "
-            "one; give an example that reaches them, or other patterns"
+            f"nothing to rewrite: none of the {len(shown.skipped)} matched weights can be, "
+            f"{first_one.name!r} for one: {first_one.reason}; give an example that reaches them, "
+            "or other patterns"
         )
-    return Stages(cfg, captured, sites, skipped, batches)
+    return Stages(cfg, shown.captured, shown.sites, shown.skipped, batches)
+
+
+def _kept(
+    batches: Iterable[object] | None, example: object, tried: list[object]
+) -> Iterator[object]:
+    """The batches, or without them the example; what was taken is in ``tried``."""
+    for batch in batches if batches is not None else [example] if example is not None else []:
+        tried.append(batch)
+        yield batch
 
 
 def check_module(model: object) -> None:

@@ -24,6 +24,8 @@ from fxshare.proposing.rows import Rows, rows_read_together
 from fxshare.proposing.same_input import seen_in_graph, told_by_names
 from fxshare.proposing.weights import Weight, alike, total_numbers, weights_of
 from fxshare.sites.match import matching
+from fxshare.sites.site import Site
+from fxshare.sites.visible import seen
 
 _LOG = logging.getLogger(__name__)
 _WORTH = 1e-3
@@ -59,10 +61,11 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
     groups, left_out = _worth(model, alike(weights), total)
     named = dict(zip(type_names(groups), groups, strict=True))
     names = matchable(model)
-    captured = None if example is None else _captured(model, example)
+    captured, unseen = (None, "") if example is None else _captured(model, example)
+    graph = None if captured is None or captured.side_by_side else captured
     together: Mapping[str, list[Rows]] = {}
-    if isinstance(captured, Captured):
-        together = rows_read_together(captured, [group[0].name for group in groups])
+    if graph is not None:
+        together = rows_read_together(graph, [group[0].name for group in groups])
     specs, layouts = {}, {}
     for name, group in named.items():
         first = group[0]
@@ -70,6 +73,8 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         layouts[name] = layout_of(model, first, beside, together.get(first.name, ()))
         specs[name] = WeightType(pattern=pattern_of(group, names), **layouts[name].keys)
     refused = _refused(model, specs)
+    sites = _sites(model, {n: s for n, s in specs.items() if n not in refused}, captured, example)
+    refused |= {name: reason for name, reason in sites.items() if isinstance(reason, str)}
     left_out += [_left_out(named.pop(name), reason) for name, reason in refused.items()]
     if not named:
         raise MatchError(_nothing(model, left_out))
@@ -85,26 +90,43 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         model=type(model).__name__,
         parameters=total,
         config=config,
-        types=_counted(model, config, named, layouts, weights),
+        types=_counted(model, config, named, layouts, weights, sites),
         left_out=tuple(one for one in left_out if one.name not in offered),
-        same_input=seen_in_graph(captured, named)
-        if isinstance(captured, Captured)
-        else told_by_names(named),
-        seen=isinstance(captured, Captured),
-        unseen=captured if isinstance(captured, str) else "",
+        same_input=told_by_names(named) if graph is None else seen_in_graph(graph, named),
+        seen=graph is not None,
+        unseen=unseen,
         optional=optional,
     )
 
 
-def _captured(model: nn.Module, example: object) -> Captured | str:
-    """A graph of the model, or why there is none."""
+def _captured(model: nn.Module, example: object) -> tuple[Captured | None, str]:
+    """The model captured, and why there is no graph of it."""
     try:
         captured = capture(model, example)
     except CaptureError as error:
-        return str(error).splitlines()[0]
+        return None, str(error).splitlines()[0]
     if captured.side_by_side:
-        return captured.notes[0] if captured.notes else "captured module by module only"
-    return captured
+        return captured, captured.notes[0] if captured.notes else "captured module by module only"
+    return captured, ""
+
+
+def _sites(
+    model: nn.Module, specs: Mapping[str, WeightType], captured: Captured | None, example: object
+) -> dict[str, tuple[Site, ...] | str]:
+    """The sites of each type, as the captured model shows them where there is one; why there are
+    none, where it shows none."""
+    if not specs:
+        return {}
+    found_by_name = matching(model, ShareConfig(weight_types=dict(specs)))
+    sites, skipped = found_by_name.sites, found_by_name.skipped
+    if captured is not None:
+        shown = seen(captured, found_by_name, [example])
+        sites, skipped = shown.sites, shown.skipped
+    found: dict[str, tuple[Site, ...] | str] = {}
+    for name in specs:
+        own = tuple(site for site in sites if site.type == name)
+        found[name] = own or next(s.reason for s in skipped if s.type == name)
+    return found
 
 
 def _same_layer(weight: Weight, weights: Sequence[Weight]) -> list[Weight]:
@@ -184,16 +206,18 @@ def _counted(
     named: Mapping[str, list[Weight]],
     layouts: Mapping[str, Layout],
     weights: Sequence[Weight],
+    sites: Mapping[str, tuple[Site, ...] | str],
 ) -> tuple[ProposedType, ...]:
-    sites = matching(model, config).sites
+    numbered = {site.name: site.layer for site in matching(model, config).sites}
     found: list[ProposedType] = []
     for name, group in named.items():
-        own = [site for site in sites if site.type == name]
+        own = [site for site in sites[name] if isinstance(site, Site)]
+        layers = {numbered.get(site.name.partition(".rows_")[0]) for site in own}
         beside = _same_layer(group[0], weights)
         values: dict[str, Any] = {
             "sites": len(own),
             "slices": sum(len(site.slices) for site in own),
-            "layers": tuple(sorted({s.layer for s in own if s.layer is not None})),
+            "layers": tuple(sorted(layer for layer in layers if layer is not None)),
             "numbers": sum(site.weights for site in own),
         }
         heads = heads_of(model, group[0], beside) if layouts[name].kind == "one" else None

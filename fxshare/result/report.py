@@ -64,6 +64,8 @@ class Report:
     calibration: dict[str, Any] | None = None
     passes: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What comes first: a large share of the weights that stays dense."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -105,6 +107,7 @@ class Report:
             as_type_names(group["type"])
             as_label(group["label"])
         values["skipped"] = tuple(Skipped(**skipped) for skipped in plain["skipped"])
+        values["warnings"] = tuple(plain.get("warnings", ()))
         return Report(**values | {key: tuple(plain[key]) for key in ("passes", "notes")})
 
     def to_json(self) -> str:
@@ -139,7 +142,8 @@ class Report:
         """The lines above the table."""
         before, after = self.parameters_before, self.parameters_after
         flops = [sum(getattr(g, f) for g in self.groups) for f in ("flops_before", "flops_after")]
-        lines = [
+        lines = [f"warning: {warning}" for warning in self.warnings]
+        lines += [
             f"{self.model}: {self.mode} mode, captured by {self.front_end}, {self.dtype}",
             f"{self.sites} sites in {len(self.groups)} groups; params_kept {self.params_kept:.4f} "
             f"({self.numbers_before:,} weights → {self.numbers_after:,} stored numbers)",

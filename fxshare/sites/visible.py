@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fxshare.capture import Captured
 from fxshare.sites.match import Matching
+from fxshare.sites.reached import Reached, reached
 from fxshare.sites.site import Site, Skipped
 from passes import (
     LinearCall,
@@ -18,12 +19,15 @@ from passes import (
     linear_calls,
     lookups,
     other_reader,
+    other_readers,
     run,
     stacks,
     unstacked_as,
+    used_nodes,
 )
 
 _UNSEEN = "is not called by this graph"
+_UNUSED = "is called, and nothing depends on its result"
 _NO_MODULE = (
     "is a parameter that the code of its module reads, which capture: modules keeps as it is: it "
     "stays dense. A graph shows its calls: give an example of the inputs (calibration data, or "
@@ -41,22 +45,55 @@ def unstacked(captured: Captured, sites: Sequence[Site]) -> Captured:
     return replace(captured, graph=graph)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A capture with its experts apart (:func:`unstacked`), the sites that it shows, and what was
+    matched and is none, with the reason."""
+
+    captured: Captured
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def seen(captured: Captured, matching: Matching, batches: Iterable[object] = ()) -> Seen:
+    """What of a matching can be rewritten: the one rule for everyone who asks, before anything is
+    calibrated. A few ``batches`` are run where there is no graph that shows it."""
+    captured = unstacked(captured, matching.sites)
+    watched = None
+    if captured.side_by_side:
+        names = {name for site in matching.sites for name in site.calls}
+        shown = tuple(call.name for call in linear_calls(captured.graph) if call.name in names)
+        watched = reached(captured, batches, shown)
+    return Seen(captured, *visible_sites(captured, matching, watched))
+
+
 def visible_sites(
-    captured: Captured, matching: Matching
+    captured: Captured, matching: Matching, watched: Reached | None = None
 ) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-    """The sites that the captured graph calls; a linear that is never called stays as it is."""
+    """The sites that the captured graph calls for their results, and that nothing reads otherwise;
+    any other linear stays as it is. ``watched`` tells it of the modules of a graph that only shows
+    them side by side."""
     gm = captured.graph
     called: dict[str, list[LinearCall]] = {}
     parts: dict[str, list[str]] = {}
-    looked_up = {lookup.name for lookup in lookups(gm)}
-    for call in linear_calls(gm):
+    used = used_nodes(gm.graph)
+    looked_up = {lookup.name for lookup in lookups(gm) if lookup.node in used}
+    calls = linear_calls(gm)
+    unused = {call.name for call in calls} - {call.name for call in calls if call.node in used}
+    readers = other_readers(gm)
+    for call in calls:
+        if call.node not in used:
+            continue
         called.setdefault(call.name, []).append(call)
         whole, cut, _ = call.name.partition(".rows_")
         if cut and call.name not in parts.setdefault(whole, []):
             parts[whole].append(call.name)
     sites, skipped = [], list(matching.skipped)
     for site in matching.sites:
-        if site.lookups:
+        refusal = None if site.lookups else _refusal(site, called, unused, readers, watched)
+        if refusal is not None:
+            found: list[Site] | str = refusal
+        elif site.lookups:
             found = _as_looked_up(gm, site, set(called), looked_up)
         else:
             other = matching.turned.get(site.name)
@@ -68,6 +105,29 @@ def visible_sites(
         else:
             sites.extend(found)
     return tuple(sites), tuple(skipped)
+
+
+def _refusal(
+    site: Site,
+    called: Container[str],
+    unused: Container[str],
+    readers: Mapping[str, fx.Node],
+    watched: Reached | None,
+) -> str | None:
+    """Why a site cannot be rewritten although something calls it, or why nothing does."""
+    is_called = any(name in called for name in site.calls)
+    tensors = [f"{name}{end}" for name in site.calls for end in ("", ".weight", ".bias")]
+    tensors.append(site.name.rpartition(".")[0])  # the stack that a matrix is in
+    reader = next((readers[name] for name in tensors if name in readers), None)
+    if reader is not None:
+        beside = "beside its calls" if is_called else "and no node calls it"
+        return f"node {reader.name!r} of this graph reads its weight itself, {beside}"
+    if not is_called and any(name in unused for name in site.calls):
+        return _UNUSED
+    if watched is None or not is_called:
+        return None
+    refusals = [watched.refusal(name) for name in site.calls if name in called]
+    return None if None in refusals else refusals[0]
 
 
 def _as_called(

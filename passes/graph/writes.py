@@ -75,8 +75,8 @@ def is_written(node: fx.Node) -> bool:
         at = stack.pop()
         if any(is_in_place(user) for user in at.users):
             return True
-        aliases = [user for user in at.users if _may_alias(user)]
-        if _may_alias(at):
+        aliases = [user for user in at.users if may_alias(user)]
+        if may_alias(at):
             aliases += at.all_input_nodes
         stack += [alias for alias in aliases if alias not in seen]
         seen.update(aliases)
@@ -108,7 +108,7 @@ def _asks_in_place(node: fx.Node) -> bool:
     return bound.arguments.get("inplace") is True
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     """Whether the result may share memory with an input."""
     if node.op == "call_module":
         module = _module(node)

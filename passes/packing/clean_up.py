@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import fx
 
 from passes.base import Pass
-from passes.graph.writes import is_in_place
+from passes.graph.uses import is_impure
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,10 @@ class CleanUp(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         before = len(gm.graph.nodes)
-        gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+        gm.graph.eliminate_dead_code(is_impure_node=is_impure)
         gm.delete_all_unused_submodules()
         _delete_unread_tensors(gm)
         return before - len(gm.graph.nodes)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    if node.op == "call_method" and not hasattr(Tensor, str(node.target)):
-        return True
-    return node.is_impure() or is_in_place(node)
 
 
 def _delete_unread_tensors(gm: fx.GraphModule) -> None:

@@ -1,0 +1,163 @@
+"""Which linears a call of a model reaches, where no graph shows it.
+
+At module granularity the model's own code runs, and only a call tells whether it calls a module,
+multiplies by its weight itself (Mamba's ``dt_proj``), or drops its result. The call is watched
+below autograd, operation by operation: what is computed from a linear's result carries its name,
+to the outputs or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxshare.capture import Captured, quiet
+from passes import is_linear, structure_copy
+
+_LOG = logging.getLogger(__name__)
+_MOST_CALLS = 8
+"""So many batches are tried for what the first of them does not reach, as an expert may be."""
+_OF_SHAPE = frozenset(
+    {f"{made}_like" for made in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")}
+    | {f"new_{made}" for made in ("zeros", "ones", "empty", "full")}
+)
+# a number that leaves the tensors may decide about anything
+_LEAVES = frozenset({"_local_scalar_dense", "is_nonzero", "item", "equal"})
+_DEPTH = 3
+
+
+@dataclass
+class Reached:
+    """What calls showed of linears, by their names: ``called``; ``used``, which have reached an
+    output; ``read``, whose weight was read outside of them. ``calls`` is how many were watched."""
+
+    called: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    calls: int = 0
+
+    def refusal(self, name: str) -> str | None:
+        """Why a linear is no site; None where it is called for its result, and for that only."""
+        if name in self.read:
+            beside = " beside calling it" if name in self.called else " and does not call it"
+            return f"the model reads its weight itself{beside}"
+        if name not in self.called:
+            return f"is not called by the {self.calls} batches that were tried in eval mode"
+        return None if name in self.used else "is called, and nothing depends on its result"
+
+
+def reached(captured: Captured, batches: Iterable[object], names: Sequence[str]) -> Reached | None:
+    """Watch the model on a few batches, until every linear of ``names`` was reached; None where a
+    call fails, which whoever runs the model next will say."""
+    model = structure_copy(captured.model).eval()
+    modules = {n: m for n in names if is_linear(m := model.get_submodule(n))}
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return None
+    found = Reached()
+    for batch in batches:
+        try:
+            with quiet(), _Watch(modules, found) as watch:
+                watch.finish(model(**captured.caller(batch)))
+        except Exception as error:
+            _LOG.debug("a call to watch failed: %s", error)
+            return None
+        found.calls += 1
+        missing = set(modules) - found.used - found.read
+        if not missing or found.calls == _MOST_CALLS:
+            break
+    return found if found.calls else None
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Marks the results of linears, and follows the marks from operation to operation."""
+
+    def __init__(self, modules: dict[str, nn.Module], found: Reached) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+        # by storage: a view has the marks of what it is a view of. The reference keeps a storage's
+        # address from being given to another
+        self.marks: dict[int, tuple[StorageWeakRef, set[str]]] = {}
+        self.inside: list[set[str]] = []
+        self.weights: dict[int, set[str]] = {}
+        self.handles = []
+        for name, module in modules.items():
+            for parameter in module.parameters(recurse=False):
+                self.weights.setdefault(parameter.data_ptr(), set()).add(name)
+            self.handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self.handles.append(module.register_forward_hook(self._leave(name)))
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def _enter(self, name: str) -> Any:
+        def enter(module: nn.Module, _: Any) -> None:
+            own = {p.data_ptr() for p in module.parameters(recurse=False)}
+            self.inside.append({name}.union(*(self.weights[at] for at in own)))
+
+        return enter
+
+    def _leave(self, name: str) -> Any:
+        def leave(module: nn.Module, _: Any, y: Any) -> None:
+            self.inside.pop()
+            self.found.called.add(name)
+            self._mark(y, {name})
+
+        return leave
+
+    def finish(self, output: object) -> None:
+        """Take what reached the output for used."""
+        for tensor in _tensors(output):
+            self.found.used |= self._marks_of(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inside = self.inside[-1] if self.inside else set()
+        for tensor in given:
+            self.found.read |= self.weights.get(tensor.data_ptr(), set()) - inside
+        marks = set().union(*(self._marks_of(tensor) for tensor in given))
+        result = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if name in _LEAVES:
+            self.found.used |= marks
+        elif marks and name not in _OF_SHAPE:
+            self._mark(result, marks)
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._mark(value, marks)
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.name in kwargs:
+                    self._mark(kwargs[argument.name], marks)
+        return result
+
+    def _marks_of(self, tensor: Tensor) -> set[str]:
+        found = self.marks.get(tensor.untyped_storage()._cdata)
+        return set() if found is None else found[1]
+
+    def _mark(self, value: object, names: set[str]) -> None:
+        for tensor in pytree.tree_leaves(value):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self.marks.setdefault(storage._cdata, (reference, set()))[1].update(names)
+
+
+def _tensors(value: object, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """The tensors of an output, those in objects that torch cannot flatten included."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and depth:
+            yield from _tensors(list(vars(leaf).values()), depth - 1)
