@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from fxshare.proposing.weights import Weight, alike, weights_of
+from fxshare.proposing.weights import weights_of
 from fxshare.sites.site import Site, Skipped
 
 WORTH_A_WARNING = 0.1
 """Share of the weights above which it is said that they stay dense."""
 _LISTED = 3
 _PART = re.compile(r"\.(?:rows_\d+_\d+|\d+)$")
+_NUMBER = re.compile(r"\d+")
 
 
-@dataclass(frozen=True)
-class _Left:
-    names: tuple[str, ...]
-    numbers: int
-    reason: str
+@dataclass
+class _Pool:
+    """Numbers of each weight that was matched or could be, and how many of them are in sites."""
+
+    model: nn.Module
+    numbers: dict[str, int]
+    in_sites: Counter[str]
+
+    def whole(self, name: str) -> str:
+        """The parameter of a site that is one matrix of a stack, or some rows of one."""
+        while name not in self.numbers and _PART.search(name) and _tensor(self.model, name) is None:
+            name = _PART.sub("", name)
+        return name
 
 
 def left_dense(model: nn.Module, sites: Sequence[Site], skipped: Sequence[Skipped]) -> str | None:
@@ -32,39 +42,57 @@ def left_dense(model: nn.Module, sites: Sequence[Site], skipped: Sequence[Skippe
     out by design, unless a pattern matches it.
     """
     weights = weights_of(model)
-    if any(weight.layer is not None for weight in weights):
-        reasons = {_whole(s.name) for s in skipped}
-        weights = [w for w in weights if w.layer is not None or w.name in reasons]
-    in_sites: dict[str, int] = {}
+    in_layers = [weight for weight in weights if weight.layer is not None]
+    pool = _Pool(model, {w.name: w.numbers for w in in_layers or weights}, Counter())
     for site in sites:
-        for name in {_whole(name) for name in (site.name, *site.readers)}:
-            in_sites[name] = in_sites.get(name, 0) + site.weights
-    total = sum(weight.numbers for weight in weights)
-    left = [_left(group, in_sites, skipped) for group in alike(weights)]
-    numbers = sum(one.numbers for one in left)
-    if not total or numbers <= WORTH_A_WARNING * total:
+        names = {pool.whole(name) for name in (site.name, *site.readers)}
+        known = next((name for name in sorted(names) if name in pool.numbers), None)
+        name = known or pool.whole(site.name)
+        pool.in_sites[name] += site.weights
+        if known is None:
+            tensor = _tensor(model, name)
+            pool.numbers[name] = site.weights if tensor is None else tensor.numel()
+    reasons: dict[str, str] = {}
+    for one in skipped:
+        name = pool.whole(one.name)
+        tensor = _tensor(model, name)
+        if tensor is not None and name not in pool.numbers:
+            pool.numbers[name] = tensor.numel()
+        reasons.setdefault(name, one.reason)
+    return _warning(pool, reasons)
+
+
+def _warning(pool: _Pool, reasons: Mapping[str, str]) -> str | None:
+    left = {name: n - pool.in_sites[name] for name, n in pool.numbers.items()}
+    total, numbers = sum(pool.numbers.values()), sum(n for n in left.values() if n > 0)
+    if numbers <= WORTH_A_WARNING * total:
         return None
-    largest = sorted((one for one in left if one.numbers), key=lambda one: -one.numbers)
-    listed = "; ".join(_told(one, total) for one in largest[:_LISTED])
-    more = f"; and {len(largest) - _LISTED} more" if len(largest) > _LISTED else ""
-    return (
-        f"{numbers / total:.0%} of the weights that could be rewritten stay dense: {listed}{more}"
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name, n in left.items() if n > 0):
+        kind = (_NUMBER.sub("#", name), _NUMBER.sub("#", reasons.get(name, "")))
+        alike.setdefault(kind, []).append(name)
+    by_size = sorted(alike.items(), key=lambda item: -sum(left[name] for name in item[1]))
+    told = []
+    for _, names in by_size[:_LISTED]:
+        reason = reasons.get(names[0], "no pattern matches it")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        share = sum(left[name] for name in names) / total
+        told.append(f"{names[0]}{more} ({share:.0%}: {reason})")
+    if len(by_size) > _LISTED:
+        told.append(f"and {len(by_size) - _LISTED} more kinds")
+    return f"{numbers / total:.0%} of the weights that could be rewritten stay dense: " + "; ".join(
+        told
     )
 
 
-def _left(group: Sequence[Weight], covered: dict[str, int], skipped: Sequence[Skipped]) -> _Left:
-    missing = [w for w in group if covered.get(w.name, 0) < w.numbers]
-    numbers = sum(w.numbers - covered.get(w.name, 0) for w in missing)
-    names = tuple(w.name for w in missing)
-    said = next((s.reason for s in skipped if {s.name, _whole(s.name)} & set(names)), None)
-    return _Left(names, numbers, said or "no pattern matches it")
-
-
-def _told(one: _Left, total: int) -> str:
-    more = f" and {len(one.names) - 1} more" if len(one.names) > 1 else ""
-    return f"{one.names[0]}{more} ({one.numbers / total:.0%}: {one.reason})"
-
-
-def _whole(name: str) -> str:
-    """The parameter of a site that is one matrix of a stack, or some rows of one."""
-    return _PART.sub("", name)
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter of that name, or the weight of the module of that name."""
+    for full in (name, f"{name}.weight"):
+        owner, _, field = full.rpartition(".")
+        try:
+            found = getattr(model.get_submodule(owner), field, None)
+        except AttributeError:
+            continue
+        if isinstance(found, Tensor):
+            return found
+    return None

@@ -117,7 +117,9 @@ def _refusal(
     """Why a site cannot be rewritten although something calls it, or why nothing does."""
     is_called = any(name in called for name in site.calls)
     tensors = [f"{name}{end}" for name in site.calls for end in ("", ".weight", ".bias")]
-    tensors.append(site.name.rpartition(".")[0])  # the stack that a matrix is in
+    stack = site.name.rpartition(".")[0]
+    if not is_called and stack in readers and isinstance(site.slices[0].head, int):
+        return f"its stack is not read as one linear for each matrix (node {readers[stack].name!r})"
     reader = next((readers[name] for name in tensors if name in readers), None)
     if reader is not None:
         beside = "beside its calls" if is_called else "and no node calls it"

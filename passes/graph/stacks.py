@@ -33,7 +33,7 @@ _GROUPED = (
     _aten._grouped_mm.default,
 )
 # an operation of transformers for what torch's own cannot do
-_GROUPED_NAME = "transformers.grouped_mm_fallback.default"
+_GROUPED_NAME = "transformers.grouped_mm_fallback"
 _SELECT = (torch.select, _aten.select.int, "select")
 _INDEX_SELECT = (torch.index_select, _aten.index_select.default, "index_select")
 _UNBIND = (torch.unbind, _aten.unbind.int, "unbind")
@@ -301,7 +301,8 @@ def _batched(view: _View, user: fx.Node) -> Stack | None:
 
 def _ends(view: _View, user: fx.Node) -> fx.Node | None:
     """The ends of the runs of a grouped product with the stack; None where it is none."""
-    if user.target not in _GROUPED and str(user.target) != _GROUPED_NAME:
+    name = str(user.target).removesuffix(".default")
+    if user.op != "call_function" or (user.target not in _GROUPED and name != _GROUPED_NAME):
         return None
     names = ("input", "weight", "offs")
     given = {**dict(zip(names, user.args, strict=False)), **user.kwargs}

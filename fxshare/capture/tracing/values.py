@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from passes.graph.graph import is_linear, weight_and_bias
 
 _PLAIN = (getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+_GROUPED = (torch._grouped_mm, nn.functional.grouped_mm)
 _LITERALS = frozenset(
     {bool, int, float, str, type(None), type(Ellipsis)}
     | {torch.dtype, torch.device, torch.memory_format, torch.layout}
@@ -83,6 +84,8 @@ class FakeValues:
     ) -> Any:
         if kind == "placeholder":
             return pytree.tree_map(self.fake, self._inputs[str(target)])
+        if kind == "call_function" and target in _GROUPED:
+            return _grouped(target, args, kwargs)
         if kind == "call_function":
             return target(*args, **kwargs)
         if kind == "call_method":
@@ -92,6 +95,13 @@ class FakeValues:
             state = {name: self.fake(tensor) for name, tensor in tensors}
             return torch.func.functional_call(module, state, tuple(args), dict(kwargs))
         return None
+
+
+def _grouped(target: Any, args: Any, kwargs: Any) -> Any:
+    """A product of runs of rows, which torch evaluates without values in bfloat16 only."""
+    if len(args) > 1 and (args[0].ndim, args[1].ndim) == (2, 3) and not kwargs.get("out_dtype"):
+        return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+    return target(*args, **kwargs)
 
 
 def changes_in_place(kind: str, target: Any, kwargs: Mapping[str, Any]) -> bool:

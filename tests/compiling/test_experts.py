@@ -1,0 +1,148 @@
+"""Stacks of experts from matching to a saved folder, whichever way a model multiplies by them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxshare
+from fxshare import FxShareWarning
+from fxshare.sites.match import match
+from fxshare.sites.tensors import site_tensors
+
+E, WIDTH, INNER = 3, 8, 12
+TYPES = {"up": {"pattern": r".*\.up$", "split": "gate_up"}, "down": {"pattern": r".*\.down$"}}
+CONFIG = {"weight_types": TYPES, "block_pattern": r"layers\.(\d+)"}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "sharing": {"group_size": 2, "compression_rate": 0.5},
+    "budget": {"budget": {"params_kept": 0.7}, "planner": {"search": "off"}},
+}
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def _one_by_one(x: Tensor, w: Tensor) -> Tensor:
+    return torch.stack([F.linear(x[e], w[e]) for e in range(E)])
+
+
+def _runs(x: Tensor, w: Tensor) -> Tensor:
+    rows = x.shape[1]
+    ends = torch.tensor([rows * (e + 1) for e in range(E)], dtype=torch.int32)
+    y = F.grouped_mm(x.flatten(0, 1), w.transpose(1, 2), offs=ends)
+    return y.unflatten(0, (E, -1))
+
+
+# how, and whether a stack is (experts, in, out)
+HOW: dict[str, tuple[Multiply, bool]] = {
+    "all at once": (torch.bmm, True),
+    "einsum": (lambda x, w: torch.einsum("eti,eoi->eto", x, w), False),
+    "one by one": (_one_by_one, False),
+    "runs": (_runs, False),
+}
+
+
+class Layer(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.multiply, columns = HOW[how]
+        shapes = ((E, 2 * INNER, WIDTH), (E, WIDTH, INNER))
+        self.up, self.down = (
+            nn.Parameter((torch.randn(s).mT if columns else torch.randn(s)).contiguous() / 3)
+            for s in shapes
+        )
+        self.router = nn.Linear(WIDTH, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        chosen = self.router(rows).sigmoid().t().unsqueeze(-1)  # (E, rows, 1)
+        gate, up = self.multiply(rows * chosen, self.up).chunk(2, dim=-1)
+        return x + self.multiply(F.silu(gate) * up, self.down).sum(0).view(x.shape)
+
+
+class Mixture(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(how) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 6, WIDTH, generator=generator) for _ in range(4)]
+
+
+def _compiled(model: nn.Module, mode: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxShareWarning)
+        return fxshare.compile(model, [CONFIG, MODES[mode]], calibration=_data())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", HOW)
+def test_experts_are_compressed_saved_and_lowered(how: str, mode: str, tmp_path: Path) -> None:
+    model = Mixture(how).eval()
+    gm = _compiled(model, mode)
+    plan = gm.fxshare.plan
+    assert (len(plan.sites), plan.skipped, gm.fxshare.report.warnings) == (2 * 2 * E, (), ())
+    shapes = {(s.type, s.in_features, s.out_features, len(s.slices)) for s in plan.sites}
+    assert shapes == {("up", WIDTH, 2 * INNER, 2), ("down", INNER, WIDTH, 1)}
+    x = _data()[0]
+    if mode == "exact":
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-5)
+    else:
+        assert gm.fxshare.report.params_kept <= 0.71
+        assert all(s.out_features for g in plan.groups for s in plan.sites if s.name in g.slices)
+    fxshare.save(gm, tmp_path / "saved")
+    loaded = fxshare.load(tmp_path / "saved", model=Mixture(how).eval())
+    torch.testing.assert_close(loaded(x), gm(x), rtol=0, atol=0)
+    torch.testing.assert_close(fxshare.lower(gm)(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_square_stack_is_told_by_the_graph_alone() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(E, WIDTH, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x[None].expand(E, -1, -1), self.up)
+
+    model = Square().eval()
+    config = {"weight_types": {"up": {"pattern": "up$"}}}
+    gm = fxshare.compile(model, config, example=torch.randn(5, WIDTH))
+    site = gm.fxshare.plan.sites[1]
+    assert site.transposed
+    weight_OI, _ = site_tensors(model, site)
+    torch.testing.assert_close(weight_OI, model.up[1].t())
+    assert not match(model, fxshare.config.load_config(config)).sites[1].transposed
+
+
+def test_a_large_dense_share_is_said_first() -> None:
+    class Scaled(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.down.sum()
+
+    class Experts(Mixture):
+        def __init__(self) -> None:
+            super().__init__("all at once")
+            self.layers = nn.ModuleList(Scaled("all at once") for _ in range(2))
+
+    gm = _compiled(Experts().eval(), "exact")
+    (said,) = gm.fxshare.report.warnings
+    assert said.startswith("35% of the weights that could be rewritten stay dense: layers.0.down")
+    assert " and 1 more (32%: its stack is not read as one linear for each matrix" in said
+    assert "layers.0.router and 1 more (3%: no pattern matches it)" in said
+    assert str(gm.fxshare.report).splitlines()[0] == f"warning: {said}"
+    assert fxshare.result.report.Report.from_dict(gm.fxshare.report.to_dict()).warnings == (said,)
