@@ -117,13 +117,19 @@ def prepare(
     if batches is not None and not isinstance(batches, Sequence):
         batches = itertools.chain(tried, batches)
     if not shown.sites:
-        first_one = shown.skipped[0]
-        raise MatchError(
-            f"nothing to rewrite: none of the {len(shown.skipped)} matched weights can be, "
-            f"{first_one.name!r} for one: {first_one.reason}; give an example that reaches them, "
-            "or other patterns"
-        )
+        raise MatchError(_nothing(shown.skipped))
     return Stages(cfg, shown.captured, shown.sites, shown.skipped, batches)
+
+
+def _nothing(skipped: Sequence[Skipped]) -> str:
+    """Why there is nothing to rewrite."""
+    first = skipped[0]
+    if any(not one.reason.startswith("is not called by this graph") for one in skipped):
+        return f"nothing to rewrite: {first.name!r} {first.reason}"
+    return (
+        f"nothing to rewrite: none of the matched modules is called, {first.name!r} for one; give "
+        "an example that reaches them, or other patterns"
+    )
 
 
 def _kept(
