@@ -11,16 +11,19 @@ Legend for shapes: E experts, O output features, I input features, S pairs of a 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from passes.graph.contractions import Contraction, contraction
+from passes.graph.contractions import contraction
+from passes.graph.cuts import Bounds, cut_of
+from passes.graph.forms import Batched, Form, Grouped, One, Routed, Stack
 from passes.graph.graph import attribute, multiplication
 from passes.graph.operands import swaps_last
+from passes.graph.writes import is_written
 
 _aten = torch.ops.aten
 _BMM = (torch.bmm, _aten.bmm.default, "bmm")
@@ -49,65 +52,6 @@ _CLAIM = _aten._assert_tensor_metadata.default
 
 
 @dataclass(frozen=True)
-class Routed:
-    """Row ``s`` of the input is multiplied by matrix ``experts[s]``, ``experts`` ``(S,)``."""
-
-    experts: fx.Node
-    turned: bool = False
-    spread: int | None = None
-    contraction: Contraction | None = None
-
-
-@dataclass(frozen=True)
-class Batched:
-    """All matrices at once: of the input (``turned``: transposed) the entry of dimension ``at`` for
-    each, or where that is None the whole for all; ``spread`` is its number of dimensions where
-    there may be one entry for all. ``shift`` is added."""
-
-    at: int | None
-    turned: bool = False
-    spread: int | None = None
-    contraction: Contraction | None = None
-    shift: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class One:
-    """Matrix ``number`` alone; ``shift`` is added."""
-
-    number: int
-    shift: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """Runs of rows of the input, of which ``ends`` ``(E,)`` are the ends."""
-
-    ends: fx.Node
-
-
-Form = Routed | Batched | One | Grouped
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A product with one matrix or with all of a stack.
-
-    ``parameter`` is the stack's name, ``(E, O, I)`` or with ``transposed`` ``(E, I, O)``; ``bias``
-    that of its biases ``(E, O)``, where ``added`` adds them in place to a routed ``result``. A bias
-    that is added otherwise stays where it is.
-    """
-
-    parameter: str
-    transposed: bool
-    input: fx.Node
-    result: fx.Node
-    form: Form
-    bias: str | None = None
-    added: fx.Node | None = None
-
-
-@dataclass(frozen=True)
 class _View:
     """What a node holds of a stack: all of it, one matrix (``kept``: as a stack of one), a tuple of
     either, or the matrices that ``experts`` gathers; ``swapped`` says that it is transposed."""
@@ -119,27 +63,55 @@ class _View:
     kept: bool = False
     parts: bool = False
     experts: fx.Node | None = None
+    cut: int | None = None
+    """The dimension of the stored stack of which only ``bounds`` are held, or a tuple of them."""
+    bounds: Bounds = ()
 
 
 def stacks(gm: fx.GraphModule) -> Mapping[str, tuple[Stack, ...]]:
     """The stacks of experts whose every reader is such a product, by the parameter's name."""
     found: dict[str, list[Stack | None]] = {}
+    shapes: dict[str, torch.Size] = {}
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             continue
-        value = attribute(gm, str(node.target))
+        name = str(node.target)
+        value = attribute(gm, name)
         if isinstance(value, nn.Parameter) and value.ndim == 3:
-            found.setdefault(str(node.target), []).extend(_reads(_View(node), value))
+            shapes[name] = value.shape
+            found.setdefault(name, []).extend(_reads(_View(node), value))
+    known = {name: [one for one in reads if one is not None] for name, reads in found.items()}
     return {
-        name: tuple(one for one in reads if one is not None)
-        for name, reads in found.items()
-        if reads and None not in reads and _apart([one for one in reads if one is not None])
+        name: tuple(reads)
+        for name, reads in known.items()
+        if reads and len(reads) == len(found[name]) and _apart(reads, shapes[name])
     }
 
 
-def _apart(reads: list[Stack]) -> bool:
-    """Whether no product multiplies the stack by itself."""
+def _apart(reads: list[Stack], shape: Sequence[int]) -> bool:
+    """Whether no product multiplies the stack by itself, and those of some outputs stand beside
+    products of the same input that make them whole."""
+    pieces: dict[object, list[tuple[int, int]]] = {}
+    for one in reads:
+        if one.rows is not None:
+            number = one.form.number if isinstance(one.form, One) else None
+            pieces.setdefault((input_of(one.input), number), []).append(one.rows)
+            if is_written(one.input):
+                return False
+    whole = shape[2 if reads[0].transposed else 1]
+    for found in pieces.values():
+        found.sort()
+        ends = [0, *(stop for _, stop in found)]
+        if [start for start, _ in found] != ends[:-1] or ends[-1] != whole:
+            return False
     return len({one.result for one in reads}) == len(reads)
+
+
+def input_of(node: fx.Node) -> object:
+    """Equal for nodes that take the same part of one node."""
+    if node.target is operator.getitem or _is(node, _SELECT):
+        return node.target, str(node.args)
+    return node
 
 
 def ndim_of(node: fx.Node) -> int | None:
@@ -182,6 +154,9 @@ def _step(view: _View, user: fx.Node, stored: Tensor) -> _View | None:
         number = user.args[1] if user.target is operator.getitem else None
         if not isinstance(number, int):
             return None
+        if view.bounds:
+            bounds = view.bounds[number : number + 1 or None]
+            return replace(view, node=user, parts=False, bounds=bounds)
         number %= len(stored)
         return replace(view, node=user, kind="one", number=number, parts=False)
     if view.kept:
@@ -190,7 +165,18 @@ def _step(view: _View, user: fx.Node, stored: Tensor) -> _View | None:
         return replace(view, node=user, swapped=not view.swapped)
     if _is(user, _CAST) and all(_is_dtype(a, stored.dtype) for a in _arguments(user)):
         return replace(view, node=user)
-    return None if view.kind != "stack" else _taken(view, user, len(stored))
+    taken = _taken(view, user, len(stored)) if view.kind == "stack" else None
+    return taken or _cut(view, user, stored)
+
+
+def _cut(view: _View, user: fx.Node, stored: Tensor) -> _View | None:
+    shape = stored.mT.shape if view.swapped else stored.shape
+    found = None if view.bounds else cut_of(user, shape[1:] if view.kind == "one" else shape)
+    if found is None:
+        return None
+    dim, bounds, parts = found
+    cut = 3 + (-3 - dim if view.swapped else dim)
+    return replace(view, node=user, cut=cut, bounds=bounds, parts=parts)
 
 
 def _taken(view: _View, user: fx.Node, count: int) -> _View | None:
@@ -349,6 +335,8 @@ def _narrowed(view: _View, product: fx.Node, widened: fx.Node, at: int) -> Stack
         return None
     assert view.experts is not None
     stack = _stack(view, x, narrowed, Routed(view.experts), (at == -1) is view.swapped)
+    if stack is None:
+        return None
     for user in narrowed.users:
         biases = user.args[1] if _is(user, _ADD_IN_PLACE) and len(user.args) == 2 else None
         stored = biases.args[0] if isinstance(biases, fx.Node) and biases.args else None
@@ -358,16 +346,21 @@ def _narrowed(view: _View, product: fx.Node, widened: fx.Node, at: int) -> Stack
             and user.args[0] is narrowed
             and stored.target == f"{stack.parameter}_bias"
             and _index(biases) is view.experts
+            and stack.rows is None
         ):
             return replace(stack, bias=str(stored.target), added=user)
     return stack
 
 
-def _stack(view: _View, x: fx.Node, result: fx.Node, form: Form, transposed: bool) -> Stack:
+def _stack(view: _View, x: fx.Node, result: fx.Node, form: Form, transposed: bool) -> Stack | None:
+    """The product; None where only some of its inputs are multiplied."""
     first = view.node
     while first.op != "get_attr":
         first = first.all_input_nodes[0]
-    return Stack(str(first.target), transposed, x, result, form)
+    if view.cut == (1 if transposed else 2):
+        return None
+    rows = view.bounds[0] if view.bounds else None
+    return Stack(str(first.target), transposed, x, result, form, rows=rows)
 
 
 def _arguments(node: fx.Node, *, whole: bool = False) -> tuple[Any, ...]:

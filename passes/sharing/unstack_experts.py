@@ -16,18 +16,10 @@ from torch import Tensor, fx
 
 from passes.base import Pass
 from passes.errors import RequiresError
+from passes.graph.forms import Batched, Grouped, One, Routed, Stack
 from passes.graph.graph import attribute, new_linear, put_module
 from passes.graph.sizes import make_constant
-from passes.graph.stacks import (
-    Batched,
-    Grouped,
-    One,
-    Routed,
-    Stack,
-    ndim_of,
-    shape_reads,
-    stacks,
-)
+from passes.graph.stacks import input_of, ndim_of, shape_reads, stacks
 from passes.graph.writes import is_in_place
 
 _KEY = "unstacked"
@@ -139,6 +131,8 @@ class _Writer:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.routes: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        # products of which only some outputs are asked for at a time
+        self.wholes: dict[object, fx.Node] = {}
 
     def unstack(self, stack: Stack, count: int) -> None:
         form = stack.form
@@ -162,9 +156,18 @@ class _Writer:
                 _erase_chain(operand)
 
     def _call(self, stack: Stack, number: int, x: fx.Node) -> fx.Node:
-        y = self.graph.call_module(f"{stack.parameter}.{number}", (x,))
         ndim = ndim_of(x)
-        return y if ndim is None else _noted(y, ndim)
+        key = (stack.parameter, number, input_of(stack.input))
+        y = self.wholes.get(key)
+        if y is None or stack.rows is None:
+            y = self.graph.call_module(f"{stack.parameter}.{number}", (x,))
+            y = y if ndim is None else _noted(y, ndim)
+        if stack.rows is None:
+            return y
+        self.wholes[key] = y
+        rows: Any = (Ellipsis, slice(*stack.rows))
+        part = self.graph.call_function(operator.getitem, (y, rows))
+        return part if ndim is None else _noted(part, ndim)
 
     def _method(self, x: fx.Node, name: str, *arguments: Any, less: int = 0) -> fx.Node:
         ndim = ndim_of(x)

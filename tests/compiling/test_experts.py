@@ -45,6 +45,7 @@ HOW: dict[str, tuple[Multiply, bool]] = {
     "einsum": (lambda x, w: torch.einsum("eti,eoi->eto", x, w), False),
     "one by one": (_one_by_one, False),
     "runs": (_runs, False),
+    "in halves": (lambda x, w: torch.cat([x @ part for part in w.chunk(2, -1)], -1), True),
 }
 
 

@@ -60,12 +60,23 @@ BY_ROWS: dict[str, Multiply] = {
     "runs": _runs,
     "with its size": lambda x, w: torch.bmm(x.view(w.shape[0], -1, w.size(2)), w.mT),
     "cast": lambda x, w: torch.bmm(x, w.to(x.dtype).mT),
+    "chunks": lambda x, w: torch.bmm(x, w.chunk(2, 1)[0].mT) * torch.bmm(x, w.chunk(2, 1)[1].mT),
+    "chunks after": lambda x, w: sum(torch.bmm(x, p) for p in w.mT.chunk(2, dim=-1)),
+    "split of each": lambda x, w: torch.cat([
+        F.linear(x[e], p) for e in range(E) for p in w[e].split([4, 6])
+    ], -1),
+    "slices of rows": lambda x, w: torch.einsum("eti,eoi->eto", x, w[:, :3]).sum()
+    + torch.einsum("eti,eoi->eto", x, w[:, 3:]),
+    "gathered chunks": _by_routing(lambda x, w: sum(
+        torch.bmm(p, x.unsqueeze(-1)).squeeze(-1) for p in w.chunk(2, 1)
+    )),
     "gathered weight first": _by_routing(lambda x, w: (w @ x.unsqueeze(-1)).squeeze(-1)),
     "gathered einsum": _by_routing(lambda x, w: torch.einsum("si,soi->os", x, w)),
     "index_select": lambda x, w: torch.bmm(x, w.index_select(0, torch.tensor([2, 2, 0])).mT),
 }  # fmt: skip
 BY_COLUMNS: dict[str, Multiply] = {
     "bmm": lambda x, w: torch.bmm(x, w),
+    "dots": lambda x, w: torch.bmm(x, w[..., :4]).sum() + torch.bmm(x, w[..., 4:]),
     "baddbmm": lambda x, w: torch.baddbmm(x[:, :1, :1], x, w),
     "matmul": lambda x, w: x @ w,
     "einsum": lambda x, w: torch.einsum("eti,eio->eto", x, w),
@@ -83,6 +94,8 @@ OTHERS: dict[str, Multiply] = {
     "also summed": lambda x, w: torch.bmm(x, w.mT) + w.sum(),
     "a few": lambda x, w: torch.bmm(x[:2], w[:2].mT),
     "half of the rows": lambda x, w: torch.bmm(x, w[:, :5].mT),
+    "half of the columns": lambda x, w: torch.bmm(x[..., :3], w[..., :3].mT),
+    "halves of two inputs": lambda x, w: torch.bmm(x, w[:, :5].mT) + torch.bmm(x + 1, w[:, 5:].mT),
     "rows of one": lambda x, w: F.linear(x, w[0, :5]),
     "cast to another dtype": lambda x, w: torch.bmm(x.float(), w.float().mT),
     "with itself": lambda x, w: x[0, 0, 0] * torch.bmm(w, w.mT),
@@ -144,3 +157,30 @@ def test_every_way_to_multiply_becomes_linears(
 @pytest.mark.parametrize("multiply", OTHERS.values(), ids=OTHERS)
 def test_what_is_no_linear_for_each_expert_is_left(multiply: Multiply) -> None:
     assert not stacks(_graph(multiply, (E, O, I), "fx"))
+
+
+class Runs(nn.Module):
+    def __init__(self, dtype: torch.dtype, *, transposed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.transposed = transposed
+        shape = (E, 16, 32) if transposed else (E, 32, 16)
+        self.stack = nn.Parameter(torch.randn(shape).to(dtype))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        w = self.stack if self.transposed else self.stack.mT
+        return F.grouped_mm(x, w, offs=ends)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_of_rows_become_linears(dtype: torch.dtype, transposed: bool) -> None:
+    x = torch.randn(12, 16).to(dtype)
+    ends = torch.tensor([5, 5, 10], dtype=torch.int32)  # none for 1, and two rows are nobody's
+    gm = capture(Runs(dtype, transposed=transposed), (x, ends), mode="fx").graph
+    result, _ = run(gm, [UnstackExperts(parameters=("stack",))], expect={"unstack-experts": 1})
+    assert unstacked_as(result) == {"stack": transposed}
+    ours, theirs = result(x=x, ends=ends), gm(x=x, ends=ends)
+    assert ours.shape == theirs.shape
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[:10], theirs[:10], rtol=rtol, atol=16 * rtol)
