@@ -74,7 +74,7 @@ def _warning(pool: _Pool, reasons: Mapping[str, str]) -> str | None:
     by_size = sorted(alike.items(), key=lambda item: -sum(left[name] for name in item[1]))
     told = []
     for _, names in by_size[:_LISTED]:
-        reason = reasons.get(names[0], "no pattern matches it")
+        reason = reasons.get(names[0], "no pattern matches it").partition(". ")[0]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         share = sum(left[name] for name in names) / total
         told.append(f"{names[0]}{more} ({share:.0%}: {reason})")

@@ -107,7 +107,8 @@ def site_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     for name in (site.name, *site.calls):
         module = _linear(model, name)
         if module is not None:
-            return weight_and_bias(module)
+            weight_OI, own = weight_and_bias(module)
+            return weight_OI, own if site.bias else None
     place = _place(model, site.name)
     if place is None:
         raise MatchError(

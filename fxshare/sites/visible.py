@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 
 from fxshare.capture import Captured
 from fxshare.sites.match import Matching
@@ -24,6 +24,7 @@ from passes import (
     stacks,
     unstacked_as,
     used_nodes,
+    weight_and_bias,
 )
 
 _UNSEEN = "is not called by this graph"
@@ -97,7 +98,7 @@ def visible_sites(
             found = _as_looked_up(gm, site, set(called), looked_up)
         else:
             other = matching.turned.get(site.name)
-            found = _as_called(site, called, parts, other, unstacked_as(gm))
+            found = _as_called(captured.model, site, called, parts, other, unstacked_as(gm))
         if found == _UNSEEN and captured.side_by_side and site.name in matching.parameters:
             found = _NO_MODULE
         if isinstance(found, str):
@@ -133,6 +134,7 @@ def _refusal(
 
 
 def _as_called(
+    model: nn.Module,
     site: Site,
     called: Mapping[str, Sequence[LinearCall]],
     parts: Mapping[str, Sequence[str]],
@@ -156,7 +158,25 @@ def _as_called(
         transposed = stored.get(site.name.rpartition(".")[0], call.transposed)
         usual = site if transposed is site.transposed else other
         return usual if isinstance(usual, str) else _fitting(usual, call)
+    refusal = _unlike(model, site, [call for name in calls for call in called[name]])
+    if refusal is not None:
+        return refusal
+    if site.bias and all(call.bias_O is None for call in called[calls[0]]):
+        site = site.model_copy(update={"bias": False})  # `x @ linear.weight.T` leaves it out
     return [site if calls == site.calls else _called_as(site, calls, calls)]
+
+
+def _unlike(model: nn.Module, site: Site, calls: Sequence[LinearCall]) -> str | None:
+    """Why the calls of a module's weight are not what the module does, or not one thing."""
+    weight_OI, _ = weight_and_bias(model.get_submodule(site.name))
+    for call in calls:
+        found = call.weight_OI
+        turned = found.stride() != weight_OI.stride() and found.t().stride() == weight_OI.stride()
+        if found.shape != weight_OI.shape or turned:
+            return f"node {call.node.name!r} multiplies by its weight the other way round"
+    if len({call.bias_O is None for call in calls}) > 1:
+        return "is multiplied by with its bias in one place and without in another"
+    return None
 
 
 def _as_looked_up(

@@ -94,6 +94,7 @@ class SplitLinear(Pass):
             )
             if plain:
                 continue
+            _erase_unread(gm.graph, site)
             _place_modules(gm, site, calls[0])
             for call in calls:
                 _split(gm.graph, call, site)
@@ -109,6 +110,14 @@ class SplitLinear(Pass):
                         f"{self.name}: expected an nn.Linear at {rows.name!r}, found "
                         f"{type(module).__name__}"
                     )
+
+
+def _erase_unread(graph: fx.Graph, site: SplitSite) -> None:
+    """Erase reads of the site's tensors that nothing reads: torch.export has one for each."""
+    tensors = {f"{name}.{field}" for name in site.calls for field in ("weight", "bias")}
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users and str(node.target) in tensors:
+            graph.erase_node(node)
 
 
 def _check_rows(name: str, site: SplitSite, out_features: int) -> None:

@@ -87,6 +87,18 @@ def _beside_its_weight(layer: Layer, x: Tensor) -> Tensor:
     return layer.odd(x) + x * layer.odd.weight.sum()
 
 
+def _by_hand(layer: Layer, x: Tensor) -> Tensor:
+    return x @ layer.odd.weight.T
+
+
+def _by_hand_and_called(layer: Layer, x: Tensor) -> Tensor:
+    return layer.odd(x @ layer.odd.weight.T)
+
+
+def _the_other_way_round(layer: Layer, x: Tensor) -> Tensor:
+    return x @ layer.odd.weight
+
+
 def _twice(layer: Layer, x: Tensor) -> Tensor:
     return layer.odd(layer.odd(x).tanh())
 
@@ -118,6 +130,8 @@ HOW = {
     "in another branch": (_in_another_branch, "is not called by"),
     "by its weight": (_by_its_weight, "reads its weight itself"),
     "beside its weight": (_beside_its_weight, BESIDE),
+    "by hand and called": (_by_hand_and_called, r"without in another|" + BESIDE),
+    "the other way round": (_the_other_way_round, "the other way round|reads its weight itself"),
     "twice": (_twice, None),
     "once of two": (_once_of_two, None),
     "of a constant": (_of_a_constant, None),
@@ -128,6 +142,16 @@ HOW = {
 def _data() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(4, 6, WIDTH, generator=generator) for _ in range(4)]
+
+
+@pytest.mark.parametrize("capture", ["fx", "export"])
+def test_a_weight_that_is_multiplied_by_without_its_bias_is_a_site_without(capture: Any) -> None:
+    model = Model(_by_hand).eval()
+    gm = fxshare.compile(model, CONFIG, calibration=_data(), capture=capture)
+    bias = {site.name.rpartition(".")[2]: site.bias for site in gm.fxshare.plan.sites}
+    assert bias == {"a": True, "odd": False}
+    x = _data()[0]
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
