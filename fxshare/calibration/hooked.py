@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxshare.calibration.lookups import LookupStatistics, RowCounter
 from fxshare.calibration.observed import InputObserver, tap_of
-from fxshare.capture.call import MASK, Call
+from fxshare.capture.call import MASK, Call, as_called
 from fxshare.sites.site import Site
 from passes import is_linear, structure_copy
 
@@ -77,7 +77,8 @@ class HookStage:
         mask = call.get(MASK)
         self._mask = mask if isinstance(mask, Tensor) else None
         try:
-            return self.model(**call)
+            args, kwargs = as_called(self.model, call)
+            return self.model(*args, **kwargs)
         finally:
             self._last = self._mask = None
 

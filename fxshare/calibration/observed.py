@@ -11,7 +11,7 @@ from fxshare.calibration.gradients import GradientTap, is_diagonal
 from fxshare.calibration.gram import GramAccumulator
 from fxshare.calibration.lookups import LookupStatistics, RowCounter
 from fxshare.capture import Captured
-from fxshare.capture.call import MASK, Call, holds_tensor
+from fxshare.capture.call import MASK, Call
 from fxshare.capture.guards import ones_if_missing
 from fxshare.errors import CalibrationError
 from fxshare.sites.site import Site, SliceSpec
@@ -124,14 +124,13 @@ class GraphStage:
         return LookupStatistics(counted, gradient)
 
     def __call__(self, call: Call) -> Any:
-        given = {k: v for k, v in call.items() if holds_tensor(v)}
-        unknown = sorted(set(given) - self.names)
+        unknown = sorted(set(call) - self.names)
         if unknown:
             raise CalibrationError(
                 f"a calibration batch has {unknown[0]!r}, which the captured call had not; give "
                 "batches of one form, or example=... with every argument"
             )
-        return self.gm(**given)
+        return self.gm(**call)
 
     def close(self) -> None:
         """Nothing to take down: the observed graph is our own."""

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fxshare.capture.containers import holds_tensor, leaves, mapped
 from fxshare.errors import CalibrationError
 
 Call = Mapping[str, Any]
 """One call of a model: values by parameter name, in the order of ``forward``'s signature."""
+IDS = "input_ids"
 MASK = "attention_mask"
 LABELS = frozenset({"labels", "label", "targets", "target"})
 _KINDS_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -38,25 +40,75 @@ def bind(model: nn.Module, batch: object) -> Call:
     Raises :class:`CalibrationError` naming the entry that ``forward`` does not take.
     """
     names = list(parameters_of(model))
+    _check_by_name(model)
     if isinstance(batch, Mapping):
         unknown = [k for k in batch if k not in names]
         if unknown and not _takes_any_keyword(model):
+            one = f"; a dictionary that is one argument is given as {{{names[0]!r}: ...}}"
             raise CalibrationError(
                 f"a batch has the entry {unknown[0]!r}, but {type(model).__name__}.forward takes "
-                f"{names}; drop the entry or rename it"
+                f"{names}; drop the entry or rename it{one if len(names) == 1 else ''}"
             )
-        return {k: batch[k] for k in [n for n in names if n in batch] + unknown}
+        return _plain({k: batch[k] for k in [n for n in names if n in batch] + unknown})
     values = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if len(values) > len(names):
-        raise CalibrationError(
-            f"a batch has {len(values)} entries, but {type(model).__name__}.forward takes {names}"
-        )
-    if not any(isinstance(v, Tensor) for v in pytree.tree_leaves(values)):
+        raise CalibrationError(_too_many(model, len(values), names))
+    if not holds_tensor(values):
         raise CalibrationError(
             f"expected a batch as a tensor, a tuple of tensors or a mapping of tensors, found "
             f"{type(batch).__name__}"
         )
-    return dict(zip(names, values, strict=False))
+    return _plain(dict(zip(names, values, strict=False)))
+
+
+def _plain(call: Call) -> Call:
+    """The call with numpy's scalars as numbers, which graphs and folders can hold."""
+    kind: Any = np.generic
+    plain: Call = mapped(kind, lambda scalar: scalar.item(), dict(call))
+    return plain
+
+
+def _check_by_name(model: nn.Module) -> None:
+    """A call goes by name throughout, so that labels can be left out and a mask filled in."""
+    for name, found in inspect.signature(model.forward).parameters.items():
+        required = found.default is inspect.Parameter.empty
+        if found.kind is inspect.Parameter.POSITIONAL_ONLY and required:
+            raise CalibrationError(
+                f"{type(model).__name__}.forward takes {name!r} by position only, and an example "
+                "or a batch goes by name; put the model into a module whose forward has names "
+                "(without '/'), or use capture='modules' without example and data"
+            )
+
+
+def _too_many(model: nn.Module, count: int, names: list[str]) -> str:
+    found = inspect.signature(model.forward).parameters
+    kind = type(model).__name__
+    text = f"a batch has {count} entries, but {kind}.forward takes {names}"
+    by_kind = {p.kind: p.name for p in found.values()}
+    rest = by_kind.get(inspect.Parameter.VAR_POSITIONAL)
+    if inspect.Parameter.VAR_KEYWORD in by_kind and not names:
+        inner = dict(model.named_children())
+        inside = f", or compile what is inside (model.{next(iter(inner))})" if inner else ""
+        return f"{text} and says no names; give a dictionary by the names of the inputs{inside}"
+    if rest is not None:
+        return (
+            f"{text} and the rest as *{rest}, which has no names; put the model into a module "
+            "whose forward names its arguments"
+        )
+    if len(names) == 1:
+        return f"{text}; a list or tuple that is one argument is given as {{{names[0]!r}: ...}}"
+    return text
+
+
+def as_called(model: nn.Module, call: Call) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments as users give them, the first ones by position: hooks on a model see those."""
+    given = dict(call)
+    leading = []
+    for name, parameter in parameters_of(model).items():
+        if name not in given or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            break
+        leading.append(given.pop(name))
+    return leading, given
 
 
 def without_labels(model: nn.Module, call: Call, keep: Iterable[str] = ()) -> Call:
@@ -75,13 +127,13 @@ def without_labels(model: nn.Module, call: Call, keep: Iterable[str] = ()) -> Ca
     }
 
 
-def completed(model: nn.Module, call: Call) -> Call:
-    """The call with what a Hugging Face model would fill in: an attention mask of ones, and no
-    cache (the graph of a plain call has none)."""
+def completed(model: nn.Module, call: Call, *, mask: bool = True) -> Call:
+    """The call with what a Hugging Face model would fill in: an attention mask of ones, unless
+    that is to be left out, and no cache (the graph of a plain call has none)."""
     parameters = parameters_of(model)
-    ids = call.get("input_ids")
+    ids = call.get(IDS)
     filled = dict(call)
-    if MASK in parameters and isinstance(ids, Tensor) and filled.get(MASK) is None:
+    if mask and MASK in parameters and isinstance(ids, Tensor) and filled.get(MASK) is None:
         filled[MASK] = torch.ones_like(ids)
     if "use_cache" in parameters:
         filled.setdefault("use_cache", False)
@@ -101,17 +153,12 @@ def padded(call: Call) -> Call:
 
 def tensors(call: Call) -> list[Tensor]:
     """Every tensor of the call, nested ones included."""
-    return [v for v in pytree.tree_leaves(dict(call)) if isinstance(v, Tensor)]
-
-
-def holds_tensor(value: object) -> bool:
-    """Whether the value is, or contains, a tensor; only such values become graph inputs."""
-    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
+    return [v for v in leaves(dict(call)) if isinstance(v, Tensor)]
 
 
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with every tensor on ``device``."""
-    moved: Call = pytree.tree_map_only(Tensor, lambda t: t.to(device), dict(call))
+    moved: Call = mapped(Tensor, lambda t: t.to(device), dict(call))
     return moved
 
 
@@ -160,7 +207,7 @@ def resized(call: Call, *, batch: int | None = None, sequence: int | None = None
             t = _take(t, 1, sequence)
         return t
 
-    changed: Call = pytree.tree_map_only(Tensor, resize, dict(call))
+    changed: Call = mapped(Tensor, resize, dict(call))
     return changed
 
 

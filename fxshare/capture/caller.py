@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -16,11 +17,14 @@ class Caller:
     """Makes calls of a model from batches.
 
     ``keep`` names the optional labels that stay in a call; data brings them along for training,
-    and a graph that was captured without has no input for them.
+    and a graph that was captured without has no input for them. ``mask`` says whether one of ones
+    is filled in, and ``options`` are what is no tensor, for batches that do not say it.
     """
 
     model: nn.Module
     keep: Collection[str] = ()
+    mask: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: object) -> Call:
         """The batch bound to the names of ``forward``, without labels, with what a Hugging Face
@@ -33,7 +37,9 @@ class Caller:
     def where_it_is(self, batch: object) -> Call:
         """The same on the device that the batch is on: to look at, not to run."""
         # labels go first: what is filled in follows from what is left
-        return completed(self.model, without_labels(self.model, bind(self.model, batch), self.keep))
+        call: Call = {**self.options, **bind(self.model, batch)}
+        call = without_labels(self.model, call, self.keep)
+        return completed(self.model, call, mask=self.mask)
 
 
 __all__ = ["Caller"]

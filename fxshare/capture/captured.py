@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxshare.capture.call import Call, Shapes, holds_tensor
+from fxshare.capture.call import MASK, Call, Shapes, as_called
 from fxshare.capture.caller import Caller
+from fxshare.capture.containers import holds_tensor
+from fxshare.capture.contract import Contract
 
 FrontEnd = Literal["fx", "export", "modules"]
 Mode = Literal["auto", "fx", "export", "modules"]
@@ -26,7 +28,8 @@ class Captured:
     ``model`` is what was captured; ``graph`` is what passes rewrite, for the modules front end all
     linears side by side. ``shapes`` are the calls it was checked on; ``relaxed`` the numbers of the
     guards that proved harmless; ``error`` the largest relative difference from the original in the
-    self-check, None where nothing was run (meta device, modules).
+    self-check, None where nothing was run (meta device, modules). ``contract`` is what the
+    graph may be called with, None where the model's own code is called.
     """
 
     model: nn.Module
@@ -37,12 +40,17 @@ class Captured:
     error: float | None
     notes: tuple[str, ...]
     seconds: float
+    contract: Contract | None = None
 
     @property
     def caller(self) -> Caller:
         """Makes a call of a batch: ``captured.caller(batch)``. Labels stay in it where the capture
-        saw them."""
-        return Caller(self.model, () if self.shapes is None else tuple(self.shapes.base))
+        saw them; a mask, and options that are no tensors, are filled in where it had them."""
+        if self.shapes is None:
+            return Caller(self.model)
+        base = self.shapes.base
+        options = {name: value for name, value in base.items() if not holds_tensor(value)}
+        return Caller(self.model, tuple(base), mask=MASK in base, options=options)
 
     @property
     def side_by_side(self) -> bool:
@@ -64,10 +72,11 @@ class Captured:
 
     def run(self, call: Call) -> Any:
         """The output of :attr:`module` for a call (see :attr:`caller`)."""
-        if self.side_by_side:
+        if self.contract is not None:
+            self.contract.check((), call)
             return self.module(**call)
-        # a graph has no inputs but tensors: the others are constants in it
-        return self.module(**{k: v for k, v in call.items() if holds_tensor(v)})
+        args, kwargs = as_called(self.model, call)
+        return self.module(*args, **kwargs)
 
 
 @contextmanager

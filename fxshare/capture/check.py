@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, worst
 from fxshare.base.placement import device_of
-from fxshare.capture.call import Call, Shapes, holds_tensor, resized
+from fxshare.capture.call import Call, Shapes, resized
 from fxshare.capture.captured import quiet
 from fxshare.capture.guards import hold_guard
 from fxshare.errors import CaptureError, GuardError
@@ -162,13 +162,12 @@ def self_check(
 
 
 def _run_graph(gm: fx.GraphModule, call: Call) -> Any:
-    given = {name: value for name, value in call.items() if holds_tensor(value)}
     flags = [(m, m.training) for m in gm.modules()]
     for m, _ in flags:
         m.training = False
     try:
         with quiet():
-            return structure_copy(gm)(**given)
+            return structure_copy(gm)(**call)
     except Exception as error:
         raise CaptureError(
             f"self-check: the graph fails where the original runs: {type(error).__name__}: {error}"

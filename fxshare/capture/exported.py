@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from fxshare.capture.call import Shapes, holds_tensor
+from fxshare.capture.call import Call, Shapes
+from fxshare.capture.containers import holds_tensor
+from fxshare.capture.contract import Contract
+from fxshare.capture.inputs import give_signature
+from fxshare.capture.signature import checked_names
 from fxshare.capture.tracing.dtypes import insert_hold
 from fxshare.capture.tracing.trace import explicit_forward
 from fxshare.capture.tracing.tracer import failing_line
@@ -14,17 +22,42 @@ from fxshare.errors import CaptureError
 from passes.graph.graph import structure_copy
 
 
-def export(model: nn.Module, shapes: Shapes) -> fx.GraphModule:
-    """Export a copy of ``model`` with dynamic batch and sequence.
+class PlainInputs(_PyTreeCodeGen):
+    """Writes a graph whose placeholders are the arguments themselves. The outputs are put into
+    their containers as torch.export has them."""
+
+    def process_inputs(self, *inputs: Any) -> Any:
+        """The arguments, as they are."""
+        return inputs
+
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
+    ) -> str:
+        """The first line of a plain function."""
+        return CodeGen.gen_fn_def(
+            self, free_vars, maybe_return_annotation, expanded_def=expanded_def
+        )
+
+
+def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModule:
+    """Export a copy of ``model`` with dynamic batch and sequence; the graph has the signature of
+    ``model.forward``, and refuses what the ``contract`` does not allow.
 
     Raises :class:`CaptureError` with the model's own line where it failed.
     """
     copy = structure_copy(model).eval()
 
-    def dims(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return None
-        return dict.fromkeys(shapes.dynamic_dims(value), torch.export.Dim.AUTO)
+    def dims(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return dict.fromkeys(shapes.dynamic_dims(value), torch.export.Dim.AUTO)
+        if type(value) in pytree.SUPPORTED_NODES and type(value) not in (dict, list, tuple):
+            entries, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+            return [pytree.tree_map(dims, entry, is_leaf=is_other) for entry in entries]
+        return None
+
+    def is_other(value: object) -> bool:
+        # which torch.export wants as lists
+        return type(value) not in (dict, list, tuple) and not hasattr(value, "_fields")
 
     inputs = {name: value for name, value in shapes.base.items() if holds_tensor(value)}
     constants = {name: value for name, value in shapes.base.items() if name not in inputs}
@@ -34,20 +67,62 @@ def export(model: nn.Module, shapes: Shapes) -> fx.GraphModule:
                 copy,
                 (),
                 inputs,
-                dynamic_shapes=pytree.tree_map(dims, inputs),
+                dynamic_shapes=pytree.tree_map(dims, inputs, is_leaf=is_other),
                 strict=False,
             )
         gm = program.module()
+        assert isinstance(gm, fx.GraphModule)
+        _take_arguments(gm.graph, inputs)
     except Exception as error:
         raise CaptureError(
             f"torch.export of {type(model).__name__} failed at {failing_line(error)}: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    assert isinstance(gm, fx.GraphModule)
     for module in gm.modules():
         module.training = False  # what it computes, whatever torch.export leaves there
     _hold_dtype(gm)
+    give_signature(gm.graph, contract, shapes.base)
+    checked_names(gm.graph, model)
+    gm.recompile()
     return gm
+
+
+def _take_arguments(graph: fx.Graph, inputs: Call) -> None:
+    """Let the placeholders be the arguments, where torch.export has one for each leaf of each."""
+    flattened: Any = graph._codegen
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # the order of the program's, which need not be that of the call
+    order = flattened.pytree_info.in_spec.child(1).context
+    found, _ = pytree.tree_flatten_with_path({name: inputs[name] for name in order})
+    arguments: dict[str, fx.Node] = {}
+    last = placeholders[-1]
+    for node, (path, _) in zip(placeholders, found, strict=True):
+        argument, *inside = path
+        assert isinstance(argument, pytree.MappingKey)
+        name = str(argument.key)
+        if not inside:
+            node.target = name
+            continue
+        if name not in arguments:
+            with graph.inserting_before(node):
+                arguments[name] = graph.placeholder(name)
+        with graph.inserting_before(last.next):
+            entry = arguments[name]
+            for key in inside:
+                entry = _entry(graph, entry, key)
+            last = entry
+        node.replace_all_uses_with(entry)
+        graph.erase_node(node)
+    info = flattened.pytree_info
+    graph.set_codegen(PlainInputs(_PyTreeInfo([], info.in_spec, info.out_spec)))
+
+
+def _entry(graph: fx.Graph, held: fx.Node, key: Any) -> fx.Node:
+    """The entry of a container at one step of a pytree's path."""
+    if isinstance(key, pytree.GetAttrKey):
+        return graph.call_function(getattr, (held, key.name))
+    at = key.idx if isinstance(key, pytree.SequenceKey) else key.key
+    return graph.call_function(operator.getitem, (held, at))
 
 
 def _hold_dtype(gm: fx.GraphModule) -> None:

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fxshare.base.progress import stage
 from fxshare.capture.adapted import adapt
-from fxshare.capture.call import LABELS, Shapes, vary
-from fxshare.capture.caller import Caller
+from fxshare.capture.call import Shapes, vary
 from fxshare.capture.captured import Captured, FrontEnd, Mode
 from fxshare.capture.check import Original, described, erase_guards, guard_nodes, relax, self_check
+from fxshare.capture.contract import Contract
+from fxshare.capture.example import example_call, hooks_of
 from fxshare.capture.exported import export
 from fxshare.capture.modules import linears_side_by_side
 from fxshare.capture.signature import check_model_names
@@ -75,9 +76,14 @@ def _captured(
             f"capture={mode!r} needs an example of the model's inputs: give calibration data or "
             "example=..., or use capture='modules'"
         )
-    call = Caller(model, LABELS)(example)  # an example that has labels wants the loss
+    hooked = hooks_of(model)
+    if hooked is not None:
+        if mode == "auto":
+            return _modules(model, start, (hooked,))
+        raise CaptureError(hooked)
     adapted = adapt(model)
     run = Original(adapted.reference)
+    call, fills_mask = example_call(model, example, run)
     shapes = vary(call, run.works)
     if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
         raise CaptureError(
@@ -88,7 +94,9 @@ def _captured(
     order: list[FrontEnd] = ["fx", "export"] if mode == "auto" else [mode]
     for front_end in order:
         try:
-            found = _graph(adapted.traced, run, shapes, front_end, needs, relaxed, failures, start)
+            contract = Contract.of(model, shapes.base, fills_mask=fills_mask)
+            traced = _traced(adapted.traced, shapes, front_end, contract)
+            found = _checked(traced, run, needs, relaxed, failures, start)
         except CaptureError as error:
             failures.append(f"{front_end}: {error}")
         else:
@@ -99,7 +107,12 @@ def _captured(
 
 
 def recapture(
-    model: nn.Module, front_end: FrontEnd, shapes: Shapes | None, relaxed: Sequence[int]
+    model: nn.Module,
+    front_end: FrontEnd,
+    shapes: Shapes | None,
+    relaxed: Sequence[int],
+    *,
+    fills_mask: bool = True,
 ) -> Captured:
     """Repeat an earlier capture of a model of this structure.
 
@@ -112,11 +125,12 @@ def recapture(
     if front_end == "modules" or shapes is None:
         return _modules(model, start, ())
     traced = adapt(model).traced
+    contract = Contract.of(model, shapes.base, fills_mask=fills_mask)
     if front_end == "fx":
         # one shape will do: that none is baked into the graph was seen the first time
-        graph, notes = trace(traced, replace(shapes, other=None))
+        graph, notes = trace(traced, replace(shapes, other=None), contract)
     else:
-        graph, notes = export(traced, shapes), ()
+        graph, notes = export(traced, shapes, contract), ()
     guards = len(guard_nodes(graph))
     if any(not 0 <= number < guards for number in relaxed):
         raise CaptureError(
@@ -125,7 +139,8 @@ def recapture(
         )
     erase_guards(graph, relaxed)
     seconds = time.perf_counter() - start
-    return Captured(model, front_end, graph, shapes, tuple(relaxed), None, notes, seconds)
+    relaxed = tuple(relaxed)
+    return Captured(model, front_end, graph, shapes, relaxed, None, notes, seconds, contract)
 
 
 def recapture_devices(front_end: FrontEnd, device: torch.device) -> tuple[torch.device, ...]:
@@ -145,21 +160,26 @@ def _modules(model: nn.Module, start: float, notes: tuple[str, ...]) -> Captured
     return Captured(model, "modules", graph, None, (), None, notes, seconds)
 
 
-def _graph(
-    model: nn.Module,
+def _traced(model: nn.Module, shapes: Shapes, front_end: FrontEnd, contract: Contract) -> Captured:
+    """What a front end makes, not yet looked at."""
+    if front_end == "fx":
+        gm, notes = trace(model, shapes, contract)
+    else:
+        gm = export(model, shapes, contract)
+        notes = ("torch.export: the mode (eval) and the device are baked",)
+    return Captured(model, front_end, gm, shapes, (), None, notes, 0.0, contract)
+
+
+def _checked(
+    captured: Captured,
     run: Original,
-    shapes: Shapes,
-    front_end: FrontEnd,
     needs: Sequence[str],
     relaxed: Sequence[int] | None,
     failures: Sequence[str],
     start: float,
 ) -> Captured:
-    if front_end == "fx":
-        gm, notes = trace(model, shapes)
-    else:
-        gm = export(model, shapes)
-        notes = ("torch.export: the mode (eval) and the device are baked",)
+    gm, shapes, notes = captured.graph, captured.shapes, captured.notes
+    assert shapes is not None
     hidden = _inside_leaves(gm, needs)
     if hidden:
         raise CaptureError(
@@ -177,7 +197,9 @@ def _graph(
         notes = (*notes, "only the batch size is known to vary")
     notes = (*notes, *(f"tried {failure}" for failure in failures))
     seconds = time.perf_counter() - start
-    return Captured(model, front_end, gm, shapes, tuple(relaxed or ()), error, notes, seconds)
+    return replace(
+        captured, relaxed=tuple(relaxed or ()), error=error, notes=notes, seconds=seconds
+    )
 
 
 def _inside_leaves(gm: fx.GraphModule, names: Sequence[str]) -> list[str]:

@@ -7,16 +7,33 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
+from fxshare.capture.forms import Form, form_of, matches, shown, shown_value
 from fxshare.errors import GuardError
 
 T = TypeVar("T")
+WAY_OUT = (
+    "capture it with an example call like this one (example=...), or with capture='modules', which "
+    "runs the model's own code"
+)
+
+
+class Default(enum.Enum):
+    """Stands for a default value that the code of a graph cannot hold; fx writes the members of an
+    enumeration by name."""
+
+    OWN = "the original's own default"
+
+
+OMITTED: Form = ("default",)
+"""The form of :attr:`Default.OWN`."""
 
 
 @has_side_effect
@@ -39,14 +56,31 @@ def hold_guard(value: object, expected: object, where: str) -> None:
 def hold_arguments(given: Mapping[str, object], captured: Mapping[str, object]) -> None:
     """Raise :class:`GuardError` when an argument is not what it was while tracing."""
     for name, value in given.items():
-        if value is None and captured[name] is None:
-            continue
-        if isinstance(value, Tensor) or value != captured[name]:
-            raise GuardError(
-                f"argument {name!r}: the model was captured with {name}={captured[name]!r}, and "
-                "the graph has no other path; capture it with an example call that has the "
-                f"argument (example={{..., {name!r}: ...}}), or with capture='modules'"
-            )
+        form = form_of(captured[name])
+        if not matches(value, form):
+            raise GuardError(not_as_captured(name, shown(form), value))
+
+
+@has_side_effect
+def hold_form(value: object, forms: Sequence[Form], name: str) -> None:
+    """Raise :class:`GuardError` when an argument has none of these forms: it has other containers
+    than while tracing, or other values beside the tensors in them."""
+    if value is Default.OWN:
+        if OMITTED in forms:
+            return
+    elif any(matches(value, form) for form in forms):
+        return
+    captured = [shown(form) for form in forms if form != OMITTED]
+    raise GuardError(not_as_captured(name, captured[0] if captured else "its default", value))
+
+
+def not_as_captured(name: str, captured: str, value: object) -> str:
+    """The message about an argument that is not as it was captured."""
+    found = "leaves it out" if value is Default.OWN else f"gives {shown_value(value)}"
+    return (
+        f"argument {name!r}: the model was captured with {name}={captured}, and the graph has no "
+        f"other path; this call {found}. Give it as captured, or {WAY_OUT}"
+    )
 
 
 @has_side_effect
@@ -62,8 +96,10 @@ def hold_dtype(found: torch.dtype, captured: torch.dtype, why: str) -> None:
 @has_side_effect
 def hold_given(value: T | None, name: str) -> T:
     """Raise :class:`GuardError` when an input that was traced is not given."""
-    if value is None:
-        raise GuardError(f"argument {name!r} is missing: the model was captured with it")
+    if value is None or value is Default.OWN:
+        raise GuardError(
+            f"argument {name!r} is missing: the model was captured with it. Give it, or {WAY_OUT}"
+        )
     return value
 
 

@@ -72,8 +72,19 @@ def check_model_names(model: nn.Module) -> None:
 
 
 def checked_names(graph: fx.Graph, model: nn.Module) -> None:
-    """:func:`passes.graph.names.check_names` as a :class:`CaptureError` that names the model."""
+    """Hold the names in a graph's code to the grammar, and its arguments to other names than those
+    that the code reads.
+
+    Raises :class:`CaptureError` naming the model.
+    """
     try:
         check_names(graph)
     except NameFault as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
+    read = {*graph.python_code("self").globals, "getattr", "slice"}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in read:
+            raise CaptureError(
+                f"the argument {node.target!r} of {type(model).__name__} has the name of what the "
+                "graph's own code reads; rename it in forward, or use capture='modules'"
+            )

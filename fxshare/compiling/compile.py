@@ -22,6 +22,7 @@ from fxshare.factors.realise import Factorised, planned_factors, remade_factors,
 from fxshare.generation.shell import generate
 from fxshare.models.source import Source
 from fxshare.models.structure import keep_structure
+from fxshare.models.wrapped import unwrapped
 from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
 from fxshare.proposing.coverage import left_dense
@@ -61,7 +62,9 @@ def compile(
     Parameters
     ----------
     model
-        Any ``nn.Module``. Parameters that no pattern matches are shared with the result.
+        Any ``nn.Module``. Parameters that no pattern matches are shared with the result. What is
+        inside of ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` is compiled
+        without them.
     cfg
         A :class:`ShareConfig`, a mapping, a path to YAML, or a list of these (later ones win).
         Where None, what :func:`fxshare.init` finds in the model: exact mode. A budget goes with it
@@ -102,6 +105,7 @@ def compile(
         One of its kinds, naming what was expected, what was found, and the way out.
     """
     start = time.perf_counter()
+    model = unwrapped(model)
     stages = prepare(model, configuration(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
@@ -112,6 +116,7 @@ def compile(
     result = assemble(stages.captured, rewritten, plan, copy=copy)
     keep_structure(result, model, own)
     report = _report(stages, plan, factors, statistics, applied, result, start)
+    contract = stages.captured.contract
     record = Record(
         config=cfg,
         plan=plan,
@@ -122,6 +127,7 @@ def compile(
         slice_errors=factors.slice_errors,
         bias_shifts=factors.bias_shifts,
         inputs=Record.specs(stages.captured.shapes),
+        fills_mask=contract is None or contract.fills_mask,
         extra_passes=tuple(p.name or type(p).__name__ for p in own),
     )
     if cfg.lower is not None:

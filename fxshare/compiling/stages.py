@@ -110,7 +110,7 @@ def prepare(
     needs = [name for site in matching.sites for name in site.calls]
     if example is None and first is not None:
         # labels among the data are for training; an example that has them wants the loss
-        example = Caller(model)(first)
+        example = Caller(model, mask=False)(first)
     captured = capture(model, example, mode=mode or cfg.capture, needs=needs)
     tried: list[object] = []
     shown = seen(captured, matching, _kept(batches, example, tried))

@@ -13,6 +13,7 @@ from fxshare.config import ConfigSource, load_config
 from fxshare.errors import PlanError
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.spectra import Spectra
+from fxshare.models.wrapped import unwrapped
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import options_of
@@ -38,6 +39,7 @@ def make_plan_for(
     on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan
     has uniform ranks, each slice for itself, and says sizes and FLOPs only.
     """
+    model = unwrapped(model)
     config = configuration(model, cfg)
     check_module(model)
     if calibration is not None or example is not None:
@@ -80,6 +82,7 @@ def survey(
     the first calibration and without a search; :class:`PlanError` unless the configuration has a
     budget and there is data.
     """
+    model = unwrapped(model)
     config = load_config(cfg)
     if config.budget is None or calibration is None:
         if shares:

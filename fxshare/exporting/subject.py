@@ -16,11 +16,11 @@ from fxshare.capture.call import (
     MASK,
     Call,
     Shapes,
-    holds_tensor,
     parameters_of,
     resized,
     vary,
 )
+from fxshare.capture.containers import holds_tensor
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import left_out, plain
 from fxshare.result.module import record_of
@@ -156,7 +156,7 @@ def subject_of(gm: nn.Module, example: object, *, dynamic: bool, seed: int) -> S
 
 def _example(gm: nn.Module, record: Record, example: object, seed: int) -> Call:
     if example is not None:
-        return Caller(gm, record.arguments)(example)
+        return record.caller(gm)(example)
     if record.inputs:
         call = record.random_call(0, seed=seed, device=device_of(gm))
         mask = call.get(MASK)  # a random one may leave a row nothing to attend to

@@ -73,7 +73,13 @@ def _compile_again(
         return dtypes.get(name, fallback) if tensor.is_floating_point() else tensor.dtype
 
     model = hollow(structure, dtype_of, device)
-    captured = recapture(model, record.front_end, _shapes(record, device), record.relaxed)
+    captured = recapture(
+        model,
+        record.front_end,
+        _shapes(record, device),
+        record.relaxed,
+        fills_mask=record.fills_mask,
+    )
     captured = unstacked(captured, record.plan.sites)
     groups, pivots = empty_factors(
         record.plan, lambda site: dtypes.get(f"{site}.weight", default), device

@@ -16,6 +16,7 @@ from fxshare.base.progress import stage
 from fxshare.capture import Captured, capture
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import CaptureError, ConfigError, MatchError
+from fxshare.models.wrapped import unwrapped
 from fxshare.proposing.layout import Layout, heads_of, layout_of
 from fxshare.proposing.optional import OptionalType, optional_types
 from fxshare.proposing.patterns import block_pattern_of, matchable, pattern_of, type_names
@@ -52,6 +53,7 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
     without it names tell that. Raises :class:`MatchError` where nothing could be rewritten, and
     :class:`ConfigError` for what is not a model.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"expected an nn.Module to look at, found {type(model).__name__}; load the model first"

@@ -42,9 +42,3 @@ class InputSpec:
         return torch.randint(low, high + 1, self.shape, generator=generator).to(
             device=device, dtype=dtype
         )
-
-
-def is_leaf(value: object) -> bool:
-    """Whether a value of a call is one place for a spec: no dict, list or tuple."""
-    # containers of other classes, such as a cache, are constants and not places for specs
-    return type(value) not in (dict, list, tuple)

@@ -6,14 +6,18 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
+from fxshare.capture.contract import Contract
 from fxshare.result.face import GenerationFace, SavingFace, Verbs, keep_verbs
 from fxshare.result.fingerprint import graph_sha256
 from fxshare.result.pickling import reduced
 from fxshare.result.record import Record
 from passes import derived_buffers
 from passes.errors import FxShareError
+
+_CONTRACT = "contract"
 
 
 class _Face(GenerationFace, SavingFace):
@@ -53,6 +57,17 @@ else:
 class ShareModule(_Base, fx.GraphModule):
     """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on a call of the form that was captured.
+
+        Raises :class:`GuardError` naming the argument that is none, and the way out.
+        """
+        contract = self.__dict__.get("meta", {}).get(_CONTRACT)
+        # a compiler reads the code of the graph, which holds what makes a difference itself
+        if contract is not None and not torch.compiler.is_compiling():
+            contract.check(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
 
@@ -74,6 +89,11 @@ def record_of(module: nn.Module) -> Record:
         )
     found: Record = meta["fxshare"]
     return found
+
+
+def keep_contract(result: ShareModule, contract: Contract | None) -> None:
+    """Let the module hold its calls to what was captured."""
+    result.meta[_CONTRACT] = contract
 
 
 def attach(result: nn.Module, record: Record, verbs: Verbs) -> Compiled:

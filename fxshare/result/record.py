@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
-from fxshare.capture import FrontEnd
-from fxshare.capture.call import Call, Shapes
+from fxshare.capture import Caller, FrontEnd
+from fxshare.capture.call import MASK, Call, Shapes
+from fxshare.capture.containers import mapped
 from fxshare.config import ShareConfig
 from fxshare.models.source import Source
 from fxshare.plans.plan import Plan
-from fxshare.result.inputs import InputSpec, is_leaf
+from fxshare.result.inputs import InputSpec
 from fxshare.result.report import Report
 from passes import Origin
 from passes.graph.slices import Slice
@@ -59,6 +59,7 @@ class Record:
     rewrite that wired the wrong basis can be told from one that is merely lossy.
     ``bias_shifts`` are ``‖b' − b‖`` per slice whose bias took up the mean of what was lost.
     ``inputs`` are the two example calls as specs (names to :class:`InputSpec` or constants).
+    ``fills_mask`` says whether a mask of ones stands for an attention mask that is left out.
     ``lowering`` is how the graph was lowered (``"memory"``, ``"speed"``) or made readable again
     (``"readable"``), one step after the other, and ``lowered`` what the last one made, where the
     module is lowered now.
@@ -75,6 +76,7 @@ class Record:
     slice_errors: Mapping[str, float] = field(default_factory=dict)
     bias_shifts: Mapping[str, float] = field(default_factory=dict)
     inputs: tuple[Mapping[str, Any], ...] = ()
+    fills_mask: bool = True
     extra_passes: tuple[str, ...] = ()
     graph_sha256: str = ""
     lowering: tuple[Step, ...] = ()
@@ -85,6 +87,14 @@ class Record:
         """The arguments of the example call by name; none where there was no example."""
         return tuple(self.inputs[0]) if self.inputs else ()
 
+    def caller(self, model: nn.Module) -> Caller:
+        """Makes calls of ``model`` like the example."""
+        if not self.inputs:
+            return Caller(model)
+        base = self.inputs[0]
+        options = {name: value for name, value in base.items() if not _holds_spec(value)}
+        return Caller(model, self.arguments, mask=MASK in base, options=options)
+
     @staticmethod
     def specs(shapes: Shapes | None) -> tuple[Mapping[str, Any], ...]:
         """The example calls as specs."""
@@ -92,10 +102,7 @@ class Record:
             return ()
         calls = [shapes.base] if shapes.other is None else [shapes.base, shapes.other]
         return tuple(
-            {
-                k: pytree.tree_map_only(Tensor, InputSpec.of, v, is_leaf=is_leaf)
-                for k, v in call.items()
-            }
+            {name: mapped(Tensor, InputSpec.of, value) for name, value in call.items()}
             for call in calls
         )
 
@@ -103,8 +110,12 @@ class Record:
         """A random call of the form of example ``number``."""
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: pytree.tree_map_only(
-                InputSpec, lambda spec: spec.random(generator, device), value, is_leaf=is_leaf
-            )
+            name: mapped(InputSpec, lambda spec: spec.random(generator, device), value)
             for name, value in self.inputs[number].items()
         }
+
+
+def _holds_spec(value: object) -> bool:
+    found: list[InputSpec] = []
+    mapped(InputSpec, found.append, value)
+    return bool(found)

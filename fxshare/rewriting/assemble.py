@@ -8,7 +8,7 @@ from fxshare.capture import Captured
 from fxshare.capture.modules import put_back
 from fxshare.models.original import keep_original
 from fxshare.plans.plan import Plan
-from fxshare.result.module import ShareModule
+from fxshare.result.module import ShareModule, keep_contract
 from passes import derive_gathers, structure_copy
 
 
@@ -23,6 +23,7 @@ def assemble(captured: Captured, rewritten: fx.GraphModule, plan: Plan, *, copy:
     root = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
     result = ShareModule(root, root.graph, f"{type(model).__name__}Shared")
     result.meta.update(rewritten.meta)
+    keep_contract(result, captured.contract)
     keep_original(result, model)
     derive_gathers(result)  # fx registers every buffer that a graph reads as part of the state
     return result

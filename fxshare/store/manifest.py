@@ -130,6 +130,8 @@ class Manifest(_Frozen):
     """Of sites in another dtype than that."""
     inputs: tuple[dict[str, Any], ...]
     """The example calls; see :func:`fxshare.store.calls.encode_inputs`."""
+    fills_mask: bool = True
+    """Whether a mask of ones stands for an attention mask that is left out."""
     slice_errors: dict[ModulePath, float]
     bias_shifts: dict[ModulePath, float] = Field(default_factory=dict)
     tensors: dict[ModulePath, TensorEntry]

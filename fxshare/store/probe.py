@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fxshare.base.numerics import float_leaves
 from fxshare.capture import device_of, dtype_of, quiet
-from fxshare.capture.call import holds_tensor
 from fxshare.errors import CheckFailed
 from fxshare.result.record import Record
 from fxshare.verifying.evaluated import evaluated
@@ -52,7 +51,6 @@ def take(module: nn.Module, record: Record, *, seed: int) -> Probe:
     call = {
         name: _cast(value, dtype)
         for name, value in record.random_call(0, seed=seed, device=device_of(module)).items()
-        if holds_tensor(value)
     }
     with quiet():
         torch.manual_seed(seed)

@@ -146,6 +146,7 @@ def _manifest(
         dtype=main,
         site_dtypes={n: d for n, d in _site_dtypes(gm, record.plan).items() if d != main},
         inputs=inputs,
+        fills_mask=record.fills_mask,
         slice_errors=dict(record.slice_errors),
         bias_shifts=dict(record.bias_shifts),
         tensors=tensors,

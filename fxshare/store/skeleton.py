@@ -17,6 +17,7 @@ from fxshare.base.building import TooMany, at_most
 from fxshare.errors import StoreError
 from fxshare.models.source import EMBEDDED, EMBEDDED_CLASS, TRANSFORMERS
 from fxshare.models.structure import without_values
+from fxshare.models.wrapped import unwrapped
 from fxshare.store.manifest import SavedSource
 from fxshare.store.tensors import tensors_of
 
@@ -48,7 +49,7 @@ def _given(model: ModelSource) -> nn.Module:
     if isinstance(model, str):
         model = _imported(model)
     if isinstance(model, nn.Module):
-        return model
+        return unwrapped(model)
     if not callable(model):
         raise StoreError(
             f"model: expected an nn.Module, a function that makes one or 'package.module:function'"
@@ -58,7 +59,7 @@ def _given(model: ModelSource) -> nn.Module:
         made = model()
     if not isinstance(made, nn.Module):
         raise StoreError(f"model: expected the function to make an nn.Module, found {made!r:.80}")
-    return made
+    return unwrapped(made)
 
 
 def _imported(name: str) -> Callable[[], nn.Module]:

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
 from fxshare.base.progress import stage
-from fxshare.capture import Call, Caller, device_of, dtype_of, quiet, resized, tensors
+from fxshare.capture import Call, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
-from fxshare.capture.call import holds_tensor
 from fxshare.capture.guards import hold_dtype
 from fxshare.errors import CheckFailed, MatchError
+from fxshare.models.wrapped import unwrapped
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product
@@ -105,6 +105,7 @@ def verify(
     there is nothing to compare on. The models, the RNG and the grad mode stay as they are.
     """
     record = record_of(gm)
+    model = unwrapped(model)
     _check_sites(model, record.plan)
     model = runnable(model)
     calls = _calls(model, gm, inputs, seed)
@@ -146,7 +147,7 @@ def _outputs(
     for what, call in calls:
         with quiet():
             expected = left(**call)
-            found = right(**{k: v for k, v in call.items() if holds_tensor(v)})
+            found = right(**call)
             exact = expected if original is left else original(**call)
         distance = worst(expected, found)
         from_original = distance if original is left else worst(exact, found)
@@ -176,7 +177,7 @@ def _calls(
     if inputs is not None:
         given = list(inputs) if isinstance(inputs, list) else [inputs]
     record = record_of(gm)
-    caller = Caller(model, record.arguments)
+    caller = record.caller(model)
     calls: list[tuple[str, Call]] = []
     for number, batch in enumerate(given):
         call = caller(batch)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fxshare.capture.call import Call
+from fxshare.capture.containers import mapped
 from fxshare.capture.guards import hold_dtype
 from fxshare.capture.tracing.align import Difference, StructureDiffers, replace_constant
 from fxshare.models.structure import without_values
@@ -76,9 +76,7 @@ def cast_without_values(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMo
 
 def cast_call(call: Call, dtype: torch.dtype) -> Call:
     """The call with every floating-point tensor in ``dtype``."""
-    cast: Call = pytree.tree_map_only(
-        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(call)
-    )
+    cast: Call = mapped(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(call))
     return cast
 
 

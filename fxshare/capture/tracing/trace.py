@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,11 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxshare.capture.call import MASK, Call, Shapes, holds_tensor, parameters_of
-from fxshare.capture.guards import hold_arguments, hold_given, hold_guard, ones_if_missing
+from fxshare.capture.call import Call, Shapes
+from fxshare.capture.containers import holds_tensor
+from fxshare.capture.contract import Contract
+from fxshare.capture.guards import hold_guard
+from fxshare.capture.inputs import give_signature
 from fxshare.capture.signature import checked_names, method_taking
 from fxshare.capture.tracing.align import (
     Difference,
@@ -34,15 +36,14 @@ from fxshare.errors import CaptureError
 from passes.errors import FxShareError
 from passes.graph.graph import structure_copy
 
-_LITERALS = (bool, int, float, str, type(None))
 
-
-def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def trace(
+    model: nn.Module, shapes: Shapes, contract: Contract
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Trace ``model`` at both shapes and in both modes; returns the graph module and notes.
 
     The graph module has the signature of ``model.forward``, reads the parameters of ``model`` and
-    copies of its buffers. Arguments that the example does not give keep their baked value, and the
-    graph refuses any other.
+    copies of its buffers. It refuses what the ``contract`` does not allow.
 
     Raises :class:`CaptureError` with the model's own line where tracing failed.
     """
@@ -69,7 +70,7 @@ def trace(model: nn.Module, shapes: Shapes) -> tuple[fx.GraphModule, tuple[str, 
         insert_switches(
             root, graph, followed, switches_for(followed, next(model.parameters()).device)
         )
-    _restore_signature(graph, model, shapes.base)
+    give_signature(graph, contract, shapes.base)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
@@ -151,8 +152,11 @@ def explicit_forward(
     (``co_varnames is too small``), and constants must not become inputs.
     """
     original = type(root)
+    own = vars(root).pop("forward", None)  # a functools.partial of it, say
 
     def call(self: nn.Module, **given: Any) -> Any:
+        if own is not None:
+            return own(**given, **constants)
         return original.forward(self, **given, **constants)
 
     shim = {"forward": method_taking(inputs, call), "__module__": original.__module__}
@@ -161,6 +165,8 @@ def explicit_forward(
         yield
     finally:
         root.__class__ = original
+        if own is not None:
+            vars(root)["forward"] = own
 
 
 def _check_sizes(graph: fx.Graph, other: fx.Graph) -> None:
@@ -179,52 +185,3 @@ def hold_guards(graph: fx.Graph, guards: list[Guard]) -> None:
     for guard in guards:
         with graph.inserting_after(guard.node):
             graph.call_function(hold_guard, (guard.node, guard.value, guard.where))
-
-
-def _restore_signature(graph: fx.Graph, model: nn.Module, call: Call) -> None:
-    """Give the graph the parameters of ``forward``, in its order, each with its default."""
-    traced = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-    parameters = parameters_of(model)
-    baked = {
-        name: call.get(name, p.default) for name, p in parameters.items() if name not in traced
-    }
-    baked = {name: value for name, value in baked.items() if isinstance(value, _LITERALS)}
-    first = next(iter(graph.nodes))
-    inputs: list[fx.Node] = []
-    optional = False
-    for name in [*parameters, *(n for n in traced if n not in parameters)]:
-        empty = name not in parameters or parameters[name].default is inspect.Parameter.empty
-        if name in traced:
-            node = traced[name]
-            if not empty and (optional or (name == MASK and "input_ids" in traced)):
-                node.args = (None,)
-                optional = True
-        elif name in baked:
-            with graph.inserting_before(first):
-                node = graph.placeholder(name, default_value=baked[name])
-            optional = True
-        else:
-            continue
-        inputs.append(node)
-    at = graph._root
-    for node in inputs:
-        at.append(node)
-        at = node
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    closed = [n for n in inputs if str(n.target) in baked]
-    if closed:
-        with graph.inserting_before(first):
-            given = {str(n.target): n for n in closed}
-            graph.call_function(hold_arguments, (given, {name: baked[name] for name in given}))
-    for node in traced.values():
-        if node.args:
-            _fill(graph, node, traced.get("input_ids"), first)
-
-
-def _fill(graph: fx.Graph, node: fx.Node, input_ids: fx.Node | None, first: fx.Node) -> None:
-    with graph.inserting_before(first):
-        if node.target == MASK and input_ids is not None:
-            filled = graph.call_function(ones_if_missing, (node, input_ids))
-        else:
-            filled = graph.call_function(hold_given, (node, str(node.target)))
-    node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)

@@ -7,6 +7,7 @@ the mask code of transformers just run; each branch that was taken is recorded a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import threading
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from fxshare.capture.containers import holds_tensor
 from fxshare.capture.tracing.multihead import attend, can_attend
 from fxshare.capture.tracing.values import FakeValues, changes_in_place
 from fxshare.errors import CaptureError
@@ -159,6 +161,8 @@ class ValueProxy(fx.Proxy):
                     return found
             elif name in _LAYOUT:
                 return found
+            elif dataclasses.is_dataclass(value) and not holds_tensor(found):
+                return found  # the form of the argument is held
             elif not callable(found):  # an attribute of a Python object, such as a cache
                 return self._node_of(name)
         return super().__getattr__(name)

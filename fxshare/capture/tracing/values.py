@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from fxshare.capture.containers import mapped
 from passes.graph.graph import is_linear, weight_and_bias
 
 _PLAIN = (getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
@@ -83,7 +83,7 @@ class FakeValues:
         self, kind: str, target: Any, args: Any, kwargs: Any, module: nn.Module | None
     ) -> Any:
         if kind == "placeholder":
-            return pytree.tree_map(self.fake, self._inputs[str(target)])
+            return mapped(Tensor, self.fake, self._inputs[str(target)])
         if kind == "call_function" and target in _GROUPED:
             return _grouped(target, args, kwargs)
         if kind == "call_function":

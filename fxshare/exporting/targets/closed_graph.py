@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate, map_arg
 
-from fxshare.capture.guards import hold_arguments
+from fxshare.capture.guards import Default, hold_arguments, hold_form
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import leaves, refilled
 from fxshare.exporting.subject import Subject
@@ -26,8 +26,8 @@ def closed_graph(subject: Subject) -> fx.GraphModule:
     assert isinstance(source, fx.GraphModule)
     gm = fx.GraphModule(source, copy.deepcopy(source.graph))
     names = list(subject.inputs)
-    if type(gm.graph._codegen) is not CodeGen:  # torch.export flattens inputs and outputs
-        _unflatten(gm, subject)
+    if type(gm.graph._codegen) is not CodeGen:  # torch.export flattens outputs
+        _write_outputs(gm, subject)
     _bake(gm, names)
     for node in gm.graph.nodes:
         node.meta.clear()
@@ -41,33 +41,31 @@ def closed_graph(subject: Subject) -> fx.GraphModule:
     return gm
 
 
-def _unflatten(gm: fx.GraphModule, subject: Subject) -> None:
-    flattened: Any = gm.graph._codegen
-    in_spec = flattened.pytree_info.in_spec
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+def _write_outputs(gm: fx.GraphModule, subject: Subject) -> None:
+    """Put the outputs of torch.export's graphs, which are flat, into their containers."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     flat = [leaf for leaf in output.args[0] if isinstance(leaf, fx.Node)]
-    names = list(subject.inputs)
-    if len(placeholders) != len(names) or len(flat) != len(leaves(subject.shown)):
+    if len(flat) != len(leaves(subject.shown)):
         raise ExportError(
-            f"to='py' of {subject.name}: the graph of capture='export' takes {len(placeholders)} "
-            f"tensors for the arguments {names}; expected one for each. Compile with capture='fx'"
+            f"to='py' of {subject.name}: the graph of capture='export' returns {len(flat)} tensors "
+            f"where the model shows {len(leaves(subject.shown))}. Compile with capture='fx'"
         )
     for node in [n for n in gm.graph.nodes if n.target == "_guards_fn"]:
         gm.graph.erase_node(node)
     output.args = (refilled(subject.shown, flat),)  # nodes where there were tensors
     gm.graph.set_codegen(CodeGen())
-    order = in_spec.child(1).context or names
-    for node, name in zip(placeholders, order, strict=True):
-        node.target = name
 
 
 def _bake(gm: fx.GraphModule, names: list[str]) -> None:
     """Erase the arguments that are not exported: the graph holds them at their captured values."""
-    for node in [n for n in gm.graph.nodes if n.target is hold_arguments]:
-        gm.graph.erase_node(node)
+    for node in [n for n in gm.graph.nodes if n.target in (hold_arguments, hold_form)]:
+        # of what is exported, the form stays held
+        if node.target is hold_arguments or str(node.args[0].target) not in names:
+            gm.graph.erase_node(node)
     for node in [n for n in gm.graph.nodes if n.op == "placeholder"]:
         if node.target in names:
+            if Default.OWN in node.args:
+                node.args = (None,)
             continue
         value = node.args[0] if node.args else None
         _replace_by_value(node, value)

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.capture.guards import hold_dtype, hold_given, hold_guard, ones_if_missing
+from fxshare.capture.guards import (
+    hold_dtype,
+    hold_form,
+    hold_given,
+    hold_guard,
+    ones_if_missing,
+)
 from fxshare.errors import ExportError
 from passes.sharing.unstack_experts import expert_rows, joined_rows
 
@@ -33,6 +39,20 @@ _PRELUDE: Mapping[str, str] = {
             if value is None:
                 raise TypeError(f"argument {name!r} is missing")
             return value
+        ''',
+    "hold_form": '''
+        def _hold_form(value, forms, name):
+            """Refuse an argument with other containers, or other values, than when captured."""
+            def form(value):
+                if isinstance(value, torch.Tensor):
+                    return ("tensor",)
+                if type(value) in (list, tuple):
+                    return (type(value).__name__, *map(form, value))
+                if type(value) is dict:
+                    return ("dict", *((key, form(inner)) for key, inner in value.items()))
+                return ("value", value)
+            if form(value) not in forms:
+                raise TypeError(f"argument {name!r}: captured as {forms[0]}, found {form(value)}")
         ''',
     "hold_dtype": '''
         def _hold_dtype(found, captured, why):
@@ -60,6 +80,7 @@ _PRELUDE: Mapping[str, str] = {
 _OURS: tuple[Callable[..., Any], ...] = (
     hold_guard,
     hold_given,
+    hold_form,
     hold_dtype,
     ones_if_missing,
     expert_rows,
