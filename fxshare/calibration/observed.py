@@ -98,6 +98,7 @@ class GraphStage:
                 sites=tuple(called), new_tap=lambda name: tap_of(called[name]), mask=mask
             )
             stages.append(tap)
+        self.contract = captured.contract
         self.gm, _ = run(captured.graph, stages)
         _eval(self.gm)
         self.seen = observed(self.gm)
@@ -130,6 +131,8 @@ class GraphStage:
                 f"a calibration batch has {unknown[0]!r}, which the captured call had not; give "
                 "batches of one form, or example=... with every argument"
             )
+        if self.contract is not None:
+            self.contract.check((), call)
         return self.gm(**call)
 
     def close(self) -> None:

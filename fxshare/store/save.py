@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import fx, nn
 
 from fxshare.base.progress import stage
 from fxshare.capture import dtype_of
 from fxshare.config import dump_config
-from fxshare.errors import StoreError
+from fxshare.errors import FxShareWarning, StoreError
 from fxshare.models.source import Source
 from fxshare.plans.plan import Plan
 from fxshare.result.fingerprint import graph_sha256
@@ -95,6 +96,13 @@ def save(
             f"the graph of {type(gm).__name__} was changed after it was compiled, and a folder is "
             "loaded by compiling again: make the change a pass and give it to fxshare.compile"
             "(passes=[...]), or save the weights yourself"
+        )
+    if not isinstance(gm, fx.GraphModule) and (gm._forward_pre_hooks or gm._forward_hooks):
+        warnings.warn(
+            f"{type(gm).__name__} itself has forward hooks, which no folder holds: register them "
+            "again after fxshare.load",
+            FxShareWarning,
+            stacklevel=3,
         )
     inputs = encode_inputs(record.inputs)
     source = _source_now(gm, record)

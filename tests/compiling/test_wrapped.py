@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
-from fxshare.errors import CalibrationError, CaptureError
+from fxshare.errors import CalibrationError, CaptureError, FxShareWarning
 from fxshare.models.wrapped import unwrapped
 from tests.capture.test_contract import CONFIG, GRAPHS, Net, X, Y, assert_same, compiled, refused
 
@@ -120,7 +121,7 @@ def double(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (2 * args[0], *args[1:])
 
 
-def test_a_hook_on_the_model_stays_or_is_named() -> None:
+def test_a_hook_on_the_model_stays_or_is_named(tmp_path: Path) -> None:
     model = Plain().eval()
     model.register_forward_pre_hook(double)
     for capture in GRAPHS:
@@ -132,6 +133,8 @@ def test_a_hook_on_the_model_stays_or_is_named() -> None:
     assert_same(model, gm, Y)
     sharing = {**CONFIG, "group_size": 1, "compression_rate": 0.3}
     fxshare.compile(model, sharing, calibration=[X, Y])  # run as users call it, by position
+    with pytest.warns(FxShareWarning, match="no folder holds: register them again"):
+        fxshare.save(gm, tmp_path / "saved")
 
 
 # A forward of the instance

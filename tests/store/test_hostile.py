@@ -93,7 +93,7 @@ def saved(original: Path, tmp_path: Path) -> Path:
 
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with right hashes, as someone would who knows how."""
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.get("files", {}).items():  # the key may be what was changed
         path = folder / name
         if entry.get("sha256") and path.parent == folder and path.is_file():
             data = path.read_bytes()
