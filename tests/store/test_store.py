@@ -28,7 +28,7 @@ import fxshare
 from fxshare.base import files as files_module
 from fxshare.base.numerics import tolerance, worst
 from fxshare.embedded.model import GPT, GPTConfig
-from fxshare.errors import FxShareWarning, StoreError
+from fxshare.errors import FxShareWarning, GuardError, StoreError
 from fxshare.store import folder as folder_module
 from fxshare.store import tensors as tensors_module
 from fxshare.store.tensors import tensors_of
@@ -789,7 +789,11 @@ def test_constants_of_the_example_call(tmp_path: Path) -> None:
     fxshare.save(before, tmp_path / "out")
     after = fxshare.load(tmp_path / "out", Optional)
     assert after.fxshare.inputs == before.fxshare.inputs
-    assert torch.equal(before(ids(), pair=call["pair"]), after(ids(), pair=call["pair"]))
+    pair = call["pair"]
+    assert torch.equal(before(ids(), True, pair), after(ids(), True, pair))
+    for gm in (before, after):  # the example's is not the default
+        with pytest.raises(GuardError, match="without it Optional would take False"):
+            gm(ids(), pair=pair)
 
 
 def test_device(saved: Path) -> None:
