@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxshare.calibration.gradients import GradientTap, is_diagonal
 from fxshare.calibration.gram import GramAccumulator
@@ -13,6 +13,7 @@ from fxshare.calibration.lookups import LookupStatistics, RowCounter
 from fxshare.capture import Captured
 from fxshare.capture.call import MASK, Call
 from fxshare.capture.guards import ones_if_missing
+from fxshare.capture.steered import set_training
 from fxshare.errors import CalibrationError
 from fxshare.sites.site import Site, SliceSpec
 from passes import (
@@ -100,7 +101,7 @@ class GraphStage:
             stages.append(tap)
         self.contract = captured.contract
         self.gm, _ = run(captured.graph, stages)
-        _eval(self.gm)
+        set_training(self.gm, False)
         self.seen = observed(self.gm)
         self.tapped = tapped(self.gm)
         self.taps = {n: m for n, m in self.gm.named_children() if isinstance(m, GradientTap)}
@@ -137,8 +138,3 @@ class GraphStage:
 
     def close(self) -> None:
         """Nothing to take down: the observed graph is our own."""
-
-
-def _eval(gm: fx.GraphModule) -> None:
-    for module in gm.modules():
-        module.training = False

@@ -13,8 +13,10 @@ from fxshare.base.placement import device_of
 from fxshare.capture.call import Call, Shapes, resized
 from fxshare.capture.captured import quiet
 from fxshare.capture.guards import hold_guard
+from fxshare.capture.steered import set_training
 from fxshare.errors import CaptureError, GuardError
 from passes import structure_copy
+from passes.graph.modes import caller_modes, set_modes
 
 
 class Original:
@@ -86,9 +88,12 @@ def evaluate_unguarded(gm: fx.GraphModule, call: Call) -> tuple[Any, set[fx.Node
         call[name] if name in call else default[0]
         for name, default in zip(names, defaults, strict=True)
     ]
-    interpreter = _Collecting(gm)
-    with quiet():
-        return interpreter.run(*values), interpreter.broken
+    interpreter, modes = _Collecting(gm), caller_modes()
+    try:
+        with quiet():
+            return interpreter.run(*values), interpreter.broken
+    finally:
+        set_modes(modes)
 
 
 def relax(gm: fx.GraphModule, run: Original, shapes: Shapes, depth: int) -> tuple[int, ...]:
@@ -162,19 +167,15 @@ def self_check(
 
 
 def _run_graph(gm: fx.GraphModule, call: Call) -> Any:
-    flags = [(m, m.training) for m in gm.modules()]
-    for m, _ in flags:
-        m.training = False
+    copy = structure_copy(gm)
+    set_training(copy, False)
     try:
         with quiet():
-            return structure_copy(gm)(**call)
+            return copy(**call)
     except Exception as error:
         raise CaptureError(
             f"self-check: the graph fails where the original runs: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for m, flag in flags:
-            m.training = flag
 
 
 __all__ = [

@@ -15,6 +15,7 @@ from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
 from fxshare.capture.inputs import give_signature
 from fxshare.capture.signature import checked_names
+from fxshare.capture.steered import SteeredGraph, hold_eval, set_training
 from fxshare.capture.tracing.dtypes import insert_hold
 from fxshare.capture.tracing.trace import explicit_forward
 from fxshare.capture.tracing.tracer import failing_line
@@ -78,8 +79,10 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
             f"torch.export of {type(model).__name__} failed at {failing_line(error)}: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    for module in gm.modules():
-        module.training = False  # what it computes, whatever torch.export leaves there
+    assert isinstance(gm, fx.GraphModule)
+    gm = SteeredGraph(gm, gm.graph, type(model).__name__)
+    set_training(gm, False)  # what it computes, whatever torch.export leaves there
+    hold_eval(gm, "torch.export follows one mode")
     _hold_dtype(gm)
     give_signature(gm.graph, contract, shapes.base)
     checked_names(gm.graph, model)

@@ -18,8 +18,10 @@ from fxshare.capture.check import Original, described, erase_guards, guard_nodes
 from fxshare.capture.contract import Contract
 from fxshare.capture.example import example_call, hooks_of
 from fxshare.capture.exported import export
+from fxshare.capture.faithful import Trainable, check_faithful, modules_show
 from fxshare.capture.modules import linears_side_by_side
 from fxshare.capture.signature import check_model_names
+from fxshare.capture.steered import SteeringDiffers
 from fxshare.capture.tracing.trace import trace
 from fxshare.errors import CaptureError
 from passes import linear_calls, lookups, structure_copy
@@ -45,8 +47,12 @@ def capture(
 
     Raises :class:`CaptureError` naming the model's line and every front end that was tried.
     """
+    trainable = Trainable(model)
     with stage("capture", _LOG) as running:
-        captured = _captured(model, example, mode, needs, relaxed)
+        try:
+            captured = _captured(model, example, mode, needs, relaxed, trainable)
+        finally:
+            trainable.restore()
         running.found(f"front end {captured.front_end}")
     return captured
 
@@ -57,6 +63,7 @@ def _captured(
     mode: Mode,
     needs: Sequence[str],
     relaxed: Sequence[int] | None,
+    trainable: Trainable,
 ) -> Captured:
     start = time.perf_counter()
     try:
@@ -92,13 +99,18 @@ def _captured(
         )
     failures: list[str] = []
     order: list[FrontEnd] = ["fx", "export"] if mode == "auto" else [mode]
+    elsewhere = mode == "auto" and modules_show(model, needs)
     for front_end in order:
         try:
             contract = Contract.of(model, shapes.base, fills_mask=fills_mask)
             traced = _traced(adapted.traced, shapes, front_end, contract)
             found = _checked(traced, run, needs, relaxed, failures, start)
+            checked = check_faithful(found, adapted.reference, trainable, keep_eval=not elsewhere)
+            found = replace(found, notes=(*found.notes, *checked))
         except CaptureError as error:
             failures.append(f"{front_end}: {error}")
+            if elsewhere and isinstance(error, SteeringDiffers):
+                break  # no graph has what this one lacks
         else:
             return replace(found, model=model, notes=(*adapted.notes, *found.notes))
     if mode == "auto":

@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 
 from fxshare.capture import Captured, device_of, dtype_of
 from fxshare.capture.adapted import adapt
+from fxshare.capture.steered import SteeredGraph
+from fxshare.capture.tracing.functions import FunctionCall, function_calls
+from fxshare.capture.tracing.regions import PLAIN, keep_apart, keep_modes, own_modes
 from fxshare.capture.tracing.trace import hold_guards, trace_once
 from fxshare.capture.tracing.values import fake_mode
 from fxshare.errors import CaptureError
@@ -92,7 +95,7 @@ def _side_by_side(graph: fx.Graph, parts: Mapping[str, Any]) -> fx.GraphModule:
     for node in flat.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = names[node.target]
-    return fx.GraphModule({names[target]: part for target, part in parts.items()}, flat, "Step")
+    return SteeredGraph({names[target]: part for target, part in parts.items()}, flat, "Step")
 
 
 def _tensor(known: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
@@ -109,6 +112,8 @@ def _tensor(known: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
 def _module(gm: nn.Module, known: Mapping[str, Tensor], name: str, like: nn.Module) -> nn.Module:
     """The module of ``gm``; where that is no module but a place for tensors (torch.export), or the
     plain graph does not call it, one like it that reads the tensors of ``gm``."""
+    if isinstance(like, FunctionCall):  # numbered in the order of its own graph
+        return like
     try:
         found = gm.get_submodule(name)
     except AttributeError:
@@ -171,7 +176,9 @@ def _traced(
     before = {name for name, _ in _named_tensors(root)}
     _take_apart(root, call, encoder=kind.cache is None)
     graph, guards = trace_once(root, call, training=False, mode=mode, objects=(CACHE,))
+    own = own_modes(graph, None, PLAIN, None)
     hold_guards(graph, guards)
+    keep_modes(root, graph, own)
     _keep_lengths(graph)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
@@ -181,7 +188,11 @@ def _traced(
     hollow = structure_copy(model)
     for name, tensor in made.items():
         setattr(hollow, name, tensor.detach())
-    return fx.GraphModule(hollow, graph, type(model).__name__), made
+    for name, function in function_calls(root).items():
+        hollow.add_module(name, function)
+    traced = SteeredGraph(hollow, graph, type(model).__name__)
+    keep_apart(traced)
+    return traced, made
 
 
 def kept_length(length: int | Tensor) -> int | Tensor:

@@ -14,8 +14,8 @@ from fxshare.base.numerics import beyond_rounding, tolerance, worst
 from fxshare.base.progress import stage
 from fxshare.capture import device_of, dtype_of, quiet
 from fxshare.capture.call import Call
-from fxshare.capture.containers import holds_tensor
 from fxshare.capture.caller import Caller
+from fxshare.capture.containers import holds_tensor
 from fxshare.errors import CheckFailed, FxShareWarning, StoreError
 from fxshare.loading.load import load_mapped
 from fxshare.models.source import USER

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture.contract import Contract
+from fxshare.capture.steered import SteeredGraph
 from fxshare.result.face import GenerationFace, SavingFace, Verbs, keep_verbs
 from fxshare.result.fingerprint import graph_sha256
 from fxshare.result.pickling import reduced
@@ -54,7 +55,7 @@ else:
     _Base = _Face
 
 
-class ShareModule(_Base, fx.GraphModule):
+class ShareModule(_Base, SteeredGraph):
     """A rewritten model: a ``torch.fx.GraphModule`` that carries its :class:`Record`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

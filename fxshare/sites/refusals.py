@@ -46,12 +46,22 @@ def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
         return "its weight is not a parameter (weight norm or pruning computes it); make it one"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "has forward hooks or a forward of its own, which rewriting would drop"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has backward hooks, which rewriting would drop"
+    if any(has_hooks(p) for p in module.parameters()):
+        return "has hooks on its weight or bias, which rewriting would drop"
     weight = module.weight
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}; only plain tensors are rewritten"
     return None
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether something hangs on the gradient of a parameter."""
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks) or bool(after)
 
 
 def tie_refusal(

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from fxshare.capture.guards import hold_dtype
+from fxshare.capture.steered import set_training
 from fxshare.verifying.widening import widen
 from passes.graph.graph import structure_copy
 
@@ -17,8 +18,8 @@ def evaluated(module: nn.Module, half: bool) -> nn.Module:
     """A copy in eval mode to run, on the module's own weights; with ``half`` it computes in
     float32, graphs included, and reads each weight as float32 when it is used."""
     copy = structure_copy(module)
+    set_training(copy, False)
     for m in copy.modules():
-        m.training = False
         if half and isinstance(m, fx.GraphModule):
             _cast_to_float32(m)
     if half:

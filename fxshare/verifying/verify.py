@@ -25,6 +25,7 @@ from fxshare.sites.tensors import site_tensors
 from fxshare.verifying.evaluated import evaluated
 from fxshare.verifying.multiplied import is_large, multiplied_out
 from passes.errors import FxShareError
+from passes.graph.modes import cast_dtypes
 
 _LOG = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def verify(
     left, right = evaluated(model, half), evaluated(gm, half)
     depth = 2 * len(record.plan.sites) + 1
     dtype = torch.float32 if half else dtype_of(model)
+    if isinstance(gm, fx.GraphModule):  # what is rounded further under autocast is equal to that
+        dtype = max((dtype, *cast_dtypes(gm.graph)), key=lambda d: torch.finfo(d).eps)
     limit = tolerance(dtype, depth)
     if half:
         calls = [(what, _as_float32(call)) for what, call in calls]

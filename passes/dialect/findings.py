@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from passes.dialect.view import View, sizes_of
 from passes.graph.graph import attribute, weight_and_bias
+from passes.graph.modes import crossing
 from passes.graph.slices import Slice, gather_order
 from passes.graph.writes import is_in_place
 
@@ -70,6 +71,22 @@ def not_linear(view: View, call: tuple[fx.Node, nn.Module]) -> str | None:
     if width is not None and width != weight_OI.shape[1]:
         return f"an input of {width} features and a weight {tuple(weight_OI.shape)}"
     return None
+
+
+def other_modes(view: View, read: tuple[fx.Node, fx.Node]) -> str | None:
+    """A linear that reads what was computed in other modes as it is: a pass that merges products
+    of one input would take one with gradients for one without."""
+    node, source = read
+    if source.op == "get_attr" or source.target is crossing:
+        return None
+    if view.modes[source] == view.modes[node]:
+        return None
+    return f"the input {source.name!r}, computed in other modes (gradients, autocast)"
+
+
+def modes_left(view: View, node: fx.Node) -> str | None:
+    """An output in other modes than the caller's, which would go on after the call."""
+    return None if view.modes[node] is None else f"the modes {view.modes[node]} at the output"
 
 
 def is_there(view: View, what: str) -> str | None:

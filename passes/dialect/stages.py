@@ -54,6 +54,20 @@ _GRAPH = (
         "inputs first and one output last",
         "Insert the node between them",
     ),
+    Rule(
+        "modes",
+        view.ends,
+        findings.modes_left,
+        "the caller's modes at the output",
+        "Set them before it with passes.graph.modes.set_modes(caller)",
+    ),
+    Rule(
+        "crossing",
+        view.crossed,
+        findings.other_modes,
+        "an input from the same modes, or through passes.graph.modes.crossing",
+        "Leave the node where it was, between the same calls of set_modes",
+    ),
 )
 # after the rules of records, which can say more of the same fault
 _CALLS = Rule(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.graph.graph import attribute, is_linear, weight_and_bias
+from passes.graph.modes import is_steered, modes_of
 from passes.graph.origins import origins
 from passes.graph.slices import Slice, slices
 from passes.packing.group_coefficients import EQUATION
@@ -81,6 +82,11 @@ class View:
     def pivoted(self) -> frozenset[str]:
         """The bases that are stored as kept inputs and a table."""
         return frozenset(p.basis for p in self.slices.values() if p.basis and p.pivoted)
+
+    @cached_property
+    def modes(self) -> dict[fx.Node, Any]:
+        """The modes that each node is computed in."""
+        return modes_of(self.gm.graph)
 
     @cached_property
     def parameters(self) -> dict[int, list[str]]:
@@ -185,6 +191,21 @@ def linear_calls(view: View) -> Named[tuple[fx.Node, nn.Module]]:
         module = view.module(str(node.target)) if node.op == "call_module" else None
         if module is not None and (type(module) is nn.Linear or is_linear(module)):
             yield ("node", node.name, None), (node, module)
+
+
+def crossed(view: View) -> Named[tuple[fx.Node, fx.Node]]:
+    """Every node that calls a linear module in a graph that sets modes, and what it reads."""
+    if not is_steered(view.gm.graph):
+        return
+    for words, (node, _) in linear_calls(view):
+        for source in node.all_input_nodes:
+            yield words, (node, source)
+
+
+def ends(view: View) -> Named[fx.Node]:
+    """The output of a graph that sets modes."""
+    if is_steered(view.gm.graph):
+        yield from ((words, node) for words, node in nodes(view) if node.op == "output")
 
 
 def records(view: View) -> Named[str]:

@@ -35,6 +35,7 @@ from passes import (
     slices,
 )
 from passes.dialect import RULES, STAGES, Stage, check, stage_of, watch
+from passes.graph.modes import caller_modes, set_modes
 from passes.graph.slices import Slice, set_slices
 from passes.sharing.pivot_basis import PivotedGroup
 from tests.passes.build import captured, groups, pivoted, site_of, sites, whole_sites, x_of
@@ -123,6 +124,19 @@ def _place(gm: fx.GraphModule, name: str, **changes: Any) -> None:
 
 def _operation(gm: fx.GraphModule) -> None:
     node_of(gm, "relu").op = "call_magic"
+
+
+def _modes_left(gm: fx.GraphModule) -> None:
+    with gm.graph.inserting_before(node_of(gm, "relu")):
+        caller = gm.graph.call_function(caller_modes)
+        gm.graph.call_function(set_modes, (caller, False))
+
+
+def _moved_out(gm: fx.GraphModule) -> None:
+    """``up`` reads under gradients what was computed without."""
+    _modes_left(gm)
+    with gm.graph.inserting_before(node_of(gm, "up")):
+        gm.graph.call_function(set_modes, (node_of(gm, "caller_modes"),))
 
 
 def _no_module(gm: fx.GraphModule) -> None:
@@ -256,6 +270,8 @@ Break = Callable[[fx.GraphModule], None]
 # the graph, its stage, what breaks it, the node (or name) and the rule that the error names
 BROKEN: list[tuple[str, Stage, Break, str, str]] = [
     ("captured", "captured", _operation, "node 'relu'", "operation"),
+    ("captured", "captured", _modes_left, "node 'output'", "modes"),
+    ("captured", "captured", _moved_out, "node 'up'", "crossing"),
     ("captured", "captured", _no_module, "node 'up'", "target"),
     ("captured", "captured", _no_tensor, "node 'scale'", "target"),
     ("captured", "captured", _late_input, "node 'late'", "border"),

@@ -17,12 +17,12 @@ class TrainingSwitch(nn.Module):
     gives it back.
     """
 
-    def __init__(self, train_value: float, eval_value: float) -> None:
+    def __init__(self, train_value: Any, eval_value: Any) -> None:
         super().__init__()
         self.train_value = train_value
         self.eval_value = eval_value
 
-    def forward(self) -> float:
+    def forward(self) -> Any:
         """The value of the current mode."""
         return self.train_value if self.training else self.eval_value
 
@@ -81,15 +81,17 @@ def differences(left: fx.Graph, right: fx.Graph) -> list[Difference]:
     return found
 
 
-def insert_training_switches(root: nn.Module, eval_graph: fx.Graph, found: list[Difference]) -> int:
-    """Replace each constant that differs between the eval trace and the training trace by a
-    :class:`TrainingSwitch` of ``root``; returns how many were put in.
-
-    Raises :class:`StructureDiffers` where the constants are not numbers.
-    """
+def check_switches(found: list[Difference]) -> None:
+    """Raise :class:`StructureDiffers` for a constant that no switch can give: one that is no
+    number."""
     for difference in found:
         if not all(isinstance(v, (bool, int, float)) for v in (difference.left, difference.right)):
             raise StructureDiffers(str(difference))
+
+
+def insert_training_switches(root: nn.Module, eval_graph: fx.Graph, found: list[Difference]) -> int:
+    """Replace each constant that differs between the eval trace and the training trace by a
+    :class:`TrainingSwitch` of ``root``; returns how many were put in."""
     for number, difference in enumerate(found):
         name = f"training_switch_{number}"
         root.add_module(name, TrainingSwitch(difference.right, difference.left))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from fxshare.capture.contract import Contract
 from fxshare.capture.guards import hold_guard
 from fxshare.capture.inputs import give_signature
 from fxshare.capture.signature import checked_names, method_taking
+from fxshare.capture.steered import SteeredGraph, hold_eval, hold_plain, hold_training
 from fxshare.capture.tracing.align import (
     Difference,
     StructureDiffers,
+    check_switches,
     differences,
     insert_training_switches,
 )
@@ -29,6 +32,16 @@ from fxshare.capture.tracing.dtypes import (
     insert_switches,
     other_dtype,
     switches_for,
+)
+from fxshare.capture.tracing.functions import kept_functions
+from fxshare.capture.tracing.held import held_modes
+from fxshare.capture.tracing.regions import (
+    OTHERS,
+    PLAIN,
+    Around,
+    keep_apart,
+    keep_modes,
+    own_modes,
 )
 from fxshare.capture.tracing.tracer import Guard, ValueTracer, failing_line, traced_factories
 from fxshare.capture.tracing.values import fake_mode
@@ -51,61 +64,118 @@ def trace(
     flags = {name: m.training for name, m in root.named_modules()}
     notes: list[str] = []
     graph, guards = trace_once(root, shapes.base, training=False)
-    followed, held = _compare(model, graph, shapes)
-    try:
-        trained, _ = trace_once(structure_copy(model), shapes.base, training=True)
-        switches = insert_training_switches(root, graph, differences(graph, trained))
-        if switches:
-            notes.append(f"{switches} constants follow train/eval through switches")
-    except (CaptureError, StructureDiffers) as error:
-        notes.append(f"what eval mode does is baked: training takes another path ({error})")
+    compared = _compare(model, graph, shapes)
+    trained, found, reason = _in_training(model, graph, shapes, compared)
+    held = held_modes(graph, trained)
+    own = own_modes(graph, compared.graph, compared.around, trained)
+    switches = insert_training_switches(root, graph, found)
     for name, module in root.named_modules():
         module.training = flags.get(name, model.training)
     hold_guards(graph, guards)
-    if held is not None:
+    if compared.held is not None:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        insert_hold(root, graph, dtype, held)
-        notes.append(f"the graph holds for {dtype} alone: {held}")
-    elif followed:
+        insert_hold(root, graph, dtype, compared.held)
+        notes.append(f"the graph holds for {dtype} alone: {compared.held}")
+    elif compared.followed:
         insert_switches(
-            root, graph, followed, switches_for(followed, next(model.parameters()).device)
+            root,
+            graph,
+            compared.followed,
+            switches_for(compared.followed, next(model.parameters()).device),
         )
+    switches += keep_modes(root, graph, own)
+    if switches:
+        notes.insert(0, f"{switches} constants follow train/eval through switches")
     give_signature(graph, contract, shapes.base)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
     checked_names(graph, model)
-    return fx.GraphModule(root, graph, type(model).__name__), tuple(notes)
+    gm = SteeredGraph(root, graph, type(model).__name__)
+    keep_apart(gm)
+    hold_training(gm, held)
+    if reason is not None:
+        notes.append(f"what eval mode does is baked: training takes another path ({reason})")
+        hold_eval(gm, f"training takes another path ({reason})")
+    if not compared.around.autocast:
+        hold_plain(gm, compared.why)
+    return gm, tuple(notes)
 
 
-def _compare(
-    model: nn.Module, graph: fx.Graph, shapes: Shapes
-) -> tuple[list[Difference], str | None]:
-    """The constants that follow the model's dtype, and why it cannot be followed, if it cannot.
+@dataclass(frozen=True)
+class _Compared:
+    """What a second trace tells: the constants that follow the dtype, or why it cannot be followed;
+    and that trace, with the modes around it. ``why``: what it did under others."""
 
-    One more trace at the other shape *and* in another dtype finds both kinds of baked constants;
-    only where the two cannot be told apart is the model traced again at the other shape alone.
+    followed: list[Difference]
+    held: str | None
+    graph: fx.Graph
+    around: Around
+    why: str
+
+
+def _compare(model: nn.Module, graph: fx.Graph, shapes: Shapes) -> _Compared:
+    """Trace once more, at the other shape, in another dtype *and* with other modes around, which
+    finds everything at once that the first trace bakes; only where these cannot be told apart are
+    there further traces.
 
     Raises :class:`CaptureError` for a size that is baked.
     """
     dtype = other_dtype(model)
-    found: list[Difference] = []
-    held = None
+    held, best, why = None, None, ""
     if dtype is not None:
-        mode = fake_mode()
         call = cast_call(shapes.other or shapes.base, dtype)
+        for around in OTHERS:
+            mode = fake_mode()
+            try:
+                # on a copy: fx leaves the constants of a trace on the root, and numbers on from
+                # there
+                root = cast_without_values(model, dtype, mode)
+                other, _ = trace_once(root, call, training=False, mode=mode, around=around)
+                found = differences(graph, other)
+                switches_for(found, torch.device("cpu"))
+                own_modes(graph, other, around, None)
+            except (CaptureError, StructureDiffers) as error:
+                if around is PLAIN:
+                    held = f"in {dtype} the model does other operations ({error})"
+                    break
+                why = why or str(error)
+                continue
+            best = _Compared(found, None, other, around, why)
+            if around is not PLAIN:
+                return best
+    if best is not None:
+        return best
+    for around in OTHERS:
+        other, _ = trace_once(
+            structure_copy(model), shapes.other or shapes.base, training=False, around=around
+        )
         try:
-            # on a copy: fx leaves the constants of a trace on the root, and numbers on from there
-            root = cast_without_values(model, dtype, mode)
-            found = differences(graph, trace_once(root, call, training=False, mode=mode)[0])
-            switches_for(found, torch.device("cpu"))
-            return found, None
+            _check_sizes(graph, other)
+            own_modes(graph, other, around, None)
         except (CaptureError, StructureDiffers) as error:
-            held = f"in {dtype} the model does other operations ({error})"
-    if shapes.other is not None:
-        other, _ = trace_once(structure_copy(model), shapes.other, training=False)
-        _check_sizes(graph, other)
-    return [], held
+            if around is PLAIN:
+                raise
+            why = str(error)
+            continue
+        return _Compared([], held, other, around, why)
+    raise AssertionError("PLAIN is one of the modes that are tried")
+
+
+def _in_training(
+    model: nn.Module, graph: fx.Graph, shapes: Shapes, compared: _Compared
+) -> tuple[fx.Graph | None, list[Difference], str | None]:
+    """The trace in training mode and the constants in which it differs; or why it takes another
+    path than the graph, which then holds for eval mode alone."""
+    try:
+        trained, _ = trace_once(structure_copy(model), shapes.base, training=True)
+        found = differences(graph, trained)
+        held_modes(graph, trained)
+        own_modes(graph, compared.graph, compared.around, trained)
+        check_switches(found)
+    except (CaptureError, StructureDiffers) as error:
+        return None, [], str(error)
+    return trained, found, None
 
 
 def trace_once(
@@ -115,18 +185,20 @@ def trace_once(
     training: bool,
     mode: FakeTensorMode | None = None,
     objects: Container[str] = (),
+    around: Around = PLAIN,
 ) -> tuple[fx.Graph, list[Guard]]:
     """One trace of ``root``, which it changes; ``objects`` names inputs that are not tensors, such
     as a cache. Raises :class:`CaptureError` with the model's own line where tracing failed."""
     inputs = [name for name, value in call.items() if holds_tensor(value) or name in objects]
     constants = {name: value for name, value in call.items() if name not in inputs}
-    tracer = ValueTracer({name: call[name] for name in inputs}, mode)
+    tracer = ValueTracer({name: call[name] for name in inputs}, mode, around)
     root.train(training)
     with (
         explicit_forward(root, inputs, constants),
         traced_factories(tracer),
+        kept_functions(tracer),
         torch.random.fork_rng(devices=[]),
-        torch.enable_grad(),
+        around.entered(),
     ):
         try:
             graph = tracer.trace(root)

@@ -24,6 +24,14 @@ from torch.utils import _pytree as pytree
 
 from fxshare.capture.containers import holds_tensor
 from fxshare.capture.tracing.multihead import attend, can_attend
+from fxshare.capture.tracing.regions import (
+    FLOATING,
+    KEY,
+    PLAIN,
+    Around,
+    may_have_gradients,
+    seen,
+)
 from fxshare.capture.tracing.values import FakeValues, changes_in_place
 from fxshare.errors import CaptureError
 from passes.graph.graph import is_linear
@@ -43,6 +51,8 @@ _CONTAINERS = (
     nn.TransformerDecoderLayer,
     nn.MultiheadAttention,
 )
+TRAINING = "training"
+"""Where the ``meta`` of a leaf's call has the modes of the leaf and the modules in it."""
 # tracing swaps torch's factories and fx swaps nn.Module.__call__: one trace at a time
 TRACE_LOCK = threading.RLock()
 
@@ -173,8 +183,14 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, values: Mapping[str, Any], mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        mode: FakeTensorMode | None = None,
+        around: Around = PLAIN,
+    ) -> None:
         super().__init__(param_shapes_constant=False)
+        self._around = around
         self.guards: dict[tuple[fx.Node, str], Guard] = {}
         self._values = FakeValues(values, mode)
         self._computing = False
@@ -209,13 +225,29 @@ class ValueTracer(fx.Tracer):
         if isinstance(proxy, ValueProxy):
             was, self._computing = self._computing, True
             try:
-                proxy.__dict__["_value"] = self._value(kind, target, args, kwargs)
+                with self._around.without():
+                    proxy.__dict__["_value"] = self._value(kind, target, args, kwargs)
             finally:
                 self._computing = was
             if isinstance(proxy._known, Tensor):
                 # dim=2 may be the last one: passes cannot tell from an untyped graph
                 proxy.node.meta["ndim"] = proxy._known.ndim
+            proxy.node.meta[FLOATING] = may_have_gradients(proxy._known)
         return proxy
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind.startswith("call_"):
+            node.meta[KEY] = seen()
+        return node
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         changes = changes_in_place(kind, target, kwargs)
@@ -244,6 +276,11 @@ class ValueTracer(fx.Tracer):
     # parameter would be traced again, without end. fx's hooks are global: what another thread runs
     # meanwhile is none of our business.
     @property
+    def is_tracing(self) -> bool:
+        """Whether what runs now is the model, in the thread of the trace."""
+        return not self._passes_by
+
+    @property
     def _passes_by(self) -> bool:
         return self._computing or threading.get_ident() != self._thread
 
@@ -252,7 +289,13 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if isinstance(m, nn.MultiheadAttention) and can_attend(m):
             forward = functools.partial(attend, m)
-        return super().call_module(m, forward, args, kwargs)
+        found = super().call_module(m, forward, args, kwargs)
+        made = type(found) is ValueProxy and found.node.op == "call_module"
+        if made and TRAINING not in found.node.meta:  # a container hands on what its last leaf gave
+            # what the model's own train() or forward() made of it, at the time of the call
+            parts = m.named_modules(prefix=str(found.node.target))
+            found.node.meta[TRAINING] = {name: part.training for name, part in parts}
+        return found
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._passes_by:

@@ -66,7 +66,8 @@ class FakeValues:
         if kind == "call_function" and target in _PLAIN and not isinstance(args[0], Tensor):
             return target(*args, **kwargs)  # numbers and sizes, which no mode has a say in
         module = root.get_submodule(target) if kind == "call_module" else None
-        width = None if module is None or kwargs else _width(module, args)
+        known = module is not None and not kwargs and not any(_autocast())
+        width = _width(module, args) if known and module is not None else None
         key = _key(kind, target, args, kwargs, module, width)
         if key is not None and key in self._made:
             return self._made[key]
@@ -166,8 +167,11 @@ def _is_pure(kind: str, target: Any, args: Any, kwargs: Any) -> bool:
     return home == "torch" or target is getattr
 
 
-def _autocast() -> tuple[bool, bool]:
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+def _autocast() -> tuple[torch.dtype | None, ...]:
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
 
 
 def _like_module(module: nn.Module) -> object:

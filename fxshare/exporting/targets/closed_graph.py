@@ -81,9 +81,9 @@ def _replace_by_value(node: fx.Node, value: Any) -> None:
 
 
 def _fold_switch(gm: fx.GraphModule, node: fx.Node) -> None:
-    """A module that is called with nothing and gives a number or a dtype is a switch."""
+    """A module that is called with nothing and gives no tensor is a switch."""
     value = gm.get_submodule(str(node.target))()
-    if isinstance(value, (bool, int, float, torch.dtype)):
+    if value is None or isinstance(value, (bool, int, float, torch.dtype, tuple)):
         _replace_by_value(node, value)
         gm.graph.erase_node(node)
 

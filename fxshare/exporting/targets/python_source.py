@@ -23,6 +23,7 @@ from fxshare.capture.guards import (
     ones_if_missing,
 )
 from fxshare.errors import ExportError
+from passes.graph.modes import caller_modes, crossing, set_modes
 from passes.sharing.unstack_experts import expert_rows, joined_rows
 
 _PRELUDE: Mapping[str, str] = {
@@ -65,6 +66,33 @@ _PRELUDE: Mapping[str, str] = {
             """Every token counts where no attention mask is given."""
             return torch.ones_like(input_ids) if mask is None else mask
         ''',
+    "caller_modes": '''
+        def _caller_modes():
+            """Whether gradients and autocast are on around the call."""
+            casts = tuple(
+                (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+                for device in ("cpu", "cuda")
+            )
+            return torch.is_grad_enabled(), casts
+        ''',
+    "set_modes": '''
+        def _set_modes(caller, grad=None, casts=()):
+            """Gradients and autocast as around the call, but those that are given."""
+            torch.set_grad_enabled(caller[0] if grad is None else grad)
+            own = {cast[0]: cast for cast in casts}
+            for device, enabled, dtype in caller[1]:
+                device, on, dtype = own.get(device, (device, enabled, dtype))
+                torch.set_autocast_enabled(device, on)
+                if dtype is not None:
+                    torch.set_autocast_dtype(device, dtype)
+                if not on and not enabled:
+                    torch.clear_autocast_cache()
+        ''',
+    "crossing": '''
+        def _crossing(value):
+            """The value as it is, read under other modes than it was computed in."""
+            return value
+        ''',
     "expert_rows": '''
         def _expert_rows(experts, count):
             """For each of `count` experts the positions in `experts` that name it."""
@@ -83,6 +111,9 @@ _OURS: tuple[Callable[..., Any], ...] = (
     hold_form,
     hold_dtype,
     ones_if_missing,
+    caller_modes,
+    set_modes,
+    crossing,
     expert_rows,
     joined_rows,
 )
