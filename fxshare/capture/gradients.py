@@ -196,7 +196,10 @@ def _run(
             wanted = {**leaves, **{n: p for n, p in chosen.items() if _key(p) in reached}}
             parameters = {_key(p): p for p in _parameters(module)}
             sources = [parameters.get(_key(t), t) for t in wanted.values()]
-            found = torch.autograd.grad(loss, sources, allow_unused=True) if sources else ()
+            found: tuple[Tensor | None, ...] = ()
+            if sources:
+                with noise:  # checkpoints run the forward pass again
+                    found = torch.autograd.grad(loss, sources, allow_unused=True)
             gradients = dict(zip(wanted, found, strict=True))
     differentiable = {path: leaf.requires_grad for path, leaf in float_leaves(output)}
     detached = {path: leaf.detach() for path, leaf in float_leaves(output)}
