@@ -8,9 +8,9 @@ from fxshare.capture.steered import SteeringDiffers
 
 
 def refuse_lost_hooks(model: nn.Module, gm: fx.GraphModule) -> None:
-    """Refuse a graph that would drop hooks: backward hooks of modules that are not called as a
-    whole, and forward hooks of the model itself, whose own ``__call__`` the graph replaces. Forward
-    hooks of the modules inside are traced with them.
+    """Refuse a graph that would drop backward hooks: those of modules that are not called as a
+    whole. Forward hooks of modules inside are traced with them; those of the model itself, which
+    the graph replaces, are told by :func:`fxshare.capture.example.hooks_of` before.
 
     Raises :class:`SteeringDiffers` naming the module and the way out.
     """
@@ -18,14 +18,9 @@ def refuse_lost_hooks(model: nn.Module, gm: fx.GraphModule) -> None:
     for name, module in model.named_modules():
         parts = name.split(".")
         whole = any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
-        kind = None
-        if not name and (module._forward_hooks or module._forward_pre_hooks):
-            kind = "forward"
         if not whole and (module._backward_hooks or module._backward_pre_hooks):
-            kind = "backward"
-        if kind is not None:
             what = f"module {name!r}" if name else f"the model itself ({type(model).__name__})"
             raise SteeringDiffers(
-                f"{what} has {kind} hooks, which a graph of the operations inside it would drop; "
+                f"{what} has backward hooks, which a graph of the operations inside it would drop; "
                 "remove them, or use capture='modules', which calls the model's own modules"
             )

@@ -123,7 +123,7 @@ def test_what_no_graph_holds_is_left_to_the_modules(kind: type[Stack]) -> None:
     [
         (models.Clipped, "the gradient at"),
         (models.BackwardHook, "module 'layers.1' has backward hooks"),
-        (models.RootHook, "the model itself (RootHook) has forward hooks"),
+        (models.RootHook, "RootHook itself has a forward hook"),
         (models.FrozenInForward, "changes requires_grad of 'layers.0.2.weight'"),
         (models.Noisy, "training takes another path"),
         (models.LayerDrop, "in training mode, the graph differs"),
@@ -135,12 +135,12 @@ def test_the_reason_is_said(kind: type[Stack], reason: str) -> None:
     captured = capture(model, x_of())
     assert captured.front_end == "modules"
     (note,) = captured.notes
-    assert note.startswith("tried fx: ")
+    assert note.startswith("tried fx: ") != (kind is models.RootHook)  # nothing is tried with it
     assert reason in note
     assert all(p.requires_grad for p in model.parameters())
     if kind is models.Noisy:
         return
-    with pytest.raises(CaptureError, match="fx: ") as caught:
+    with pytest.raises(CaptureError) as caught:
         capture(model, x_of(), mode="fx")
     assert reason in str(caught.value)
 
