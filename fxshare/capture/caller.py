@@ -10,6 +10,7 @@ from torch import nn
 
 from fxshare.base.placement import device_of
 from fxshare.capture.call import Call, bind, completed, to_device, without_labels
+from fxshare.capture.switches import without_cache
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Caller:
     ``keep`` names the optional labels that stay in a call; data brings them along for training,
     and a graph that was captured without has no input for them. ``mask`` says whether one of ones
     is filled in, and ``options`` are what is no tensor, for batches that do not say it.
+    ``cache_off`` is no where the model refuses ``use_cache=False``.
     """
 
     model: nn.Module
     keep: Collection[str] = ()
     mask: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    cache_off: bool = True
 
     def __call__(self, batch: object) -> Call:
         """The batch bound to the names of ``forward``, without labels, with what a Hugging Face
@@ -39,7 +42,8 @@ class Caller:
         # labels go first: what is filled in follows from what is left
         call: Call = {**self.options, **bind(self.model, batch)}
         call = without_labels(self.model, call, self.keep)
-        return completed(self.model, call, mask=self.mask)
+        call = completed(self.model, call, mask=self.mask)
+        return without_cache(self.model, call) if self.cache_off else call
 
 
 __all__ = ["Caller"]

@@ -16,6 +16,7 @@ from fxshare.capture.call import MASK, Call, Shapes, as_called
 from fxshare.capture.caller import Caller
 from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
+from fxshare.capture.switches import SWITCH
 
 FrontEnd = Literal["fx", "export", "modules"]
 Mode = Literal["auto", "fx", "export", "modules"]
@@ -50,7 +51,9 @@ class Captured:
             return Caller(self.model)
         base = self.shapes.base
         options = {name: value for name, value in base.items() if not holds_tensor(value)}
-        return Caller(self.model, tuple(base), mask=MASK in base, options=options)
+        return Caller(
+            self.model, tuple(base), mask=MASK in base, options=options, cache_off=SWITCH in base
+        )
 
     @property
     def side_by_side(self) -> bool:

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxshare.capture.call import Call, Shapes
 from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
 from fxshare.capture.inputs import give_signature
+from fxshare.capture.ranges import hold_range
 from fxshare.capture.signature import checked_names
 from fxshare.capture.steered import SteeredGraph, hold_eval, set_training
+from fxshare.capture.tracing.constants import outside
 from fxshare.capture.tracing.dtypes import insert_hold
+from fxshare.capture.tracing.lines import failing_line
 from fxshare.capture.tracing.trace import explicit_forward
-from fxshare.capture.tracing.tracer import failing_line
 from fxshare.errors import CaptureError
 from passes.graph.graph import structure_copy
 
@@ -62,8 +65,13 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
 
     inputs = {name: value for name, value in shapes.base.items() if holds_tensor(value)}
     constants = {name: value for name, value in shapes.base.items() if name not in inputs}
+    met = _Weights(copy)
     try:
-        with explicit_forward(copy, list(inputs), constants), torch.random.fork_rng(devices=[]):
+        with (
+            explicit_forward(copy, list(inputs), constants),
+            torch.random.fork_rng(devices=[]),
+            met,
+        ):
             program = torch.export.export(
                 copy,
                 (),
@@ -79,11 +87,15 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
             f"torch.export of {type(model).__name__} failed at {failing_line(error)}: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+    if met.error is not None:
+        raise met.error
+    _check_baked(copy, program)
     assert isinstance(gm, fx.GraphModule)
     gm = SteeredGraph(gm, gm.graph, type(model).__name__)
     set_training(gm, False)  # what it computes, whatever torch.export leaves there
     hold_eval(gm, "torch.export follows one mode")
     _hold_dtype(gm)
+    hold_range(gm)
     give_signature(gm.graph, contract, shapes.base)
     checked_names(gm.graph, model)
     gm.recompile()
@@ -126,6 +138,42 @@ def _entry(graph: fx.Graph, held: fx.Node, key: Any) -> fx.Node:
         return graph.call_function(getattr, (held, key.name))
     at = key.idx if isinstance(key, pytree.SequenceKey) else key.key
     return graph.call_function(operator.getitem, (held, at))
+
+
+def _check_baked(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse a graph that holds a weight of the model a second time, as a constant: it was read
+    past the module tree."""
+    named = {_memory(p): name for name, p in model.named_parameters() if p.device.type != "meta"}
+    for constant in program.constants.values():
+        if isinstance(constant, Tensor) and _memory(constant) in named:
+            raise CaptureError(
+                f"torch.export made a constant of {named[_memory(constant)]!r}, which "
+                f"{type(model).__name__} also reads past its module tree (a list, a dict, a "
+                "closure); use capture='fx' or 'modules'"
+            )
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.untyped_storage().data_ptr(), tensor.shape
+
+
+class _Weights(TorchFunctionMode):
+    """Notices weights that are not the model's: torch.export would bake them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.error: CaptureError | None = None
+        self._known = {id(tensor) for tensor in model.parameters()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in (*args, *(kwargs or {}).values()):
+            kind = type(leaf)  # not one of torch.export's own, which stand for the model's
+            is_weight = kind is nn.Parameter or (
+                kind is Tensor and leaf.is_leaf and leaf.requires_grad
+            )
+            if is_weight and id(leaf) not in self._known:
+                self.error = self.error or outside(leaf)
+        return func(*args, **(kwargs or {}))
 
 
 def _hold_dtype(gm: fx.GraphModule) -> None:

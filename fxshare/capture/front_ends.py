@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxshare.base.progress import stage
 from fxshare.capture.adapted import adapt
-from fxshare.capture.call import Shapes, vary
+from fxshare.capture.call import Call, Shapes, vary
 from fxshare.capture.captured import Captured, FrontEnd, Mode
 from fxshare.capture.check import Original, described, erase_guards, guard_nodes, relax, self_check
 from fxshare.capture.contract import Contract
@@ -20,10 +20,13 @@ from fxshare.capture.example import example_call, hooks_of
 from fxshare.capture.exported import export
 from fxshare.capture.faithful import Trainable, check_faithful, modules_show
 from fxshare.capture.modules import linears_side_by_side
+from fxshare.capture.ranges import export_notes, relax_lengths
 from fxshare.capture.signature import check_model_names
 from fxshare.capture.steered import SteeringDiffers
+from fxshare.capture.switches import SWITCH
 from fxshare.capture.tracing.trace import trace
 from fxshare.errors import CaptureError
+from fxshare.models.traits import context_of
 from passes import linear_calls, lookups, structure_copy
 
 _LOG = logging.getLogger(__name__)
@@ -92,6 +95,9 @@ def _captured(
     run = Original(adapted.reference)
     call, fills_mask = example_call(model, example, run)
     shapes = vary(call, run.works)
+    if SWITCH in call and shapes.other is None and not run.works(shapes.base):
+        call = {name: value for name, value in call.items() if name != SWITCH}  # our idea
+        shapes = vary(call, run.works)
     if run.refusal is not None and shapes.other is None and not run.works(shapes.base):
         raise CaptureError(
             f"{type(model).__name__} does not accept the example call "
@@ -104,7 +110,7 @@ def _captured(
         try:
             contract = Contract.of(model, shapes.base, fills_mask=fills_mask)
             traced = _traced(adapted.traced, shapes, front_end, contract)
-            found = _checked(traced, run, needs, relaxed, failures, start)
+            found = _checked(traced, run, call, needs, relaxed, failures, start)
             checked = check_faithful(found, adapted.reference, trainable, keep_eval=not elsewhere)
             found = replace(found, notes=(*found.notes, *checked))
         except CaptureError as error:
@@ -185,6 +191,7 @@ def _traced(model: nn.Module, shapes: Shapes, front_end: FrontEnd, contract: Con
 def _checked(
     captured: Captured,
     run: Original,
+    given: Call,
     needs: Sequence[str],
     relaxed: Sequence[int] | None,
     failures: Sequence[str],
@@ -203,7 +210,12 @@ def _checked(
         depth = len(linear_calls(gm))
         if relaxed is None:
             relaxed = relax(gm, run, shapes, depth)
+            relaxed = relax_lengths(
+                gm, run, shapes, given, relaxed, depth, context_of(captured.model)
+            )
         error = self_check(gm, run, shapes, relaxed, depth)
+        if captured.front_end == "export":
+            notes = (*notes, *export_notes(gm, run, shapes, depth))
     erase_guards(gm, relaxed or ())
     if not shapes.sequence:
         notes = (*notes, "only the batch size is known to vary")

@@ -24,8 +24,8 @@ from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, wors
 from fxshare.capture.call import Call, Shapes, resized, tensors
 from fxshare.capture.captured import quiet
 from fxshare.capture.steered import SteeringDiffers, eval_only, set_training
+from fxshare.capture.tracing.factories import TRACE_LOCK
 from fxshare.capture.tracing.functions import without_reentrant_checkpoints
-from fxshare.capture.tracing.tracer import TRACE_LOCK
 from fxshare.errors import GuardError
 from passes.graph.graph import structure_copy
 

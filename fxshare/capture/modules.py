@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxshare.errors import CaptureError
+from passes.graph.closures import rebind
 from passes.graph.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
 from passes.graph.names import unwritable
 from passes.graph.slices import Slice, rows_of, set_slices, slice_weight, slices
@@ -111,6 +112,7 @@ def put_back(
     # the pieces hold views of the source's weights and biases
     rewritten = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
     result = structure_copy(_without(model, sites), clone_parameters=copy)
+    empty = {name: result.get_submodule(name) for name in sites}
     (output,) = (node for node in rewritten.graph.nodes if node.op == "output")
     results: Any = output.args[0]
     places: dict[str, Slice] = {}
@@ -130,6 +132,8 @@ def put_back(
         for gather, order in gathers(rewritten).items():
             if hasattr(piece, gather):
                 derived[f"{name}.{gather}"] = order
+    # what reaches a site through a list or a closure has the empty one
+    rebind(result, {id(empty[name]): result.get_submodule(name) for name in sites})
     holder = result.__dict__.setdefault("meta", {})
     holder["slices"] = places
     set_gathers(result, derived)
@@ -139,8 +143,10 @@ def put_back(
 def _without(model: nn.Module, sites: list[str]) -> nn.Module:
     """The model with the sites' modules replaced by empty ones, so their weights are not copied."""
     shared = structure_copy(model, clone_buffers=False)
+    full = {name: shared.get_submodule(name) for name in sites}
     for name in sites:
         shared.set_submodule(name, nn.Module())
+    rebind(shared, {id(full[name]): shared.get_submodule(name) for name in sites})
     return shared
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxshare.capture import quiet
 from fxshare.capture.signature import method_taking
-from fxshare.capture.tracing.tracer import failing_line
+from fxshare.capture.tracing.lines import failing_line
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import plain
 from fxshare.exporting.subject import Subject

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.errors import NameFault, RequiresError
+from passes.graph.closures import rebind
 from passes.graph.names import shortened, unwritable
 from passes.graph.operands import operand_of, product_of
 
@@ -211,8 +212,9 @@ def structure_copy(
     """A copy of the module tree whose parameters are the *same tensors*.
 
     Buffers are cloned by default: batch norm and position caches write into them in ``forward``,
-    and the original must stay as it is. Ties between parameters stay ties. ``memo`` says by ``id``
-    what other things to put in place of tensors.
+    and the original must stay as it is. Ties between parameters stay ties. A function that a module
+    keeps, such as a ``forward`` that was put on it, reaches the copy's modules where it reached the
+    original's. ``memo`` says by ``id`` what other things to put in place of tensors.
     """
     known: dict[int, object] = {}
     if not clone_parameters:
@@ -222,7 +224,10 @@ def structure_copy(
         for _, buffer in module.named_buffers(remove_duplicate=False):
             known[id(buffer)] = buffer
     known.update(memo or {})
-    return copy.deepcopy(module, known)
+    result = copy.deepcopy(module, known)
+    copies = {id(part): known.get(id(part)) for part in module.modules()}
+    rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
+    return result
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:

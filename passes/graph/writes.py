@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,22 +14,23 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from passes.graph.graph import is_linear
 
-_IN_PLACE_OPERATORS = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.imod,
-        operator.ipow,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-        operator.imatmul,
-        operator.setitem,
-    }
-)
+# each with the operator that makes a new tensor of the same numbers
+AUGMENTED: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+    operator.imatmul: operator.matmul,
+}
+_IN_PLACE_OPERATORS = frozenset({*AUGMENTED, operator.setitem})
 _ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 # these may hand back their input or a view of it, and their schemas do not say so
 _UNANNOTATED = frozenset(
@@ -70,17 +73,43 @@ def is_written(node: fx.Node) -> bool:
 
     Errs on the side of yes: an operation that is not known to make a new tensor counts as a view.
     """
+    return any(is_in_place(user) for at in sharing_memory(node) for user in _writing(at))
+
+
+def sharing_memory(node: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:
+    """The nodes whose values may share memory with that of ``node``, which is one of them.
+
+    Errs as :func:`is_written`. ``without`` is taken for a node that makes a new tensor.
+    """
     seen, stack = {node}, [node]
     while stack:
         at = stack.pop()
-        if any(is_in_place(user) for user in at.users):
-            return True
-        aliases = [user for user in at.users if may_alias(user)]
-        if may_alias(at):
-            aliases += at.all_input_nodes
+        aliases = [user for user in at.users if user is not without and at in _aliased(user)]
+        if at is not without:
+            aliases += _aliased(at)
         stack += [alias for alias in aliases if alias not in seen]
         seen.update(aliases)
-    return False
+    return seen
+
+
+def _writing(node: fx.Node) -> list[fx.Node]:
+    """The users that write into ``node``, if they write at all: not those that have it as what
+    they write."""
+    return [
+        user
+        for user in node.users
+        if user.target not in _IN_PLACE_OPERATORS or user.args[0] is node
+    ]
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the result may share memory with."""
+    if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+        written = node.args[0]
+        if node.target is operator.setitem or not isinstance(written, fx.Node):
+            return []
+        return [written]
+    return node.all_input_nodes if is_in_place(node) or may_alias(node) else []
 
 
 class Written(dict[fx.Node, bool]):
@@ -122,7 +151,7 @@ def may_alias(node: fx.Node) -> bool:
     if schema is not None:
         return _aliases(schema)
     if getattr(node.target, "__module__", "") == "_operator":
-        return node.target is operator.getitem or node.target in _IN_PLACE_OPERATORS
+        return node.target is operator.getitem
     return _returns_view(getattr(node.target, "__name__", ""))
 
 

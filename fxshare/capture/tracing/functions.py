@@ -60,10 +60,10 @@ def kept_functions(tracer: ValueTracer) -> Iterator[None]:
     def apply(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, fx.Proxy))
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
-        if cls is CheckpointFunction and (traced or tracer.is_tracing):
+        if cls is CheckpointFunction and (traced or not tracer.passes_by):
             run, _, *rest = args  # the same numbers and gradients; what differs is the memory
             return run(*rest)
-        if traced and tracer.is_tracing:
+        if traced and not tracer.passes_by:
             return _recorded(tracer, cls, args)
         return original.__get__(None, cls)(*args, **kwargs)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from fxshare.capture.tracing.align import StructureDiffers
-from fxshare.capture.tracing.tracer import TRAINING
+
+_TRAINING = "training"  # where the meta of a leaf's call has the modes of the modules in the leaf
+
+
+def note_modes(node: fx.Node, module: nn.Module) -> None:
+    """Note at the call of a leaf what the model's own ``train`` or ``forward`` made of its mode."""
+    if _TRAINING not in node.meta:  # a container hands on what its last leaf gave
+        parts = module.named_modules(prefix=str(node.target))
+        node.meta[_TRAINING] = {name: part.training for name, part in parts}
 
 
 def held_modes(graph: fx.Graph, trained: fx.Graph | None) -> dict[str, tuple[bool, bool]]:
@@ -17,9 +25,9 @@ def held_modes(graph: fx.Graph, trained: fx.Graph | None) -> dict[str, tuple[boo
     found: dict[str, tuple[bool, bool]] = {}
     others = graph.nodes if trained is None else trained.nodes
     for node, twin in zip(graph.nodes, others, strict=True):
-        evaluated = node.meta.get(TRAINING, {})
+        evaluated = node.meta.get(_TRAINING, {})
         training = (
-            dict.fromkeys(evaluated, True) if trained is None else twin.meta.get(TRAINING, {})
+            dict.fromkeys(evaluated, True) if trained is None else twin.meta.get(_TRAINING, {})
         )
         for name, mode in evaluated.items():
             both = mode, training[name]

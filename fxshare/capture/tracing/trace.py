@@ -33,8 +33,11 @@ from fxshare.capture.tracing.dtypes import (
     other_dtype,
     switches_for,
 )
+from fxshare.capture.tracing.factories import traced_factories
 from fxshare.capture.tracing.functions import kept_functions
 from fxshare.capture.tracing.held import held_modes
+from fxshare.capture.tracing.kept import Kept
+from fxshare.capture.tracing.lines import failing_line
 from fxshare.capture.tracing.regions import (
     OTHERS,
     PLAIN,
@@ -43,8 +46,9 @@ from fxshare.capture.tracing.regions import (
     keep_modes,
     own_modes,
 )
-from fxshare.capture.tracing.tracer import Guard, ValueTracer, failing_line, traced_factories
+from fxshare.capture.tracing.tracer import Guard, ValueTracer
 from fxshare.capture.tracing.values import fake_mode
+from fxshare.capture.tracing.writing import without_aliases
 from fxshare.errors import CaptureError
 from passes.errors import FxShareError
 from passes.graph.graph import structure_copy
@@ -189,10 +193,30 @@ def trace_once(
 ) -> tuple[fx.Graph, list[Guard]]:
     """One trace of ``root``, which it changes; ``objects`` names inputs that are not tensors, such
     as a cache. Raises :class:`CaptureError` with the model's own line where tracing failed."""
-    inputs = [name for name, value in call.items() if holds_tensor(value) or name in objects]
-    constants = {name: value for name, value in call.items() if name not in inputs}
-    tracer = ValueTracer({name: call[name] for name in inputs}, mode, around)
+    before = set(vars(root))
+    tracer = ValueTracer(_inputs(call, objects), mode, around)
+    try:
+        return _traced(root, call, tracer, training, around)
+    except CaptureError:
+        if not tracer.wrote_constant:
+            raise
+    for name in set(vars(root)) - before:  # where fx put the constants of the first try
+        delattr(root, name)
+    tracer = ValueTracer(_inputs(call, objects), mode, around, nodes_of_constants=True)
+    return _traced(root, call, tracer, training, around)
+
+
+def _inputs(call: Call, objects: Container[str]) -> dict[str, Any]:
+    return {n: value for n, value in call.items() if holds_tensor(value) or n in objects}
+
+
+def _traced(
+    root: nn.Module, call: Call, tracer: ValueTracer, training: bool, around: Around
+) -> tuple[fx.Graph, list[Guard]]:
+    inputs = list(tracer.inputs)
+    constants = {name: value for name, value in call.items() if name not in tracer.inputs}
     root.train(training)
+    kept = Kept(root)
     with (
         explicit_forward(root, inputs, constants),
         traced_factories(tracer),
@@ -211,6 +235,14 @@ def trace_once(
                 f"tracing {type(root).__mro__[1].__name__} failed at {failing_line(error)}, after "
                 f"{last}: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            replaced = kept.restore()
+    if replaced is not None:
+        raise CaptureError(
+            f"forward replaces {replaced}, a buffer of {type(root).__name__}, by what it computes: "
+            "a graph would forget it from one call to the next. Write into it (copy_) instead"
+        )
+    without_aliases(graph, root)
     return graph, list(tracer.guards.values())
 
 
@@ -224,7 +256,7 @@ def explicit_forward(
     (``co_varnames is too small``), and constants must not become inputs.
     """
     original = type(root)
-    own = vars(root).pop("forward", None)  # a functools.partial of it, say
+    own = vars(root).pop("forward", None)  # one that was put on the model
 
     def call(self: nn.Module, **given: Any) -> Any:
         if own is not None:

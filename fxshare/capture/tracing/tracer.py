@@ -6,23 +6,26 @@ the mask code of transformers just run; each branch that was taken is recorded a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import sys
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from fxshare.capture.containers import holds_tensor
+from fxshare.capture.tracing.constants import (
+    outside,
+    plain_number,
+)
+from fxshare.capture.tracing.held import note_modes
+from fxshare.capture.tracing.lines import model_line
 from fxshare.capture.tracing.multihead import attend, can_attend
 from fxshare.capture.tracing.regions import (
     FLOATING,
@@ -33,12 +36,13 @@ from fxshare.capture.tracing.regions import (
     seen,
 )
 from fxshare.capture.tracing.values import FakeValues, changes_in_place
+from fxshare.capture.tracing.writing import PLAIN as AS_PLAIN
+from fxshare.capture.tracing.writing import as_operator, written
 from fxshare.errors import CaptureError
 from passes.graph.graph import is_linear
+from passes.graph.writes import AUGMENTED
 
-NumberT = TypeVar("NumberT", bool, int, float)
-# these take plain numbers and do not dispatch on a Proxy
-_FACTORIES = ("arange", "ones", "zeros", "full", "empty", "tensor")
+NumberT = TypeVar("NumberT", bool, int, float, str)
 # of a cache: what it is, and not what is in it; but whether it has the keys of cross attention,
 # which the models set as they go, decides about the path too
 _LAYOUT = frozenset({"is_sliding", "is_linear", "is_dummy", "is_compileable", "is_updated"})
@@ -51,10 +55,6 @@ _CONTAINERS = (
     nn.TransformerDecoderLayer,
     nn.MultiheadAttention,
 )
-TRAINING = "training"
-"""Where the ``meta`` of a leaf's call has the modes of the leaf and the modules in it."""
-# tracing swaps torch's factories and fx swaps nn.Module.__call__: one trace at a time
-TRACE_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Guard:
     """A value that decided which path was traced: ``node`` gave ``value`` at ``where``."""
 
     node: fx.Node
-    value: bool | int | float
+    value: bool | int | float | str
     where: str
 
 
@@ -103,6 +103,28 @@ class ValueProxy(fx.Proxy):
     @property
     def device(self) -> Any:
         return self._node_of("device")
+
+    # whether x.device.type == "cuda" is asked at run time; a model on meta stands for a real one
+    def __eq__(self, other: object) -> Any:
+        if isinstance(self._known, str) and other == "meta":
+            return False
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        if isinstance(self._known, str) and other == "meta":
+            return True
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+
+    # names = {"cpu": ...}; names[x.device.type] finds it, and asks whether it is equal
+    def __hash__(self) -> int:
+        return hash(self._known) if isinstance(self._known, str) else id(self)
+
+    def __str__(self) -> str:
+        if not isinstance(self._known, (str, torch.device)):
+            return repr(self)
+        proxy = self.tracer.create_proxy("call_function", str, (self,), {})
+        assert isinstance(proxy, ValueProxy)
+        return self.tracer.guard(proxy, str(self._known), "the text")
 
     @property
     def dtype(self) -> Any:
@@ -155,6 +177,14 @@ class ValueProxy(fx.Proxy):
     def __contains__(self, key: object) -> bool:
         return key in self._known
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(self._known, Tensor):
+            raise CaptureError(
+                f"the model puts an item into a {type(self._known).__name__} ({self.node.name}) at "
+                f"{model_line()}: only items of tensors can be written in a graph"
+            )
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     @property
     def keys(self) -> Any:
         found = self._known.keys  # of a mapping a method, of a cache's layer a tensor
@@ -178,6 +208,20 @@ class ValueProxy(fx.Proxy):
         return super().__getattr__(name)
 
 
+def _augmented(in_place: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: ValueProxy, other: Any) -> Any:
+        if not isinstance(self._known, Tensor):
+            return NotImplemented  # a size: Python adds instead
+        return self.tracer.augment(self, other, in_place)
+
+    return method
+
+
+for _in_place in AUGMENTED:
+    if _in_place is not operator.imatmul:  # tensors have none
+        setattr(ValueProxy, f"__{_in_place.__name__}__", _augmented(_in_place))
+
+
 class ValueTracer(fx.Tracer):
     """Traces a model on the values of one example call; see :class:`ValueProxy`."""
 
@@ -188,9 +232,15 @@ class ValueTracer(fx.Tracer):
         values: Mapping[str, Any],
         mode: FakeTensorMode | None = None,
         around: Around = PLAIN,
+        *,
+        nodes_of_constants: bool = False,
     ) -> None:
+        """``nodes_of_constants``: what the model makes of numbers alone is a node too."""
         super().__init__(param_shapes_constant=False)
         self._around = around
+        self.inputs = values
+        self.nodes_of_constants = nodes_of_constants
+        self.wrote_constant = False
         self.guards: dict[tuple[fx.Node, str], Guard] = {}
         self._values = FakeValues(values, mode)
         self._computing = False
@@ -221,6 +271,8 @@ class ValueTracer(fx.Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> fx.Proxy:
+        kind, target = as_operator(kind, target)
+        self._check_written(written(kind, target, args, kwargs))
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         if isinstance(proxy, ValueProxy):
             was, self._computing = self._computing, True
@@ -249,6 +301,37 @@ class ValueTracer(fx.Tracer):
             node.meta[KEY] = seen()
         return node
 
+    def augment(self, changed: ValueProxy, other: Any, op: Callable[..., Any]) -> Any:
+        """The node of ``changed += other``; it remembers whether ``changed + other`` is alike."""
+        plain = AUGMENTED[op]
+        proxy: Any = self.create_proxy(
+            "call_function", op, (changed, other), {}, name=plain.__name__
+        )
+        was, self._computing = self._computing, True
+        try:
+            given = [x._known if isinstance(x, ValueProxy) else x for x in (changed, other)]
+            new, found = self._values.of(self.root, "call_function", plain, given, {}), proxy._known
+            alike = new.shape == found.shape and new.dtype == found.dtype
+        except Exception:  # the operator in place knows better what is wrong
+            alike = False
+        finally:
+            self._computing = was
+        if alike:
+            proxy.node.meta[AS_PLAIN] = plain
+        return proxy
+
+    def _check_written(self, target: Any) -> None:
+        if not isinstance(target, Tensor) or isinstance(target, fx.Proxy):
+            return
+        kept = self.tensor_attrs.get(target, "_tensor_constant")  # by the model, or by this trace
+        made = str(kept).startswith("_tensor_constant")
+        self.wrote_constant = made and not self.nodes_of_constants
+        raise CaptureError(
+            f"the model writes into a tensor {tuple(target.shape)} at {model_line()} that is "
+            "neither a buffer nor made by the call: a graph would keep what one call wrote for "
+            "the next. Register it (register_buffer), or make it of the call's tensors"
+        )
+
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         changes = changes_in_place(kind, target, kwargs)
 
@@ -266,6 +349,9 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
+        if isinstance(a, Tensor) and a.requires_grad and self._name_of(a) is None:
+            raise outside(a)
+        a = plain_number(a)
         if isinstance(a, dict) and type(a) is not dict and hasattr(type(a), "to_tuple"):
             # transformers' ModelOutput, a dict and a dataclass at once
             fields = {name: self.create_arg(value) for name, value in a.items()}
@@ -276,101 +362,41 @@ class ValueTracer(fx.Tracer):
     # parameter would be traced again, without end. fx's hooks are global: what another thread runs
     # meanwhile is none of our business.
     @property
-    def is_tracing(self) -> bool:
-        """Whether what runs now is the model, in the thread of the trace."""
-        return not self._passes_by
-
-    @property
-    def _passes_by(self) -> bool:
+    def passes_by(self) -> bool:
+        """Whether what runs now is not to be traced."""
         return self._computing or threading.get_ident() != self._thread
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._passes_by:
+        if self.passes_by:
             return forward(*args, **kwargs)
         if isinstance(m, nn.MultiheadAttention) and can_attend(m):
             forward = functools.partial(attend, m)
+        if m not in (self.submodule_paths or ()):  # made in forward, or kept in a list or a closure
+            return forward(*args, **kwargs)
         found = super().call_module(m, forward, args, kwargs)
-        made = type(found) is ValueProxy and found.node.op == "call_module"
-        if made and TRAINING not in found.node.meta:  # a container hands on what its last leaf gave
-            # what the model's own train() or forward() made of it, at the time of the call
-            parts = m.named_modules(prefix=str(found.node.target))
-            found.node.meta[TRAINING] = {name: part.training for name, part in parts}
+        if type(found) is ValueProxy and found.node.op == "call_module":
+            note_modes(found.node, m)
         return found
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._passes_by:
+        if self.passes_by:
             return attr_val
         if not isinstance(attr_val, Tensor):
             return attr_val
-        # fx goes through all parameters of the model at every read of one
-        if self._names is None:
-            named = (*self.root.named_parameters(), *self.root.named_buffers())
-            self._names = {id(tensor): (name, tensor) for name, tensor in reversed(named)}
-        name, tensor = self._names.get(id(attr_val), ("", None))
-        if tensor is not attr_val:
+        name = self._name_of(attr_val)
+        if name is None:
+            if isinstance(attr_val, nn.Parameter):
+                raise outside(attr_val)
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
-
-@contextlib.contextmanager
-def traced_factories(tracer: ValueTracer) -> Iterator[None]:
-    """Route ``torch.arange`` and its like through the tracer; always restored, under the lock."""
-    with TRACE_LOCK:
-        originals = {name: getattr(torch, name) for name in _FACTORIES}
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        # the fused encoder kernel would hide the linears inside it
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            for name, original in originals.items():
-                setattr(torch, name, _routed(tracer, original))
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(torch, name, original)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _routed(tracer: ValueTracer, original: Callable[..., Any]) -> Callable[..., Any]:
-    def factory(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, fx.Proxy))
-        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-            return tracer.create_proxy("call_function", original, args, kwargs)
-        return original(*args, **kwargs)
-
-    return factory
-
-
-_NOT_MODEL = ("torch", "fxshare.capture", "contextlib", "passes", "importlib", "transformers.utils")
-
-
-def _is_model_code(module: str, filename: str) -> bool:
-    outside = any(module == name or module.startswith(f"{name}.") for name in _NOT_MODEL)
-    return not outside and not filename.startswith("<")
-
-
-def model_line() -> str:
-    """``module:line`` of the innermost frame that is the model's own code.
-
-    The module and not the file, because the text stays in the graph and travels with it.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if _is_model_code(module, frame.f_code.co_filename):
-            return f"{module}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "an unknown line"
-
-
-def failing_line(error: BaseException) -> str:
-    """``file.py:line`` of the innermost frame of the model's own code in a traceback."""
-    found = "an unknown line"
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if _is_model_code(trace.tb_frame.f_globals.get("__name__", ""), code.co_filename):
-            found = f"{code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
+    def _name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer of the model."""
+        # fx goes through all parameters of the model at every read of one
+        if self._names is None:
+            named = (*self.root.named_parameters(), *self.root.named_buffers())
+            self._names = {id(tensor): (name, tensor) for name, tensor in reversed(named)}
+        name, found = self._names.get(id(tensor), ("", None))
+        return name if found is tensor else None

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxshare.capture.containers import mapped
 from passes.graph.graph import is_linear, weight_and_bias
+from passes.graph.writes import AUGMENTED
 
 _PLAIN = (getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 _GROUPED = (torch._grouped_mm, nn.functional.grouped_mm)
@@ -22,8 +24,10 @@ _LITERALS = frozenset(
 
 
 def fake_mode() -> FakeTensorMode:
-    """A mode to trace in."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """A mode to trace in. What a mask takes out has a size without a number: whoever asks for it
+    gets an error, and ``y[mask] *= 2`` does not ask."""
+    sizes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
 
 
 class FakeValues:
@@ -57,12 +61,17 @@ class FakeValues:
         if not isinstance(value, FakeTensor):
             return value
         with self._mode, torch.no_grad():
-            return value.detach()
+            twin = value.detach()
+        assert isinstance(twin, FakeTensor)
+        twin.constant = None  # its numbers are about to change
+        return twin
 
     def of(self, root: nn.Module, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """The value of a node of ``root`` whose arguments have the values ``args``, ``kwargs``."""
         if kind == "get_attr":
             return self.fake(operator.attrgetter(target)(root))
+        if target is operator.setitem:  # sizes stay, and a mask says of no size what it takes
+            return None
         if kind == "call_function" and target in _PLAIN and not isinstance(args[0], Tensor):
             return target(*args, **kwargs)  # numbers and sizes, which no mode has a say in
         module = root.get_submodule(target) if kind == "call_module" else None
@@ -106,9 +115,9 @@ def _grouped(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def changes_in_place(kind: str, target: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a node is one of torch's operations in place, such as ``unsqueeze_``, or writes
-    into ``out``."""
-    if "out" in kwargs:
+    """Whether a node is one of torch's operations in place, such as ``unsqueeze_``, or ``+=``, or
+    writes into ``out``."""
+    if "out" in kwargs or (kind == "call_function" and target in AUGMENTED):
         return True
     if kind == "call_method":
         name = str(target)
@@ -205,6 +214,8 @@ def _like_tensor(value: FakeTensor) -> object:
     # a constant is known by its numbers, and a view of a complex tensor by more than its strides
     plain = value.constant is None and value.layout is torch.strided
     if not plain or value.is_complex() or value.is_neg():
+        raise _UnlikeAnyError
+    if not all(isinstance(size, int) for size in value.shape):
         raise _UnlikeAnyError
     place = (value.dtype, value.device, value.requires_grad, value.storage_offset())
     return (value.shape, value.stride(), *place)

@@ -14,6 +14,7 @@ from fxshare.capture.guards import Default, hold_arguments, hold_form
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import leaves, refilled
 from fxshare.exporting.subject import Subject
+from passes.graph.uses import is_impure
 
 
 def closed_graph(subject: Subject) -> fx.GraphModule:
@@ -35,7 +36,7 @@ def closed_graph(subject: Subject) -> fx.GraphModule:
             _fold_switch(gm, node)
         if node.op == "output":
             node.args = (_plain(node.args[0]),)
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
     gm.graph.lint()
     gm.recompile()
     return gm
