@@ -20,10 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from fxshare.capture.containers import holds_tensor
-from fxshare.capture.tracing.constants import (
-    outside,
-    plain_number,
-)
+from fxshare.capture.tracing.constants import outside, plain_number
 from fxshare.capture.tracing.held import note_modes
 from fxshare.capture.tracing.lines import model_line
 from fxshare.capture.tracing.multihead import attend, can_attend
