@@ -28,7 +28,7 @@ from passes.errors import FxShareError
 # (tokens of each row, new tokens of each step): an empty cache, one with something in it, one
 # token alone; rows of different length, and one row alone. Each case has padding, because code that
 # finds none leaves the mask out
-_CASES = (((9, 6), (5, 3, 1)), ((5,), (4, 1, 1)))
+CASES = (((9, 6), (5, 3, 1)), ((5,), (4, 1, 1)))
 
 
 def check_program(program: Program, gm: nn.Module, shell: nn.Module) -> float:
@@ -41,14 +41,17 @@ def check_program(program: Program, gm: nn.Module, shell: nn.Module) -> float:
     """
     broken: set[int] = set()
     error = 0.0
-    for rows, splits in _CASES:
+    for rows, splits in CASES:
         error = max(error, compare(_compared(program, gm, shell, rows, splits, broken), gm))
     let_go(program, broken)
     return error
 
 
-def compare(pairs: Iterable[tuple[Tensor, Tensor]], gm: nn.Module) -> float:
-    """The largest relative difference of what was found from what was expected.
+def compare(
+    pairs: Iterable[tuple[Tensor, Tensor]], gm: nn.Module, what: str = "the plain graph"
+) -> float:
+    """The largest relative difference of what was found from what was expected, which is that of
+    ``what``.
 
     Raises :class:`CaptureError` where rounding does not explain it.
     """
@@ -58,7 +61,7 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], gm: nn.Module) -> float:
         distance = worst(expected, found)
         if not distance.relative <= limit:
             raise CaptureError(
-                "self-check: the graph with a cache differs from the plain graph by "
+                f"self-check: the graph with a cache differs from {what} by "
                 f"{beyond_rounding(distance, limit)}"
             )
         error = max(error, distance.relative)
@@ -83,11 +86,8 @@ def _compared(
     """The logits ``(tokens, vocabulary)`` of each row in each step, by the plain graph and by this
     one; without those of padding."""
     config: Any = shell.config
-    vocabulary = config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    length, device = sum(splits), device_of(gm)
-    ids = torch.randint(vocabulary, (len(rows), length), generator=generator).to(device)
-    mask = torch.stack([torch.arange(length) >= length - n for n in rows]).long().to(device)
+    length = sum(splits)
+    ids, mask = tokens_of(gm, shell, rows, length)
     # a batch of one may be what a guard of the plain graph refuses
     whole = evaluated(gm, False)
     plain = [_plain(whole, r[length - n :].expand(2, n))[0] for r, n in zip(ids, rows, strict=True)]
@@ -103,6 +103,18 @@ def _compared(
             first = max(at - min(kept, new), length - n)
             if first < at:
                 yield expected[first - length + n : at - length + n], row[-(at - first) :]
+
+
+def tokens_of(
+    gm: nn.Module, shell: nn.Module, rows: tuple[int, ...], length: int
+) -> tuple[Tensor, Tensor]:
+    """Random tokens ``(B, T)`` and their mask, of rows of these lengths, padded on the left."""
+    config: Any = shell.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (len(rows), length), generator=generator)
+    mask = torch.stack([torch.arange(length) >= length - n for n in rows]).long()
+    return ids.to(device_of(gm)), mask.to(device_of(gm))
 
 
 def run_unguarded(

@@ -34,7 +34,7 @@ def check_encoder(program: Program, gm: nn.Module) -> float:
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(len(record_of(gm).inputs)):
             source = source_like(gm, program.kind, number)
-            ids = torch.ones(_sizes(gm, number), dtype=torch.long, device=device_of(gm))
+            ids = torch.ones(sizes_of(gm, number), dtype=torch.long, device=device_of(gm))
             expected = _plain(whole, source, ids)[_ENCODED]
             call = {**source, **dict(program.kind.constants)}
             found = run_unguarded(program, gm, call, broken, "last_hidden_state")
@@ -82,17 +82,9 @@ def _compared(
     one alone where that is the graph to be checked."""
     config: Any = shell.config
     source = source_like(gm, program.kind, number)
-    rows, length = _sizes(gm, number)
-    # of one token and of several, in either order; the plain graph gets all at once
-    steps = (1, 1, max(length - 2, 1)) if few_first else (max(length - 4, 1), 3, 1)
-    vocabulary = config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(vocabulary, (rows, length), generator=generator)
-    # some count positions by what is not padding, and there is none between tokens
-    ids = torch.where(ids == config.pad_token_id, (ids + 1) % vocabulary, ids)
-    if config.decoder_start_token_id is not None:
-        ids[:, 0] = config.decoder_start_token_id
-    ids = ids.to(device_of(gm))
+    rows, length = sizes_of(gm, number)
+    steps = steps_of(length, few_first)  # the plain graph gets all at once
+    ids = target_of(gm, shell, rows, length, number)
     plain = _plain(whole, source, ids)
     given = {ENCODED: plain[_ENCODED]} | {n: t for n, t in source.items() if n == MASK}
     assert program.kind.cache is not None
@@ -110,7 +102,32 @@ def _compared(
         yield plain["logits"][:, at - logits.shape[1] : at], logits
 
 
-def _sizes(gm: nn.Module, number: int) -> tuple[int, int]:
+def steps_of(length: int, few_first: bool) -> tuple[int, ...]:
+    """New tokens of each step: of one and of several, in either order."""
+    return (1, 1, max(length - 2, 1)) if few_first else (max(length - 4, 1), 3, 1)
+
+
+def target_of(gm: nn.Module, shell: nn.Module, rows: int, length: int, seed: int) -> Tensor:
+    """Random tokens ``(B, T)`` for the decoder, as a generation has them: the start token first."""
+    config: Any = shell.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    # some count positions by what is not padding, and there is none between tokens
+    ids = torch.where(ids == config.pad_token_id, (ids + 1) % vocabulary, ids)
+    if config.decoder_start_token_id is not None:
+        ids[:, 0] = config.decoder_start_token_id
+    return ids.to(device_of(gm))
+
+
+def encoded_by(own: Any, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the decoder reads of an input of the encoder, made by the model's own code."""
+    with quiet(), torch.no_grad():
+        made: Tensor = own.get_encoder()(**source).last_hidden_state
+    return {ENCODED: made} | {n: t for n, t in source.items() if n == MASK}
+
+
+def sizes_of(gm: nn.Module, number: int) -> tuple[int, int]:
     """Rows and tokens of the decoder in example ``number``."""
     inputs = record_of(gm).inputs[number]
     for name in ("decoder_input_ids", *sorted(LABELS)):
@@ -151,4 +168,4 @@ def _plain(whole: nn.Module, source: Mapping[str, Tensor], ids: Tensor) -> Mappi
     return output
 
 
-__all__ = ["check_decoder", "check_encoder"]
+__all__ = ["check_decoder", "check_encoder", "encoded_by", "sizes_of", "steps_of", "target_of"]

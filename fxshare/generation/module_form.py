@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fxshare.capture import device_of, dtype_of
 from fxshare.capture.modules import linears_side_by_side, put_back
 from fxshare.factors.empty import empty_factors
 from fxshare.generation.factored_embedding import factored
-from fxshare.models.structure import structure_of, tensors_by_name
+from fxshare.generation.multiplied_out import held_by, put_multiplied_out
+from fxshare.generation.unread import is_never_read, never_read
+from fxshare.models.structure import structure_of, tensors_by_name, without_values
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
 from fxshare.result.products import slices_of
 from fxshare.rewriting.lowering import readable
 from fxshare.rewriting.rewrite import rewrite
-from passes import derive_gathers, derived_buffers, is_embedding, is_linear, weight_and_bias
+from fxshare.sites.site import Site
+from passes import derive_gathers, derived_buffers, weight_and_bias
 from passes.errors import FxShareError
 from passes.graph.slices import Slice, rows_of
 
@@ -34,17 +38,20 @@ def module_form(gm: nn.Module) -> nn.Module:
         raise FxShareError(
             f"{type(gm).__name__} is not the graph of a transformers model, whose class can run it"
         )
-    _check_linears(structure.model, record.plan)
     if record.lowered is not None:
         gm = readable(gm)
     places = slices_of(gm)
     plan = _of_linears(record.plan)
+    linears = linears_side_by_side(structure.model)
+    called = (str(node.target) for node in linears.graph.nodes if node.op == "call_module")
+    inside, outside = held_by(plan.sites, called)
+    plan = _part(plan, inside)
     groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
     # what lowering multiplied out is one weight now
     groups = [g for g in groups if all(places[name].basis for name in g.coefficients)]
     names = {group.name for group in groups}
     rewritten, _ = rewrite(
-        linears_side_by_side(structure.model),
+        linears,
         plan,
         groups,
         False,
@@ -53,12 +60,14 @@ def module_form(gm: nn.Module) -> nn.Module:
     )
     sites = [call for site in plan.sites for call in site.calls]
     result = put_back(structure.model, rewritten, sites, copy=False)
+    known = tensors_by_name(gm, structure.model)
     with torch.no_grad():
         _put_embeddings(result, gm, record.plan)
         filled: set[int] = set()
         for name, place in slices_of(result).items():
             _fill_slice(result, place, gm, places[name], filled)
-        _fill_by_name(result, gm, tensors_by_name(gm, structure.model), filled)
+        put_multiplied_out(result, gm, outside, known)
+        result.__dict__["unread"] = _fill_by_name(result, gm, known, filled)
     derive_gathers(result)
     result.__dict__["fxshare"] = record
     return result.train(gm.training)
@@ -66,13 +75,16 @@ def module_form(gm: nn.Module) -> nn.Module:
 
 def _of_linears(plan: Plan) -> Plan:
     """The plan without what is looked up: a head that is tied to an embedding is a linear here."""
-    sites = tuple(s.model_copy(update={"lookups": ()}) for s in plan.sites if s.calls)
+    return _part(plan, [s.model_copy(update={"lookups": ()}) for s in plan.sites if s.calls])
+
+
+def _part(plan: Plan, sites: Sequence[Site]) -> Plan:
     there = {s.name for site in sites for s in site.slices}
     groups = []
     for group in plan.groups:
         names = tuple(name for name in group.slices if name in there)
         groups += [group.model_copy(update={"slices": names})] if names else []
-    return plan.model_copy(update={"sites": sites, "groups": tuple(groups)})
+    return plan.model_copy(update={"sites": tuple(sites), "groups": tuple(groups)})
 
 
 def _put_embeddings(result: nn.Module, gm: nn.Module, plan: Plan) -> None:
@@ -85,20 +97,6 @@ def _put_embeddings(result: nn.Module, gm: nn.Module, plan: Plan) -> None:
             embedding = result.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             result.set_submodule(name, factored(embedding, rows, basis))
-
-
-def _check_linears(model: nn.Module, plan: Plan) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {name for name, module in modules.items() if is_linear(module)}
-    linears |= {name for name, module in modules.items() if is_embedding(module)}
-    missing = next((c for site in plan.sites for c in site.readers if c not in linears), None)
-    if missing is not None:
-        raise FxShareError(
-            f"{type(model).__name__} has no module {missing!r} that could be rewritten by itself: "
-            "it is in a parameter with others. The model's own code cannot run it, and no graph "
-            "could be made for this call: generate with the default cache and options, or leave it "
-            "out of the configuration"
-        )
 
 
 def _fill_slice(
@@ -124,13 +122,14 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _fill_by_name(
     result: nn.Module, gm: nn.Module, known: Mapping[str, Tensor], filled: set[int]
-) -> None:
-    """Everything that was not rewritten has the name that it had."""
-    derived = derived_buffers(result)
+) -> list[str]:
+    """Everything that was not rewritten has the name that it had. Returns the names of the tensors
+    that the graph does not have and that do not follow from the configuration."""
+    derived, unread = derived_buffers(result), []
     for path, module in result.named_modules(remove_duplicate=False):
         if id(module) in filled:
             continue
-        missing = False
+        missing: list[str] = []
         held: dict[str, Any]
         for held in (module._parameters, module._buffers):
             for leaf, tensor in held.items():
@@ -139,20 +138,37 @@ def _fill_by_name(
                     continue
                 if name in known:
                     held[leaf] = known[name]
-                    continue
-                missing = True
-                held[leaf] = torch.empty_like(tensor, device=device_of(gm))
-        if missing:
-            _compute_buffers(result, module, path)
+                else:
+                    held[leaf] = never_read(tensor, dtype_of(gm), device_of(gm))
+                    missing.append(leaf)
+        buffers = [leaf for leaf in missing if leaf in module._buffers]
+        if buffers and not isinstance(module, _NormBase):  # running statistics were learned
+            computed = _compute_buffers(result, module, buffers)
+            missing = [leaf for leaf in missing if leaf not in computed]
+        unread += [f"{path}.{leaf}".lstrip(".") for leaf in missing]
+    return unread
 
 
-def _compute_buffers(result: Any, module: nn.Module, path: str) -> None:
+def _compute_buffers(result: Any, module: nn.Module, names: Sequence[str]) -> list[str]:
     """Buffers that no graph reads, such as the first rotary frequencies, follow from the
-    configuration: transformers computes them where it would initialise weights."""
-    if module._parameters or not hasattr(result, "_init_weights"):
-        raise FxShareError(
-            f"the graph does not have the tensors of {path!r}, which {type(result).__name__} needs "
-            "to run; compile it with capture='modules'"
-        )
+    configuration: transformers computes them where it would initialise weights, of which the
+    stand-in here has none. Returns the names of those that it computed."""
+    if not hasattr(result, "_init_weights"):
+        return []
+    stand_in = without_values(module)
+    for name in names:
+        empty = module._buffers[name]
+        assert empty is not None
+        stand_in._buffers[name] = empty.clone()
     with torch.random.fork_rng(devices=[]):
-        result._init_weights(module)
+        result._init_weights(stand_in)
+    found = {name: stand_in._buffers[name] for name in names}
+    whole = {n: t for n, t in found.items() if t is not None and not is_never_read(t)}
+    module._buffers.update(whole)
+    return list(whole)
+
+
+def unread_by(module: nn.Module) -> Sequence[str]:
+    """The parameters of a module form that have no value (:mod:`fxshare.generation.unread`)."""
+    found: Sequence[str] = module.__dict__.get("unread", ())
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from fxshare.capture import Captured, device_of, dtype_of
 from fxshare.capture.adapted import adapt
@@ -166,7 +167,13 @@ def _traced(
     mode = fake_mode()
     model = adapt(structure.model).traced
     root = structure_copy(model, memo=_fakes(model, gm, mode))
+    untouched = [(part, dict(part.__dict__), dict(part._buffers)) for part in root.modules()]
     call = _call(root, shell, kind, mode, gm)
+    for part, attributes, buffers in untouched:
+        # what the steps before left there (frequencies of a longer context) has no values; the
+        # trace makes its own
+        part.__dict__.clear()
+        part.__dict__.update({**attributes, "_buffers": buffers})
     missing = set(kind.inputs) ^ {name for name in call if name not in dict(kind.constants)}
     if missing:
         raise CaptureError(
@@ -181,6 +188,7 @@ def _traced(
     keep_modes(root, graph, own)
     _keep_lengths(graph)
     for node in graph.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _of_python)
         node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
     graph._tracer_cls = None
     made = {name: t for name, t in _named_tensors(root) if name not in before}
@@ -193,6 +201,11 @@ def _traced(
     traced = SteeredGraph(hollow, graph, type(model).__name__)
     keep_apart(traced)
     return traced, made
+
+
+def _of_python(value: Any) -> Any:
+    """A number of numpy as one of Python: code that says ``np.float64(1.5)`` lacks that name."""
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 
 def kept_length(length: int | Tensor) -> int | Tensor:

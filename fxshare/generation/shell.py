@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxshare.capture import device_of, dtype_of
-from fxshare.errors import CaptureError, FxShareWarning
+from fxshare.capture import device_of, dtype_of, guard_nodes
+from fxshare.errors import CaptureError, FxShareWarning, GuardError
 from fxshare.generation.check import check_program
 from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
+from fxshare.generation.check_own_code import check_against_own_code
 from fxshare.generation.encoder_decoder import mark_filled, put_encoder
-from fxshare.generation.module_form import module_form
+from fxshare.generation.module_form import module_form, unread_by
 from fxshare.generation.program import Program, capture_program
+from fxshare.generation.rollback import Rollback
 from fxshare.generation.step import CACHE, Kind, flat, kind_of, with_mask
+from fxshare.generation.unread import check_unread
 from fxshare.models.structure import Structure, structure_of
 from fxshare.result.module import record_of
 from passes.errors import FxShareError
+from passes.graph.graph import structure_copy
 
 _MADE = "steps"
 _KEPT = "logits_to_keep"
@@ -41,6 +45,8 @@ class Steps:
     ready: dict[Kind, fx.GraphModule] = field(default_factory=dict)
     """The graphs over the modules that ``gm`` had when this generation began."""
     compiled: dict[tuple[int, str], Callable[..., Any]] = field(default_factory=dict)
+    ran: set[Kind] = field(default_factory=set)
+    """The kinds whose graph has run to its end."""
     own_code: nn.Module | None = None
 
     def run(self, shell: nn.Module, arguments: Mapping[str, Any], options: Any = None) -> Any:
@@ -55,8 +61,19 @@ class Steps:
         kind = None if self.gm.training or CACHE not in values else kind_of(values)
         graph = None if kind is None else self._graph(shell, kind)
         if graph is None or kind is None:
-            return self._faster(self._own_code(), options)(**arguments)
-        output = self._faster(graph, options)(**{name: values[name] for name in kind.inputs})
+            return self._by_own_code(arguments, options)
+        known = kind in self.ran
+        before = None if known and not guard_nodes(graph) else Rollback(values[CACHE])
+        try:
+            output = self._faster(graph, options)(**{name: values[name] for name in kind.inputs})
+        except Exception as error:  # at the first run of a graph whatever its code may do
+            if before is None or (known and not isinstance(error, GuardError)):
+                raise
+            before.undo()
+            output = self._by_own_code(arguments, options)
+            self._give_up(kind, error)
+            return output
+        self.ran.add(kind)
         if kind.cache is not None and kind.cache.cross is not None and not kind.cache.filled:
             mark_filled(values[CACHE])
         return output
@@ -67,13 +84,39 @@ class Steps:
         kind = None if self.gm.training else kind_of(values)
         graph = None if kind is None else self._graph(shell, kind)
         if graph is None or kind is None:
-            return self._own_code().get_encoder()(**arguments)
-        return graph(**{name: values[name] for name in kind.inputs})
+            return self._encoded_by_own_code(arguments)
+        try:
+            return graph(**{name: values[name] for name in kind.inputs})
+        except Exception as error:
+            output = self._encoded_by_own_code(arguments)
+            self._give_up(kind, error)
+            return output
 
     def _own_code(self) -> Any:
         if self.own_code is None:
             self.own_code = module_form(self.gm)
         return self.own_code
+
+    def _by_own_code(self, arguments: Mapping[str, Any], options: Any) -> Any:
+        own = self._own_code()
+        output = self._faster(own, options)(**arguments)
+        check_unread(output, unread_by(own), "a step in the model's own code")
+        return output
+
+    def _encoded_by_own_code(self, arguments: Mapping[str, Any]) -> Any:
+        own = self._own_code()
+        output = own.get_encoder()(**arguments)
+        check_unread(output, unread_by(own), "the encoder in the model's own code")
+        return output
+
+    def _give_up(self, kind: Kind, error: Exception) -> None:
+        """Let the model's own code run these steps from now on, and say why."""
+        self.programs[kind] = None
+        self.ready.pop(kind, None)
+        why = str(error) if isinstance(error, FxShareError) else f"{type(error).__name__}: {error}"
+        note = f"generate: {kind} runs the model's own code, because no graph does: {why}"
+        _add_note(self.gm, note)
+        warnings.warn(note, FxShareWarning, stacklevel=2)
 
     def _graph(self, shell: nn.Module, kind: Kind) -> fx.GraphModule | None:
         if kind in self.ready:
@@ -93,9 +136,7 @@ class Steps:
                 program = capture_program(self.gm, shell, kind)
                 self._check(program, shell)
         except CaptureError as error:
-            note = f"generate: {kind} runs the model's own code, because no graph does: {error}"
-            _add_note(self.gm, note)
-            warnings.warn(note, FxShareWarning, stacklevel=2)
+            self._give_up(kind, error)
             return None
         return program
 
@@ -103,14 +144,24 @@ class Steps:
         cache = program.kind.cache
         if cache is None:
             check_encoder(program, self.gm)
-        elif cache.cross is None:
-            check_program(program, self.gm, shell)
-        else:
-            first = program
-            if cache.filled:  # its steps come after one that fills the cache
-                kind = replace(program.kind, cache=replace(cache, filled=False))
-                first = self.programs.get(kind) or capture_program(self.gm, shell, kind)
-            check_decoder(program, first, self.gm, shell)
+            return
+        first = program
+        if cache.cross is not None and cache.filled:  # its steps come after one that fills it
+            kind = replace(program.kind, cache=replace(cache, filled=False))
+            first = self.programs.get(kind) or capture_program(self.gm, shell, kind)
+        try:
+            if cache.cross is None:
+                check_program(program, self.gm, shell)
+            else:
+                check_decoder(program, first, self.gm, shell)
+        except CaptureError:
+            try:
+                own = self._own_code()
+            except FxShareError:
+                own = None
+            if own is None:
+                raise
+            check_against_own_code(program, first, self.gm, shell, own)
 
     def _faster(self, module: nn.Module, options: Any) -> Callable[..., Any]:
         if options is None:
@@ -184,12 +235,12 @@ def _steps(gm: nn.Module, structure: Structure) -> Steps:
 
 def _shell_class(cls: type, structure: Structure) -> type:
     if "class" not in structure.made:
-        structure.made["class"] = _make_class(cls)
+        structure.made["class"] = _make_class(cls, structure)
     made: type = structure.made["class"]
     return made
 
 
-def _make_class(cls: type) -> type:
+def _make_class(cls: type, structure: Structure) -> type:
     signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -208,8 +259,20 @@ def _make_class(cls: type) -> type:
 
         return call
 
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return cls.__getattr__(self, name)  # type: ignore[attr-defined]
+        except AttributeError:
+            part = structure.model._modules.get(name)
+            if part is None:
+                raise
+        # code of a generation loop that keeps something in a module below, as positions in images
+        self._modules[name] = structure_copy(part)
+        return self._modules[name]
+
     members = {
         "forward": forward,
+        "__getattr__": __getattr__,
         "get_compiled_call": get_compiled_call,
         "device": property(lambda self: self._steps.device),
         "dtype": property(lambda self: self._steps.dtype),

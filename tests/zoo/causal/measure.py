@@ -98,15 +98,15 @@ def share_in_sites(model: Any, plan: Plan, example: Mapping[str, Tensor]) -> flo
     head = model.get_output_embeddings()
     if head is not None:
         outside |= {id(p) for p in head.parameters()}
-    names = [site.name for site in plan.sites]
-    sites = {
-        id(p)
-        for n, p in model.named_parameters()
-        if any(f"{name}.".startswith(f"{n.removesuffix('.weight')}.") for name in names)
-    }
-    there = (_read(model, example) | sites) - outside
+    inside = dict.fromkeys(outside, 0)
+    for name, parameter in model.named_parameters():
+        stem = f"{name.removesuffix('.weight')}."
+        found = sum(s.weights for s in plan.sites if f"{s.name}.".startswith(stem))
+        if found and id(parameter) not in outside:
+            inside[id(parameter)] = found
+    there = (_read(model, example) | set(inside)) - outside
     numbers = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) in there)
-    share: float = sum(site.weights for site in plan.sites) / max(numbers, 1)
+    share: float = sum(inside.values()) / max(numbers, 1)
     return share
 
 
