@@ -114,9 +114,12 @@ def target_of(gm: nn.Module, shell: nn.Module, rows: int, length: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (rows, length), generator=generator)
     # some count positions by what is not padding, and there is none between tokens
-    ids = torch.where(ids == config.pad_token_id, (ids + 1) % vocabulary, ids)
-    if config.decoder_start_token_id is not None:
-        ids[:, 0] = config.decoder_start_token_id
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:
+        ids = torch.where(ids == padding, (ids + 1) % vocabulary, ids)
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is not None:
+        ids[:, 0] = start
     return ids.to(device_of(gm))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxshare.capture import device_of, dtype_of, guard_nodes
-from fxshare.errors import CaptureError, FxShareWarning, GuardError
+from fxshare.errors import FxShareWarning, GuardError
 from fxshare.generation.check import check_program
 from fxshare.generation.check_encoder_decoder import check_decoder, check_encoder
 from fxshare.generation.check_own_code import check_against_own_code
@@ -21,7 +21,7 @@ from fxshare.generation.encoder_decoder import mark_filled, put_encoder
 from fxshare.generation.module_form import module_form, unread_by
 from fxshare.generation.program import Program, capture_program
 from fxshare.generation.rollback import Rollback
-from fxshare.generation.step import CACHE, Kind, flat, kind_of, with_mask
+from fxshare.generation.step import CACHE, CacheKind, Kind, flat, kind_of, with_mask
 from fxshare.generation.unread import check_unread
 from fxshare.models.structure import Structure, structure_of
 from fxshare.result.module import record_of
@@ -61,6 +61,8 @@ class Steps:
         kind = None if self.gm.training or CACHE not in values else kind_of(values)
         graph = None if kind is None else self._graph(shell, kind)
         if graph is None or kind is None:
+            if kind is None and values.get("use_cache") is not False:
+                self._note_cache(values.get(CACHE))
             return self._by_own_code(arguments, options)
         known = kind in self.ran
         before = None if known and not guard_nodes(graph) else Rollback(values[CACHE])
@@ -109,6 +111,15 @@ class Steps:
         check_unread(output, unread_by(own), "the encoder in the model's own code")
         return output
 
+    def _note_cache(self, cache: Any) -> None:
+        """Say once that steps with such a cache have no graph; that is no failure."""
+        if self.gm.training or CacheKind.of(cache) is not None:
+            return
+        what = "without a cache" if cache is None else f"with a {type(cache).__name__}"
+        note = f"generate: a step {what}, which no graph takes, runs the model's own code"
+        if note not in record_of(self.gm).report.notes:
+            _add_note(self.gm, note)
+
     def _give_up(self, kind: Kind, error: Exception) -> None:
         """Let the model's own code run these steps from now on, and say why."""
         self.programs[kind] = None
@@ -135,7 +146,7 @@ class Steps:
             with torch.inference_mode(False), torch.no_grad():
                 program = capture_program(self.gm, shell, kind)
                 self._check(program, shell)
-        except CaptureError as error:
+        except Exception as error:  # the checks run code of the model too
             self._give_up(kind, error)
             return None
         return program
@@ -154,7 +165,7 @@ class Steps:
                 check_program(program, self.gm, shell)
             else:
                 check_decoder(program, first, self.gm, shell)
-        except CaptureError:
+        except Exception:
             try:
                 own = self._own_code()
             except FxShareError:

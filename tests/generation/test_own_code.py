@@ -4,6 +4,8 @@ graph predicts, and what runs where no graph can."""
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import fxshare.generation.shell as shell_module
 from fxshare import FxShareWarning
 from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import CaptureError
+from fxshare.generation.check_encoder_decoder import target_of
 from fxshare.generation.module_form import module_form, unread_by
 from fxshare.generation.rollback import Rollback
 from fxshare.generation.unread import check_unread, is_never_read, never_read
@@ -114,9 +117,9 @@ def images_too() -> Any:
 _MADE = {"bert": bert_to_both_sides, "longrope": long_rope, "qwen2_vl": images_too}
 
 
-# positions that count padding and cross attention that nothing reads; numbers of numpy; a recurrent
-# state whose decay only later steps read; and those above
-@pytest.mark.parametrize("name", ["bart", "ctrl", "minimax", *_MADE])
+# positions that count padding and cross attention that nothing reads; numbers of numpy; and those
+# above
+@pytest.mark.parametrize("name", ["bart", "ctrl", *_MADE])
 def test_graphs_make_the_tokens_of_the_original(name: str) -> None:
     model = _MADE[name]() if name in _MADE else build(name)
     expected = generated(model)
@@ -205,6 +208,46 @@ def test_what_the_example_never_reads_does_not_forbid_the_own_code(
         pytest.raises(FxShareError, match=r"gives NaN: it reads 'model\.decoder.*encoder_attn"),
     ):
         generated(gm, encoder_hidden_states=torch.randn(2, 5, 32))
+
+
+def test_checks_that_fail_in_another_way_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> float:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(shell_module, "check_program", fail)
+    model = build("bart")
+    gm = exact(model)
+    assert torch.equal(generated(model), generated(gm))  # the own code says that the graph is right
+    assert not steps_said(gm)
+    gm = exact(model)
+    monkeypatch.setattr(shell_module, "check_against_own_code", fail)
+    with pytest.warns(FxShareWarning, match="because no graph does: AttributeError: no such thing"):
+        assert torch.equal(generated(model), generated(gm))
+
+
+def test_tokens_of_a_configuration_without_start_or_padding() -> None:
+    text = SimpleNamespace(vocab_size=9)
+    shell: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: text))
+    found = target_of(nn.Linear(1, 1), shell, 2, 5, 0)
+    assert found.shape == (2, 5)
+    assert int(found.max()) < 9
+    text_and_more = {"pad_token_id": 3, "decoder_start_token_id": 3, **vars(shell.config)}
+    shell.config = SimpleNamespace(**text_and_more)
+    found = target_of(nn.Linear(1, 1), shell, 2, 5, 0)
+    assert (found[:, 0] == 3).all()
+    assert (found[:, 1:] != 3).all()
+
+
+def test_a_cache_that_no_graph_takes_is_noted(tmp_path: Path) -> None:
+    model = build("minimax")  # with a buffer that only later steps read, and experts
+    fxshare.save(exact(model), tmp_path / "out")
+    gm = fxshare.load(tmp_path / "out")
+    assert torch.equal(generated(model), generated(gm))
+    # the first step makes the cache
+    assert [note.partition(",")[0] for note in steps_said(gm)] == [
+        "generate: a step without a cache",
+        "generate: a step with a MiniMaxCache",
+    ]
 
 
 def test_never_read() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests.zoo.causal.page import put_into, section_of
 from tests.zoo.families import FAMILIES, family
 from tests.zoo.measure import KEPT, NEW_TOKENS, Row, Subject, capture_seconds, measure
 
@@ -202,7 +203,9 @@ def main(names: Sequence[str]) -> None:
     if names:
         print(_table(rows))
         return
-    PAGE.write_text(page(rows, captures), encoding="utf-8")
+    text = page(rows, captures)
+    of_families = section_of(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else ""
+    PAGE.write_text(put_into(text, of_families) if of_families else text, encoding="utf-8")
     print(f"written to {PAGE.name}", file=sys.stderr)
 
 

@@ -5,6 +5,7 @@
     python -m tests.zoo.causal -o causal.jsonl           # every family; those in the file stay
     python -m tests.zoo.causal llama bart                # some, to stdout
     python -m tests.zoo.causal --list                    # names alone
+    python -m tests.zoo.causal -o causal.jsonl --page    # and write the table of the support page
     python -m tests.zoo.causal -o causal.jsonl --again good  # measure anew what was not so
 
 Each runs in a process of its own with one thread and a limit of time.
@@ -21,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import torch
 
 from tests.zoo.causal.measure import Row, measure
 from tests.zoo.causal.models import families
+from tests.zoo.causal.page import PAGE, put_into, section
 
 LIMIT = 120.0
 
@@ -94,14 +97,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, help="a file to go on with")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for a family")
     parser.add_argument("--list", action="store_true", help="print the names and end")
+    parser.add_argument("--afresh", action="store_true", help="measure all of the file again")
+    parser.add_argument("--page", action="store_true", help=f"write the section of {PAGE.name}")
     parser.add_argument("--again", choices=["fx", "good"], help="measure anew what is not so")
     given = parser.parse_args(arguments)
     names = given.names or list(families())
     if given.list:
         print("\n".join(names))
         return
+    if given.page and not given.output:
+        parser.error("--page writes what is in the file of -o FILE; name one")
+    if given.afresh and given.output:
+        given.output.unlink(missing_ok=True)
     done = {row.name for row in read(given.output)} if given.output else set()
-    if given.again:
+    if given.again and given.output:
         done = {row.name for row in read(given.output) if _is(row, given.again)}
     for row in run([name for name in names if name not in done or given.names], given.limit):
         line = json.dumps(asdict(row), ensure_ascii=False)
@@ -109,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with given.output.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         print(line if not given.output else f"{row.name}: {row.seconds} s", flush=True)
+    if given.page:
+        text = section(read(given.output), version("transformers"))
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 def _is(row: Row, wanted: str) -> bool:
