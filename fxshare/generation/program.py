@@ -170,10 +170,13 @@ def _traced(
     untouched = [(part, dict(part.__dict__), dict(part._buffers)) for part in root.modules()]
     call = _call(root, shell, kind, mode, gm)
     for part, attributes, buffers in untouched:
-        # what the steps before left there (frequencies of a longer context) has no values; the
-        # trace makes its own
-        part.__dict__.clear()
-        part.__dict__.update({**attributes, "_buffers": buffers})
+        # tensors that the steps before left there (frequencies of a longer context) have no
+        # values; the trace makes its own
+        left = [n for n, v in part.__dict__.items() if isinstance(v, Tensor)]
+        for name in left:
+            del part.__dict__[name]
+        part.__dict__.update({n: v for n, v in attributes.items() if isinstance(v, Tensor)})
+        part.__dict__["_buffers"] = buffers
     missing = set(kind.inputs) ^ {name for name in call if name not in dict(kind.constants)}
     if missing:
         raise CaptureError(

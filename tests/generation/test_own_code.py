@@ -84,16 +84,16 @@ def bert_to_both_sides() -> Any:
 
 
 def long_rope() -> Any:
-    """Its first step makes the frequencies of a long context; the generation gets there."""
+    """Its steps make the frequencies of a long context and leave them in the module."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4,
-        "original_max_position_embeddings": 10,
+        "original_max_position_embeddings": 20,
     }
     sizes = {**_SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "rope_parameters": rope}
-    sizes["original_max_position_embeddings"] = 10
+    sizes["original_max_position_embeddings"] = 20
     return unit_gain(transformers_model("Phi3Config", "Phi3ForCausalLM", **sizes))
 
 
