@@ -116,4 +116,5 @@ def _generates(row: Row) -> bool:
 
 
 def _after(runs: str) -> str:
-    return runs.partition("because no graph does: ")[2]
+    before, _, why = runs.partition("because no graph does: ")
+    return why or before.removeprefix("generate: ")
