@@ -154,8 +154,17 @@ def test_a_weight_that_is_multiplied_by_without_its_bias_is_a_site_without(captu
     torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("capture", ["fx", "export", "modules"])
+QUICK = {("fx", "sharing"), ("export", "exact"), ("modules", "budget")}
+# which sites there are does not depend on what is made of them; the rest is slow
+COMBINED = [
+    pytest.param(capture, mode, marks=() if quick else pytest.mark.slow)
+    for capture in ("fx", "export", "modules")
+    for mode in MODES
+    for quick in [(capture, mode) in QUICK]
+]
+
+
+@pytest.mark.parametrize(("capture", "mode"), COMBINED)
 @pytest.mark.parametrize("name", HOW)
 def test_what_no_call_shows_is_left_with_a_reason(name: str, capture: Any, mode: str) -> None:
     how, reason = HOW[name]
