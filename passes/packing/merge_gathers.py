@@ -53,9 +53,11 @@ def merge_gathers(gm: fx.GraphModule) -> int:
     for x, nodes in by_input.items():
         nodes.sort(key=lambda node: order[node])
         found = dict.fromkeys(_gather_of(node) for node in nodes)
-        held = [gathers(gm)[_index_of(g)] for g in found if g is not None]
+        known = [gathers(gm).get(_index_of(g)) for g in found if g is not None]
+        if None in known:  # a piece of a model's own class: the root of all pieces makes its index
+            continue
         bases = tuple(str(node.target) for node in nodes)
-        if held == [bases] or len(set(bases)) < len(bases):
+        if known == [bases] or len(set(bases)) < len(bases):
             continue
         _read_one_gather(gm, x, nodes)
         count += len(found)

@@ -229,6 +229,21 @@ def test_lowering_and_saving_commute(tmp_path: Path, prefer: Prefer, capture: st
     assert again.fxshare.graph_sha256 == back.fxshare.graph_sha256
 
 
+@pytest.mark.parametrize("prefer", PREFER)
+def test_pivoted_bases_of_a_models_own_class_are_lowered(tmp_path: Path, prefer: Prefer) -> None:
+    """Each piece reads a gather whose index the root of all pieces makes."""
+    sizes = Sizes(n_layer=2)
+    cfg = _cfg(sizes, QKV, capture="modules", **SHARING)
+    gm = _compiled(sizes, cfg, pivoted=True)
+    assert any(place.pivoted for place in slices_of(gm).values())
+    x = _tokens(2, 7)
+    lowered = fxshare.lower(gm, prefer=prefer, example=x)
+    fxshare.save(lowered, tmp_path / "lowered")
+    loaded = fxshare.load(tmp_path / "lowered", gpt())
+    assert torch.equal(loaded(x), lowered(x))
+    assert torch.equal(fxshare.readable(loaded)(x), gm(x))
+
+
 def test_what_a_lowered_model_learned_is_in_the_readable_one() -> None:
     sizes = Sizes(n_layer=2)
     gm = _compiled(sizes, _cfg(sizes, HEADS, **SHARING))
