@@ -90,6 +90,7 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
     if met.error is not None:
         raise met.error
     _check_baked(copy, program)
+    _check_transforms(model, program.graph)
     assert isinstance(gm, fx.GraphModule)
     gm = SteeredGraph(gm, gm.graph, type(model).__name__)
     set_training(gm, False)  # what it computes, whatever torch.export leaves there
@@ -150,6 +151,19 @@ def _check_baked(model: nn.Module, program: torch.export.ExportedProgram) -> Non
                 f"torch.export made a constant of {named[_memory(constant)]!r}, which "
                 f"{type(model).__name__} also reads past its module tree (a list, a dict, a "
                 "closure); use capture='fx' or 'modules'"
+            )
+
+
+def _check_transforms(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse a region of ``torch.vmap`` or ``torch.func``: torch.export writes its entry and exit
+    as calls whose results nothing reads, at the nesting of the caller that it saw, and an error
+    between them would leave the process inside."""
+    for node in graph.nodes:
+        if getattr(node.target, "__module__", None) == "torch._functorch.predispatch":
+            raise CaptureError(
+                f"{type(model).__name__} calls torch.vmap or torch.func in its forward "
+                f"({node.name}), whose regions a graph of torch.export cannot hold; use "
+                "capture='modules'"
             )
 
 

@@ -38,6 +38,15 @@ class Stack(nn.Module):
         return y
 
 
+def doubled(_: Any, x: Tensor) -> Tensor:
+    return torch.vmap(lambda row: row * 2)(x)
+
+
+def slope(_: Any, x: Tensor) -> Tensor:
+    y: Tensor = torch.func.grad(lambda t: (t**3).sum())(x)
+    return y
+
+
 def inputs(batch: int = 3, length: int = 5, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -256,3 +265,19 @@ def test_a_model_that_refuses_the_switch_is_called_without() -> None:
     captured = capture(Refuses(Inner()).eval(), inputs())
     assert captured.front_end == "fx"
     assert "use_cache" not in captured.caller(inputs())
+
+
+@pytest.mark.parametrize("between", [doubled, slope])
+def test_regions_of_vmap_and_func_are_in_no_graph_of_export(between: Any) -> None:
+    """torch.export writes their entry and exit as calls that nothing reads, and dead code goes."""
+    model = Stack(between).eval()
+    with pytest.raises(CaptureError):
+        capture(model, inputs(), mode="export")
+    gm = fxshare.compile(model, TYPES, example=inputs(), copy=True)
+    assert gm.fxshare.report.front_end == "modules"
+    assert same(model, gm)
+
+
+def test_a_region_of_vmap_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CaptureError, match=r"vmap or torch\.func.*capture='modules'"):
+        capture(Stack(doubled).eval(), inputs(), mode="export")
