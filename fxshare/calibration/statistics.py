@@ -53,8 +53,8 @@ class Statistics:
         if not seen or tokens == 0:
             raise CalibrationError(
                 f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
-                "data, or the model computes it under no_grad; keep its layer dense (planner: "
-                "{keep_dense: [...]}) or give another loss"
+                "data, or the model computes it under no_grad; leave it out of the patterns or give "
+                "another loss"
             )
         moments = [part.gram() * (part.tokens / tokens) for part in seen]
         moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
@@ -68,8 +68,7 @@ class Statistics:
 
     def mean(self, site: str) -> Tensor:
         """``E[x]`` ``(in,)`` float64 over all inputs of the site."""
-        parts = [part for part in self.inputs[site] if part.tokens]
-        total = self.tokens_of(site)
+        parts, total = self._seen(site)
         return torch.stack([part.mean() * (part.tokens / total) for part in parts]).sum(0)
 
     def gram(self, site: str) -> Tensor:
@@ -83,15 +82,20 @@ class Statistics:
         return self._gram(site)
 
     def _gram(self, site: str) -> Tensor:
-        parts = self.inputs[site]
+        parts, total = self._seen(site)
+        weighted = [part.gram() * (part.tokens / total) for part in parts]
+        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
+
+    def _seen(self, site: str) -> tuple[list[GramAccumulator], int]:
+        """What the site read wherever it was called, and how many tokens in all."""
+        parts = [part for part in self.inputs[site] if part.tokens]
         total = sum(part.tokens for part in parts)
         if total == 0:
             raise CalibrationError(
                 f"{site!r} saw no tokens: it never ran on the calibration data, or every token was "
                 "masked; give data that reaches it, or leave it out of the patterns"
             )
-        weighted = [part.gram() * (part.tokens / total) for part in parts if part.tokens]
-        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
+        return parts, total
 
     def _metric(self, site: str) -> Metric:
         """Of a site whose rows are looked up, and perhaps multiplied by."""

@@ -162,6 +162,8 @@ def test_a_site_that_only_saw_padding_is_named() -> None:
     )
     with pytest.raises(CalibrationError, match=r"'model\.layers\.0\..*' saw no tokens"):
         found.gram("model.layers.0.self_attn.q_proj")
+    with pytest.raises(CalibrationError, match=r"'model\.layers\.0\..*' saw no tokens"):
+        found.mean("model.layers.0.self_attn.q_proj")  # which a budget asks for first
 
 
 # How it is given

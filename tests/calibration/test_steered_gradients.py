@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fxshare
 import tests.capture.steered_models as models
 from fxshare.base.numerics import worst
 from fxshare.calibration.calibrate import calibrate
@@ -88,5 +89,12 @@ def test_a_site_without_gradients_is_named_with_the_way_out() -> None:
     with no_warnings_of_ours():
         found = calibrate(captured, [x_of()], sites, gradients=True, loss=energy)
     assert found.moment("layers.1.0", "layers.1.0").shape == (12, 12)
-    with pytest.raises(CalibrationError, match=r"'layers\.0\.0' gets no gradient: .*no_grad"):
+    way_out = r"'layers\.0\.0' gets no gradient: .*no_grad; leave it out of the patterns"
+    with pytest.raises(CalibrationError, match=way_out):
         found.moment("layers.0.0", "layers.0.0")
+    # and that is one
+    types = {name: {"pattern": rf"layers\.[12]\.{at}$"} for name, at in (("a", 0), ("b", 2))}
+    cfg = {"weight_types": types, "budget": {"params_kept": 0.8}, "planner": {"search": "off"}}
+    with no_warnings_of_ours():
+        gm = fxshare.compile(model, cfg, calibration=[x_of(at) for at in range(4)], copy=True)
+    assert not gm.fxshare.plan.skipped
