@@ -53,8 +53,8 @@ class Statistics:
         if not seen or tokens == 0:
             raise CalibrationError(
                 f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
-                "data, or the model computes it under no_grad; leave it out of the patterns or give "
-                "another loss"
+                "data, or the model computes it under no_grad; leave it out of the patterns or "
+                "give another loss"
             )
         moments = [part.gram() * (part.tokens / tokens) for part in seen]
         moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)

@@ -34,6 +34,14 @@ class Original:
         with quiet():
             return structure_copy(self._copy)(**call)
 
+    def again(self, call: Call) -> Any:
+        """What the second of two calls in a row gives: another than the first where the model
+        keeps something."""
+        copy = structure_copy(self._copy or self._model).eval()
+        with quiet():
+            copy(**call)
+            return copy(**call)
+
     def works(self, call: Call) -> bool:
         """Whether the model accepts the call; the reason why not is kept in ``refusal``.
 
@@ -163,14 +171,31 @@ def self_check(
                 f"{beyond_rounding(distance, limit)}"
             )
         error = max(error, distance.relative)
+    _check_kept(gm, run, shapes.base, depth)
     return error
 
 
-def _run_graph(gm: fx.GraphModule, call: Call) -> Any:
+def _check_kept(gm: fx.GraphModule, run: Original, call: Call, depth: int) -> None:
+    """Refuse a graph that forgets what the original keeps from one call to the next: a graph holds
+    what is written into a buffer, and no attribute that ``forward`` sets."""
+    expected = run.again(call)
+    distance = worst(expected, _run_graph(gm, call, times=2))
+    limit = tolerance(_dtype(expected), depth)
+    if not distance.relative <= limit:
+        raise CaptureError(
+            "self-check: called a second time, the graph differs from the original, which keeps "
+            f"something from one call to the next, by {beyond_rounding(distance, limit)}; keep it "
+            "in a buffer (copy_), or use capture='modules'"
+        )
+
+
+def _run_graph(gm: fx.GraphModule, call: Call, times: int = 1) -> Any:
     copy = structure_copy(gm)
     set_training(copy, False)
     try:
         with quiet():
+            for _ in range(times - 1):
+                copy(**call)
             return copy(**call)
     except Exception as error:
         raise CaptureError(

@@ -281,3 +281,44 @@ def test_regions_of_vmap_and_func_are_in_no_graph_of_export(between: Any) -> Non
 def test_a_region_of_vmap_is_refused_with_the_way_out() -> None:
     with pytest.raises(CaptureError, match=r"vmap or torch\.func.*capture='modules'"):
         capture(Stack(doubled).eval(), inputs(), mode="export")
+
+
+# What is kept from one call to the next
+
+
+def remembered(model: Any, x: Tensor) -> Tensor:
+    """The call before counts, where it was of this shape."""
+    before = getattr(model, "before", None)
+    model.before = x
+    return x if before is None or before.shape != x.shape else x + before
+
+
+def collected(model: Any, x: Tensor) -> Tensor:
+    model.kept = [*getattr(model, "kept", []), x.mean()]
+    return x + sum(model.kept)
+
+
+def once(model: Any, x: Tensor) -> Tensor:
+    """The same numbers at every call, computed at the first."""
+    model.table = getattr(model, "table", None) or [0.5]
+    return x * model.table[0]
+
+
+@pytest.mark.parametrize("between", [remembered, collected])
+@pytest.mark.parametrize("mode", ["fx", "export"])
+def test_a_graph_that_forgets_what_the_model_keeps_is_refused(between: Any, mode: Any) -> None:
+    model = Stack(between).eval()
+    with pytest.raises(CaptureError, match=r"a second time.*capture='modules'"):
+        capture(model, inputs(), mode=mode)
+    gm = fxshare.compile(model, TYPES, example=inputs(), copy=True)
+    assert gm.fxshare.report.front_end == "modules"
+    assert same(model, gm)
+    assert same(model, gm)  # by now both remember
+
+
+def test_what_is_computed_once_and_kept_is_in_the_graph() -> None:
+    model = Stack(once).eval()
+    gm = fxshare.compile(model, TYPES, example=inputs(), copy=True)
+    assert gm.fxshare.report.front_end == "fx"
+    for _ in range(2):
+        assert same(model, gm)
