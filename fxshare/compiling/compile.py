@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Mode, device_of, dtype_of
-from fxshare.compiling.given import check_plan, named_passes
+from fxshare.compiling.given import check_plan, check_values, named_passes
 from fxshare.compiling.stages import Stages, configuration, prepare, within_budget
 from fxshare.config import ConfigSource
 from fxshare.errors import CalibrationError
@@ -42,7 +42,7 @@ from passes.runner import Applied
 _LOG = logging.getLogger(__name__)
 
 
-@torch.inference_mode(False)  # what is made under it could never be trained
+@plain_surroundings()
 def compile(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource] | None = None,
@@ -105,7 +105,7 @@ def compile(
         One of its kinds, naming what was expected, what was found, and the way out.
     """
     start = time.perf_counter()
-    model = unwrapped(model)
+    model = outside_inference(unwrapped(model))
     stages = prepare(model, configuration(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
@@ -152,6 +152,8 @@ def _plan_and_factors(
     elif cfg.mode != "planned":
         plan = make_plan(cfg, stages.sites, stages.skipped)
     weights = dense_weights(model, stages.sites if plan is None else plan.sites)
+    if plan is None or plan.groups:
+        check_values(weights)
     if plan is None:
         budgeted = within_budget(stages, weights, loss, seed)
         plan, made = budgeted.plan, budgeted.factors

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from fxshare.config import ShareConfig
-from fxshare.errors import ConfigError, PlanError
+from fxshare.errors import ConfigError, FactoriseError, PlanError
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site
 from passes import Pass
@@ -33,6 +35,17 @@ def named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
             )
         found.append(made)
     return tuple(found)
+
+
+def check_values(weights: Mapping[str, Tensor]) -> None:
+    """Raise :class:`FactoriseError` for weights without values, which nothing can be made of."""
+    for name, weight in weights.items():
+        if weight.device.type == "meta":
+            raise FactoriseError(
+                f"the weight of {name!r} is on the meta device and has no values to factorise; "
+                "load the model with its weights (from_pretrained, load_state_dict(assign=True)). "
+                "Without values there is exact mode, and fxshare.plan without data for sizes"
+            )
 
 
 def check_plan(plan: Plan, sites: Sequence[Site]) -> None:

@@ -14,7 +14,9 @@ from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
+from fxshare.compiling.given import check_values
 from fxshare.config import ConfigSource, ShareConfig, load_config
+from fxshare.data.usable import usable, usable_batches
 from fxshare.errors import CalibrationError, ConfigError, MatchError
 from fxshare.planning.budget import Budgeted, plan_within_budget
 from fxshare.proposing.propose import init
@@ -39,6 +41,7 @@ def within_budget(
             "a budget needs calibration data to predict losses with: give calibration=..., or use "
             "group_size and compression_rate, which do without"
         )
+    check_values(weights)
     with stage("plan", _LOG) as running:
         made = plan_within_budget(
             stages.captured,
@@ -106,6 +109,9 @@ def prepare(
     check_module(model)
     matching = match(model, cfg)
     first, batches = _peek(calibration)
+    if batches is not None:
+        first, batches = usable(first), usable_batches(batches)
+    example = usable(example)
     # an embedding that the graph reads another way is no reason to do without a graph
     needs = [name for site in matching.sites for name in site.calls]
     if example is None and first is not None:

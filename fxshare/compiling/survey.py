@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
 from fxshare.compiling.stages import check_module, configuration, prepare, within_budget
 from fxshare.config import ConfigSource, load_config
@@ -24,6 +25,7 @@ from fxshare.sites.match import match
 from fxshare.sites.tensors import dense_weights
 
 
+@plain_surroundings()
 def make_plan_for(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource] | None = None,
@@ -39,7 +41,7 @@ def make_plan_for(
     on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan
     has uniform ranks, each slice for itself, and says sizes and FLOPs only.
     """
-    model = unwrapped(model)
+    model = outside_inference(unwrapped(model))
     config = configuration(model, cfg)
     check_module(model)
     if calibration is not None or example is not None:
@@ -66,6 +68,7 @@ class Survey:
     sweep: Sweep | None = None
 
 
+@plain_surroundings()
 def survey(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource],
@@ -82,7 +85,7 @@ def survey(
     the first calibration and without a search; :class:`PlanError` unless the configuration has a
     budget and there is data.
     """
-    model = unwrapped(model)
+    model = outside_inference(unwrapped(model))
     config = load_config(cfg)
     if config.budget is None or calibration is None:
         if shares:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxshare.base.numerics import Distance, beyond_rounding, worst
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import plain_surroundings
 from fxshare.errors import CheckFailed, ExportError
 from passes.errors import FxShareError
 
@@ -76,7 +77,7 @@ class Exported:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-@torch.inference_mode(False)  # torch.export refuses tensors that were made under it
+@plain_surroundings()
 @stage("export", _LOG)
 def export(
     gm: nn.Module,

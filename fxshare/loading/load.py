@@ -16,6 +16,7 @@ from torch import nn
 from fxshare.base.json_text import parse_json
 from fxshare.base.numerics import beyond_rounding, tolerance
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import plain_surroundings
 from fxshare.base.unfinished import settle
 from fxshare.capture import device_of
 from fxshare.config import ShareConfig, load_config
@@ -56,7 +57,7 @@ from passes.errors import FxShareError
 _LOG = logging.getLogger(__name__)
 
 
-@torch.inference_mode(False)  # what is made under it could never be trained
+@plain_surroundings()
 @stage("load", _LOG)
 def load(
     path: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import Captured, capture
 from fxshare.config import ShareConfig, WeightType
 from fxshare.errors import CaptureError, ConfigError, MatchError
@@ -44,6 +45,7 @@ def init(model: nn.Module) -> ShareConfig:
     return propose(model).config
 
 
+@plain_surroundings()
 @stage("propose", _LOG)
 def propose(model: nn.Module, *, example: object = None) -> Proposal:
     """What to compress in ``model``, by structure: the weights of its layers, how their rows are

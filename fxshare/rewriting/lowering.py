@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import beyond_rounding, tolerance, worst
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError
@@ -43,7 +44,7 @@ from passes.pipeline import Prefer
 _LOG = logging.getLogger(__name__)
 
 
-@torch.inference_mode(False)  # what is made under it could never be trained
+@plain_surroundings()
 def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -> Compiled:
     """The same function, packed for speed: fewer and larger matmuls, no copies between them.
 

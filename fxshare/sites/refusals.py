@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from fxshare.config import ShareConfig
@@ -53,6 +54,11 @@ def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
     weight = module.weight
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}: quantised weights cannot be factorised"
+    if isinstance(weight.data, FakeTensor):
+        return (
+            "its weight is a FakeTensor, which has no values; make the model outside of "
+            "FakeTensorMode, or under torch.device('meta') for what needs none"
+        )
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}; only plain tensors are rewritten"
     return None

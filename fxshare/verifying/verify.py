@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
 from fxshare.base.progress import stage
+from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import Call, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
 from fxshare.capture.guards import hold_dtype
@@ -86,6 +87,7 @@ class Verification:
 
 
 @stage("verify", _LOG)
+@plain_surroundings()
 def verify(
     model: nn.Module,
     gm: nn.Module,
