@@ -55,7 +55,7 @@ def _refuse_transforms() -> None:
 
 
 def outside_inference(model: T) -> T:
-    """The model (or what is none); one whose tensors were made in inference mode as a copy that has gradients."""
+    """The model, or what is none; one that was made in inference mode as a copy with gradients."""
     if not isinstance(model, nn.Module):
         return model
     if not any(t.is_inference() for t in (*model.parameters(), *model.buffers())):

@@ -93,8 +93,7 @@ def check_training(
 ) -> tuple[str, ...]:
     """Compare outputs and gradients in training mode, dropout included; returns notes.
 
-    Random numbers are compared as such, not the order in which they are drawn: ``attend`` draws
-    other masks with one seed than ``nn.MultiheadAttention``.
+    Random numbers are compared as such, not the order in which they are drawn.
 
     Raises :class:`SteeringDiffers` where they differ by more than rounding explains.
     """

@@ -65,7 +65,9 @@ def attend(
         weights = weights.mean(dim=1)
     if not batched:
         return y.squeeze(0), None if weights is None else weights.squeeze(0)
-    return y if module.batch_first else y.transpose(0, 1), weights
+    # torch's lies in memory as (L, B, E), and that is the order in which a dropout draws its mask
+    y = y.transpose(0, 1).contiguous()
+    return y.transpose(0, 1) if module.batch_first else y, weights
 
 
 def _projected(module: nn.MultiheadAttention, query: Any, key: Any, value: Any) -> Any:
