@@ -26,6 +26,7 @@ from fxshare.capture.steered import SteeringDiffers
 from fxshare.capture.switches import SWITCH
 from fxshare.capture.tracing.trace import trace
 from fxshare.errors import CaptureError
+from fxshare.models.computed import uncopied
 from fxshare.models.traits import context_of
 from passes import linear_calls, lookups, structure_copy
 
@@ -72,6 +73,8 @@ def _captured(
     try:
         structure_copy(model)
     except Exception as error:
+        for reason in uncopied(model):
+            raise CaptureError(f"{type(model).__name__} cannot be copied: {reason}") from error
         raise CaptureError(
             f"{type(model).__name__} cannot be copied (copy.deepcopy): {type(error).__name__}: "
             f"{str(error).splitlines()[0]}; take what it holds beside parameters and buffers out"

@@ -17,7 +17,8 @@ from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.compiling.given import check_values
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.data.usable import usable, usable_batches
-from fxshare.errors import CalibrationError, ConfigError, MatchError
+from fxshare.errors import CalibrationError, CaptureError, ConfigError, MatchError
+from fxshare.models.computed import offloaded, stateful
 from fxshare.planning.budget import Budgeted, plan_within_budget
 from fxshare.proposing.propose import init
 from fxshare.sites.match import match
@@ -148,12 +149,16 @@ def _kept(
 
 
 def check_module(model: object) -> None:
-    """Raise :class:`ConfigError` for what is no module, :class:`MatchError` for a quantised one."""
+    """Raise :class:`ConfigError` for what is no module, :class:`MatchError` for a quantised one,
+    :class:`CaptureError` for one whose weights are elsewhere, or change when they are read."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
         )
     refuse_quantised(model)
+    reason = offloaded(model) or stateful(model)
+    if reason is not None:
+        raise CaptureError(f"{type(model).__name__} cannot be compiled: {reason}")
 
 
 def _peek(

@@ -33,7 +33,9 @@ def optional_types(
     more, with what is tied to it; ``taken`` are names of other types."""
     readers: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and (is_embedding(module) or is_linear(module)):
+        if not name or not (is_embedding(module) or is_linear(module)):
+            continue
+        if isinstance(module.weight, nn.Parameter):  # else something computes it
             readers.setdefault(id(module.weight), []).append(name)
     found: list[OptionalType] = []
     names = set(taken)

@@ -24,6 +24,7 @@ from fxshare.proposing.patterns import block_pattern_of, matchable, pattern_of, 
 from fxshare.proposing.proposal import LeftOut, Proposal, ProposedType
 from fxshare.proposing.rows import Rows, rows_read_together
 from fxshare.proposing.same_input import seen_in_graph, told_by_names
+from fxshare.proposing.unfit import set_apart
 from fxshare.proposing.weights import Weight, alike, total_numbers, weights_of
 from fxshare.sites.match import matching
 from fxshare.sites.site import Site
@@ -62,7 +63,9 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         )
     weights = weights_of(model)
     total = total_numbers(model)
-    groups, left_out = _worth(model, alike(weights), total)
+    own, apart = set_apart(model, alike(weights))
+    groups, left_out = _worth(model, own, total)
+    left_out += [_left_out(group, reason) for group, reason in apart]
     named = dict(zip(type_names(groups), groups, strict=True))
     names = matchable(model)
     captured, unseen = (None, "") if example is None else _captured(model, example)

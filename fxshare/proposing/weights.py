@@ -79,9 +79,11 @@ def _candidates(model: nn.Module) -> Iterator[Weight]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name and is_linear(module):
             weight_OI, _ = weight_and_bias(module)
-            if isinstance(module.weight, nn.Parameter) and weight_OI.is_floating_point():
+            if weight_OI.is_floating_point():
                 rows, columns = weight_OI.shape
-                yield Weight(name, id(module.weight), rows, columns, inside=name)
+                # a computed weight is another tensor in every call
+                owner = module.weight if isinstance(module.weight, nn.Parameter) else module
+                yield Weight(name, id(owner), rows, columns, inside=name)
             continue
         if isinstance(module, _LOOKED_UP):
             continue

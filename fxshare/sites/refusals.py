@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils import parametrize
 
 from fxshare.config import ShareConfig
 from fxshare.errors import MatchError
+from fxshare.models.computed import computed, placed_by_accelerate
 from fxshare.models.quantised import quantisation_of, refusal_of_quantised
 from fxshare.sites.site import Site, Skipped
 from passes import is_embedding, is_linear, lookup_refusal, weight_and_bias
@@ -33,8 +34,9 @@ def holds_weight(module: nn.Module) -> bool:
 def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
     """Why a module that a pattern matches cannot be rewritten; None where it can."""
     kind = type(module).__name__
-    if parametrize.is_parametrized(module):
-        return "its weight is computed (torch.nn.utils.parametrize); remove the parametrization"
+    reason = computed(module) or placed_by_accelerate(module)
+    if reason is not None:
+        return reason
     if is_embedding(module):
         if not looked_up:
             return f"is a {kind}, whose rows are looked up; say `embedding: true` to factorise it"
@@ -44,8 +46,8 @@ def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
     elif not is_linear(module):
         return f"is a {kind}, not an nn.Linear or Conv1D"
     if not isinstance(module.weight, nn.Parameter):
-        return "its weight is not a parameter (weight norm or pruning computes it); make it one"
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "its weight is not a parameter (something computes it); make it one"
+    if module._forward_hooks or module._forward_pre_hooks or _own_forward(module):
         return "has forward hooks or a forward of its own, which rewriting would drop"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks, which rewriting would drop"
@@ -62,6 +64,14 @@ def not_rewritable(module: nn.Module, *, looked_up: bool) -> str | None:
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}; only plain tensors are rewritten"
     return None
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether a function was put in place of ``forward``; accelerate puts the class's own back."""
+    own = vars(module).get("forward")
+    if inspect.ismethod(own) and own.__self__ is module:
+        return own.__func__ is not type(module).forward
+    return own is not None
 
 
 def has_hooks(parameter: Tensor) -> bool:
