@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ _TAKING = (
 )
 # tracing swaps torch's factories and fx swaps nn.Module.__call__: one trace at a time
 TRACE_LOCK = threading.RLock()
+# a process that is forked meanwhile has the lock and not the thread that would release it
+os.register_at_fork(after_in_child=TRACE_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Tracing(Protocol):
@@ -57,9 +60,9 @@ def traced_factories(tracer: Tracing) -> Iterator[None]:
     with TRACE_LOCK:
         names = (*_FACTORIES, *(_MORE_FACTORIES if tracer.nodes_of_constants else ()))
         originals = {name: getattr(torch, name) for name in names}
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        # the fused encoder kernel would hide the linears inside it
-        torch.backends.mha.set_fastpath_enabled(False)
+        asked = torch.backends.mha.get_fastpath_enabled
+        # the fused encoder kernel would hide the linears inside it; what sets it is every thread's
+        torch.backends.mha.get_fastpath_enabled = _not_in_this_thread(asked)
         try:
             for name, original in originals.items():
                 setattr(torch, name, _routed(tracer, original))
@@ -68,7 +71,16 @@ def traced_factories(tracer: Tracing) -> Iterator[None]:
         finally:
             for name, original in originals.items():
                 setattr(torch, name, original)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+            torch.backends.mha.get_fastpath_enabled = asked
+
+
+def _not_in_this_thread(asked: Callable[[], bool]) -> Callable[[], bool]:
+    thread = threading.get_ident()
+
+    def get_fastpath_enabled() -> bool:
+        return threading.get_ident() != thread and asked()
+
+    return get_fastpath_enabled
 
 
 def _routed(tracer: Tracing, original: Callable[..., Any]) -> Callable[..., Any]:
