@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import fx, nn
 
+from fxshare.base.randomness import own_randomness
 from fxshare.capture.call import MASK, Call, Shapes, as_called
 from fxshare.capture.caller import Caller
 from fxshare.capture.containers import holds_tensor
@@ -83,15 +82,10 @@ class Captured:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No gradients, and the random number generators as before afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+def quiet(seed: int | None = None) -> Iterator[None]:
+    """No gradients, and random numbers of our own, from ``seed`` on where it is given."""
+    with own_randomness(seed), torch.no_grad():
+        yield
 
 
 __all__ = ["Captured", "FrontEnd", "Mode", "quiet"]

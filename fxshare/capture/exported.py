@@ -11,6 +11,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fxshare.base.randomness import randomness_as_before
 from fxshare.capture.call import Call, Shapes
 from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
@@ -69,7 +70,7 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
     try:
         with (
             explicit_forward(copy, list(inputs), constants),
-            torch.random.fork_rng(devices=[]),
+            randomness_as_before(),
             met,
         ):
             program = torch.export.export(

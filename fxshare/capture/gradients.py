@@ -8,21 +8,19 @@ left out, the layer norms and biases beside them would show the same fault.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, worst
+from fxshare.base.randomness import drawn, own_randomness, randomness_as_before
 from fxshare.capture.call import Call, Shapes, resized, tensors
-from fxshare.capture.captured import quiet
 from fxshare.capture.steered import SteeringDiffers, eval_only, set_training
 from fxshare.capture.tracing.factories import TRACE_LOCK
 from fxshare.capture.tracing.functions import without_reentrant_checkpoints
@@ -63,14 +61,11 @@ class _SameNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **given)
         tensors = [t for t in pytree.tree_leaves((args, given)) if isinstance(t, Tensor)]
         seed = _SEED + max((t.numel() for t in tensors), default=0)
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            # of its own: that of torch is every thread's
-            device = tensors[0].device if tensors else given.get("device") or "cpu"
-            given = {**given, "generator": torch.Generator(device).manual_seed(seed)}
-        else:
-            torch.manual_seed(seed)
+        # of its own: that of torch is every thread's
+        device = tensors[0].device if tensors else given.get("device") or "cpu"
+        generator = torch.Generator(device).manual_seed(seed)
         flat = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, given))
-        found = func(*flat[0], **flat[1])
+        found = drawn(func, flat[0], flat[1], generator)
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
             found = args[0] if args[0] is flat[0][0] else args[0].copy_(flat[0][0])
         if isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point():
@@ -179,10 +174,8 @@ def _run(
     inputs: bool,
 ) -> _Pass:
     """A forward and a backward pass with generators of its own; nothing is accumulated."""
-    with quiet(), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(_SEED)
-        random.seed(_SEED)
-        np.random.seed(_SEED)
+    around = randomness_as_before(_SEED) if same_noise else own_randomness(_SEED)
+    with around, torch.inference_mode(False), torch.enable_grad():
         leaves: dict[str, Tensor] = {}
         values = _with_leaves(call, leaves) if inputs else dict(call)
         noise: Any = _SameNoise() if same_noise else nullcontext()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fxshare.base.randomness import randomness_as_before
 from fxshare.capture import device_of, dtype_of
 from fxshare.capture.modules import linears_side_by_side, put_back
 from fxshare.factors.empty import empty_factors
@@ -160,7 +161,7 @@ def _compute_buffers(result: Any, module: nn.Module, names: Sequence[str]) -> li
         empty = module._buffers[name]
         assert empty is not None
         stand_in._buffers[name] = empty.clone()
-    with torch.random.fork_rng(devices=[]):
+    with randomness_as_before():
         result._init_weights(stand_in)
     found = {name: stand_in._buffers[name] for name in names}
     whole = {n: t for n, t in found.items() if t is not None and not is_never_read(t)}

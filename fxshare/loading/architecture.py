@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxshare.base.building import TooMany, at_most
+from fxshare.base.randomness import randomness_as_before
 from fxshare.errors import DataError, FxShareWarning
 from fxshare.loading.keys import Keys, nearest_reading
 from fxshare.loading.weights import tensor_names
@@ -82,7 +83,7 @@ def _classes(transformers: Any, model_type: str) -> Iterator[Any]:
 def _difference(cls: Any, config: Any, names: frozenset[str], most: int) -> Keys | None:
     """Between the class and the names in the files; None for one that cannot be made."""
     try:
-        with torch.random.fork_rng(devices=[]), at_most(most), torch.device("meta"):
+        with randomness_as_before(), at_most(most), torch.device("meta"):
             model = cls(config)
     except (TooMany, Exception):
         return None

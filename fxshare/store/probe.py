@@ -52,8 +52,7 @@ def take(module: nn.Module, record: Record, *, seed: int) -> Probe:
         name: _cast(value, dtype)
         for name, value in record.random_call(0, seed=seed, device=device_of(module)).items()
     }
-    with quiet():
-        torch.manual_seed(seed)
+    with quiet(seed):
         path, output = next(iter(float_leaves(copy(**call))), ("", None))
     if output is None:
         raise CheckFailed(f"{type(module).__name__} has no floating-point output to compare")

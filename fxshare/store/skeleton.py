@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.building import TooMany, at_most
+from fxshare.base.randomness import randomness_as_before
 from fxshare.errors import StoreError
 from fxshare.models.source import EMBEDDED, EMBEDDED_CLASS, TRANSFORMERS
 from fxshare.models.structure import without_values
@@ -36,7 +37,7 @@ def skeleton(source: SavedSource, model: ModelSource | None, most: int | None = 
         return _given(model)
     if source.config is not None and source.kind in (TRANSFORMERS, EMBEDDED):
         make = _transformers_model if source.kind == TRANSFORMERS else _embedded_model
-        with torch.random.fork_rng(devices=[]), at_most(most):
+        with randomness_as_before(), at_most(most):
             return make(source, source.config)
     raise StoreError(
         f"the folder holds a compiled {source.class_name}, whose structure only its owner has; "
@@ -55,7 +56,7 @@ def _given(model: ModelSource) -> nn.Module:
             f"model: expected an nn.Module, a function that makes one or 'package.module:function'"
             f", found {type(model).__name__}"
         )
-    with torch.random.fork_rng(devices=[]):
+    with randomness_as_before():
         made = model()
     if not isinstance(made, nn.Module):
         raise StoreError(f"model: expected the function to make an nn.Module, found {made!r:.80}")

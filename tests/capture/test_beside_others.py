@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -10,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxshare.capture import capture
+import fxshare
+from fxshare.capture import capture, quiet
 from fxshare.capture.tracing.factories import TRACE_LOCK
 
 
@@ -100,3 +103,56 @@ def test_a_process_forked_in_a_capture_can_capture() -> None:
             os.waitpid(child, 0)
             pytest.fail("the forked process hangs")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+class _Noisy(nn.Module):
+    """Draws in eval mode too, in ways with and without a generator of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) + torch.randn_like(x) + torch.rand(4) + torch.randperm(4)
+        return torch.nn.functional.rrelu(torch.nn.functional.dropout(y, 0.5), training=True)
+
+
+@pytest.mark.parametrize("mode", ["fx", "export", "modules"])
+def test_no_number_is_drawn_twice_beside_a_compilation(mode: Any) -> None:
+    stop = threading.Event()
+    found: list[tuple[float, float, float]] = []
+
+    def draw() -> None:
+        while not stop.wait(1e-4):
+            one = torch.rand(1, dtype=torch.float64).item()
+            found.append((one, random.random(), np.random.rand()))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        cfg = {"weight_types": {"fc": {"pattern": "fc|0"}}}
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+        fxshare.compile(model, cfg, example=torch.randn(2, 4), capture=mode)
+    finally:
+        stop.set()
+        thread.join()
+    assert found
+    for numbers in zip(*found, strict=True):
+        assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_run_of_ours_draws_as_before_and_leaves_no_trace(seed: int | None) -> None:
+    model, x = _Noisy(), torch.randn(2, 3, 4)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    with quiet(seed):
+        found = model(x), random.random()
+    with quiet(seed):
+        again = model(x), random.random()
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
+    assert torch.equal(found[0], again[0])
+    assert found[1] == again[1]
+    if seed is not None:
+        torch.manual_seed(seed)
+    assert torch.equal(model(x), found[0])

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxshare.base.randomness import randomness_as_before
 from fxshare.capture.call import Call, Shapes
 from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
@@ -221,7 +222,7 @@ def _traced(
         explicit_forward(root, inputs, constants),
         traced_factories(tracer),
         kept_functions(tracer),
-        torch.random.fork_rng(devices=[]),
+        randomness_as_before(),
         around.entered(),
     ):
         try:

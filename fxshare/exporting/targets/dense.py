@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fxshare.base.randomness import randomness_as_before
 from fxshare.capture import dtype_of
 from fxshare.errors import CheckFailed, ExportError, StoreError
 from fxshare.exporting.subject import Subject
@@ -173,7 +174,7 @@ def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     One made on the meta device is made again: what is not in its state dict has to have values.
     """
     if any(t.device.type == "meta" for _, t in tensors_of(model).values()):
-        with torch.random.fork_rng(devices=[]):
+        with randomness_as_before():
             made: Any = type(model)
             model = made(model.config)
     else:

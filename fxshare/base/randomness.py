@@ -1,0 +1,137 @@
+"""Random numbers for our own runs of a model, which other threads must not notice.
+
+torch's generator is every thread's: saving its state and setting it back lets another thread draw
+the same numbers twice. What a run draws comes from a generator of its own instead.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# tqdm's, which draws nothing and is left running
+_NO_USER = "TMonitor"
+
+
+@contextmanager
+def own_randomness(seed: int | None = None) -> Iterator[None]:
+    """Let torch draw for this thread alone, on from where its generator is, or from ``seed``.
+
+    Those of Python and numpy are as before afterwards where no other thread may have drawn from
+    them meanwhile.
+    """
+    with randomness_as_before(seed), _OwnGenerators(seed):
+        yield
+
+
+@contextmanager
+def randomness_as_before(seed: int | None = None) -> Iterator[None]:
+    """All generators as before afterwards, those of Python and numpy from ``seed`` on meanwhile;
+    where other threads run they are left alone, since what was drawn may have been theirs."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    seeded, state = torch.initial_seed(), torch.get_rng_state()
+    try:
+        if seed is not None and _alone():
+            random.seed(seed)
+            np.random.seed(seed)
+        yield
+    finally:
+        if _alone():
+            random.setstate(python)
+            np.random.set_state(of_numpy)
+            torch.set_rng_state(state)
+        elif torch.initial_seed() != seeded:  # the model has seeded it
+            torch.set_rng_state(state)
+
+
+def _alone() -> bool:
+    here = threading.current_thread()
+    return all(t is here or type(t).__name__ == _NO_USER for t in threading.enumerate())
+
+
+class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands random operations a generator of this run, one for each device."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **given)
+        device = _device(args, given)
+        if device.type not in ("cpu", "cuda"):
+            return func(*args, **given)
+        if given.get("generator") is not None:
+            return func(*args, **given)
+        return drawn(func, args, given, self._generator(device))
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            made = torch.Generator(device)
+            if self._seed is None:
+                made.set_state(_of_all(device).get_state())
+            else:
+                made.manual_seed(self._seed)
+            self._generators[device] = made
+        return self._generators[device]
+
+
+def _device(args: Any, kwargs: Any) -> torch.device:
+    found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    device = found[0].device if found else torch.device(kwargs.get("device") or "cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _of_all(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
+
+
+def drawn(func: Any, args: Any, kwargs: Any, generator: torch.Generator) -> Any:
+    """What a random operation gives with the numbers of ``generator``."""
+    taking = _taking_generator(func)
+    if taking is not None:
+        return taking(*args, **{**kwargs, "generator": generator})
+    # it takes none: for this one operation the state of torch's own is exchanged
+    of_all = _of_all(generator.device)
+    before = of_all.get_state()
+    of_all.set_state(generator.get_state())
+    try:
+        return func(*args, **kwargs)
+    finally:
+        generator.set_state(of_all.get_state())
+        of_all.set_state(before)
+
+
+def _taking_generator(func: Any) -> Any:
+    """The operation, or the overload of it, that takes a generator; None where none does."""
+    wanted = {a.name: str(a.type) for a in func._schema.arguments}
+    if "generator" in wanted:
+        return func
+    for overload in func.overloadpacket.overloads():
+        other = getattr(func.overloadpacket, overload)
+        taken = {a.name: str(a.type) for a in other._schema.arguments}
+        by_name = any(a.name == "generator" and a.kwarg_only for a in other._schema.arguments)
+        if taken.pop("generator", None) and by_name and taken == wanted:
+            return other
+    return None
+
+
+__all__ = ["drawn", "own_randomness", "randomness_as_before"]
