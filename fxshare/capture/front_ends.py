@@ -25,6 +25,7 @@ from fxshare.capture.signature import check_model_names
 from fxshare.capture.steered import SteeringDiffers
 from fxshare.capture.switches import SWITCH
 from fxshare.capture.tracing.trace import trace
+from fxshare.capture.written import Unwritten, refuse_written
 from fxshare.errors import CaptureError
 from fxshare.models.computed import uncopied
 from fxshare.models.traits import context_of
@@ -52,11 +53,15 @@ def capture(
     Raises :class:`CaptureError` naming the model's line and every front end that was tried.
     """
     trainable = Trainable(model)
+    weights = Unwritten(model, needs)
     with stage("capture", _LOG) as running:
         try:
             captured = _captured(model, example, mode, needs, relaxed, trainable)
         finally:
             trainable.restore()
+            written = weights.restore()
+        if not captured.side_by_side:  # else the calls that are watched tell it
+            refuse_written(model, written)
         running.found(f"front end {captured.front_end}")
     return captured
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxshare.capture import Captured, quiet
+from fxshare.capture.written import Unwritten
 from passes import is_linear, structure_copy
 
 _LOG = logging.getLogger(__name__)
@@ -36,15 +37,22 @@ _DEPTH = 3
 @dataclass
 class Reached:
     """What calls showed of linears, by their names: ``called``; ``used``, which have reached an
-    output; ``read``, whose weight was read outside of them. ``calls`` is how many were watched."""
+    output; ``read``, whose weight was read outside of them; ``written``, whose weight or bias was
+    written to. ``calls`` is how many were watched in eval mode."""
 
     called: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
     calls: int = 0
 
     def refusal(self, name: str) -> str | None:
         """Why a linear is no site; None where it is called for its result, and for that only."""
+        if name in self.written:
+            return (
+                "the model's forward writes to its weight or bias, which a rewritten linear does "
+                "not have; write to it outside of forward (after the optimizer's step, say)"
+            )
         if name in self.read:
             beside = " beside calling it" if name in self.called else " and does not call it"
             return f"the model reads its weight itself{beside}"
@@ -61,6 +69,7 @@ def reached(captured: Captured, batches: Iterable[object], names: Sequence[str])
     if any(p.device.type == "meta" for p in model.parameters()):
         return None
     found = Reached()
+    before = Unwritten(model, list(modules))
     for batch in batches:
         try:
             with quiet(), _Watch(modules, found) as watch:
@@ -69,10 +78,28 @@ def reached(captured: Captured, batches: Iterable[object], names: Sequence[str])
             _LOG.debug("a call to watch failed: %s", error)
             return None
         found.calls += 1
+        if found.calls == 1:
+            _watch_training(captured, batch, names, found)
         missing = set(modules) - found.used - found.read
         if not missing or found.calls == _MOST_CALLS:
             break
+    found.written |= {name.rpartition(".")[0] for name in before.restore()}
     return found if found.calls else None
+
+
+def _watch_training(
+    captured: Captured, batch: object, names: Sequence[str], found: Reached
+) -> None:
+    """Take what is written to in training mode alone for written."""
+    model = structure_copy(captured.model).train()
+    modules = {n: m for n in names if is_linear(m := model.get_submodule(n))}
+    trained = Reached()
+    try:
+        with quiet(), _Watch(modules, trained):
+            model(**captured.caller(batch))
+    except Exception as error:  # a model that does not train may be compiled
+        _LOG.debug("a call to watch failed in training mode: %s", error)
+    found.written |= trained.written
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -87,8 +114,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inside: list[set[str]] = []
         self.weights: dict[int, set[str]] = {}
         self.handles = []
+        self.parameters: list[tuple[str, nn.Module, str, nn.Parameter, Tensor]] = []
         for name, module in modules.items():
-            for parameter in module.parameters(recurse=False):
+            for place, parameter in module.named_parameters(recurse=False):
+                self.parameters.append((name, module, place, parameter, parameter.detach()))
                 self.weights.setdefault(parameter.data_ptr(), set()).add(name)
             self.handles.append(module.register_forward_pre_hook(self._enter(name)))
             self.handles.append(module.register_forward_hook(self._leave(name)))
@@ -96,12 +125,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exception: Any) -> None:
         for handle in self.handles:
             handle.remove()
+        for name, module, place, parameter, data in self.parameters:
+            if module._parameters.get(place) is not parameter:
+                self.found.written.add(name)
+            if parameter.data_ptr() != data.data_ptr():
+                self.found.written.add(name)
+                parameter.data = data
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, _: Any) -> None:
             own = {p.data_ptr() for p in module.parameters(recurse=False)}
-            self.inside.append({name}.union(*(self.weights[at] for at in own)))
+            self.inside.append({name}.union(*(self.weights.get(at, set()) for at in own)))
 
         return enter
 
@@ -126,6 +161,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inside = self.inside[-1] if self.inside else set()
         for tensor in given:
             self.found.read |= self.weights.get(tensor.data_ptr(), set()) - inside
+        args, kwargs = self._unwritten(func, args, kwargs)
         marks = set().union(*(self._marks_of(tensor) for tensor in given))
         result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
@@ -140,6 +176,32 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if argument.alias_info is not None and argument.name in kwargs:
                     self._mark(kwargs[argument.name], marks)
         return result
+
+    def _unwritten(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The arguments with copies of the weights that the operation writes to."""
+        given, named = list(args), dict(kwargs)
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = given[at] if at < len(given) else named.get(argument.name)
+            names = self._owners_of(value) if isinstance(value, Tensor) else set()
+            if names:
+                self.found.written |= names
+                if at < len(given):
+                    given[at] = value.clone()
+                else:
+                    named[argument.name] = value.clone()
+        return tuple(given), named
+
+    def _owners_of(self, tensor: Tensor) -> set[str]:
+        storage = tensor.untyped_storage()._cdata
+        start = tensor.data_ptr()
+        return {
+            name
+            for name, _, _, _, data in self.parameters
+            if data.untyped_storage()._cdata == storage
+            and data.data_ptr() <= start < data.data_ptr() + data.nbytes
+        }
 
     def _marks_of(self, tensor: Tensor) -> set[str]:
         found = self.marks.get(tensor.untyped_storage()._cdata)
