@@ -184,8 +184,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = given[at] if at < len(given) else named.get(argument.name)
-            names = self._owners_of(value) if isinstance(value, Tensor) else set()
-            if names:
+            if isinstance(value, Tensor) and (names := self._owners_of(value)):
                 self.found.written |= names
                 if at < len(given):
                     given[at] = value.clone()
