@@ -6,10 +6,23 @@ package raises on purpose is a :class:`FxShareError`, so one ``except`` clause c
 
 from __future__ import annotations
 
+import re
+
+# no path and no name that somebody gave is as long; what a damaged or hostile file says may be
+_LONG = re.compile(r"\S{600,}")
+
 
 class FxShareError(Exception):
     """Base of every error raised on purpose. The message names the subject, what was expected,
-    what was found, and the way out."""
+    what was found, and the way out. Endless words in it, found in a file, are shown in part."""
+
+    def __str__(self) -> str:
+        return _LONG.sub(_in_part, super().__str__())
+
+
+def _in_part(found: re.Match[str]) -> str:
+    word = found.group()
+    return f"{word[:80]}…{word[-40:]} ({len(word)} characters)"
 
 
 class PassError(FxShareError):

@@ -341,3 +341,11 @@ def test_running_nothing_on_every_toy(toy: Any) -> None:
     result, applied = run(captured(toy), [CleanUp(), ReuseBasis()])
     assert [a.rewrites for a in applied][1] == 0
     assert equal_outputs(captured(toy), result, inputs(toy), tolerance=0.0)
+
+
+def test_an_endless_word_in_a_message_is_shown_in_part() -> None:
+    said = str(PassError(f"name {'x' * 10_000!r}: choose another"))
+    assert len(said) < 200
+    assert said.startswith("name 'xxx")
+    assert said.endswith("(10003 characters) choose another")
+    assert str(PassError("a path/" + "y" * 500)) == "a path/" + "y" * 500
