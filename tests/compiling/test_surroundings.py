@@ -15,7 +15,7 @@ import fxshare
 from fxshare.errors import CalibrationError, CaptureError, FactoriseError, MatchError
 
 _FC = {"weight_types": {"fc": {"pattern": r"h\.\d+\.fc"}}, "block_pattern": r"h\.(\d+)"}
-_SHARING = {**_FC, "group_size": 2, "compression_rate": 20}
+_SHARING = {**_FC, "group_size": 2, "compression_rate": 0.5}
 _BUDGET = {**_FC, "budget": {"params_kept": 0.8}}
 
 
