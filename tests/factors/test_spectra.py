@@ -207,3 +207,12 @@ def test_a_sketch_is_an_upper_bound_and_exact_at_small_ranks(seed: int) -> None:
     assert sketched[:13] == pytest.approx(exact[:13], rel=1e-6)
     assert (sketched[12:-1] == sketched[12]).all()
     assert sketched[-1] == 0.0
+
+
+def test_a_sketch_of_half_the_ranks_or_more_is_no_sketch() -> None:
+    """It would cost as much as all eigenvalues, which are exact."""
+    slices = {"a": slice_of(12, 20, 3)}
+    exact = Spectra(slices).tails(frozenset("a"))
+    for sketch in (6, 7, 13):
+        assert np.array_equal(Spectra(slices, sketch=sketch).tails(frozenset("a")), exact)
+    assert not np.array_equal(Spectra(slices, sketch=5).tails(frozenset("a")), exact)

@@ -2,29 +2,34 @@
 
 ``python -m tests.mutation passes --count 40`` (see ``--help``). The tests of a part run once and
 say which of them call which function; then each mutant is made in a forked process, by giving the
-loaded function other code, and only those tests run, the quickest first, until one fails. On POSIX.
+loaded function other code, and only those tests run, the quickest first, until one fails. Mutants
+that compute the same as the original are listed with the reason in ``equivalent.txt`` and left out
+of the score. On POSIX.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import importlib
 import json
 import os
 import random
-import signal
 import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.mutation.mutants import Mutant, mutants_of, mutated
+from tests.mutation.judge import OPTIONS, functions_by_place, judge
+from tests.mutation.mutants import Mutant, mutants_of
+from tests.mutation.watch import Calls, Watch
 
 ROOT = Path(__file__).parents[2]
+EQUIVALENT = Path(__file__).parent / "equivalent.txt"
 PARTS: dict[str, tuple[str, ...]] = {
     "passes": ("tests/passes", "tests/rewriting"),
     "fxshare/planning": ("tests/planning",),
@@ -33,101 +38,107 @@ PARTS: dict[str, tuple[str, ...]] = {
     "fxshare/store": ("tests/store", "tests/loading"),
 }
 """What is changed, and the tests that must see it."""
-_OPTIONS = ("-q", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no")
-Calls = dict[str, dict[str, float]]
-"""Tests and their seconds, of every function ``file:qualified.name``."""
 
 
-class Watch:
-    """A plugin of pytest that records which functions of a folder each test calls."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = str(ROOT / folder) + os.sep
-        self.calls: Calls = {}
-        self.failed: set[str] = set()
-        self._seen: set[CodeType] = set()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> object:
-        """Around each test with its fixtures."""
-        self._seen = set()
-        start = time.perf_counter()
-        sys.setprofile(self._profile)
-        try:
-            result = yield
-        finally:
-            sys.setprofile(None)
-        seconds = time.perf_counter() - start
-        for code in self._seen:
-            if code.co_filename.startswith(self.folder):
-                name = f"{Path(code.co_filename).relative_to(ROOT)}:{_outermost(code)}"
-                self.calls.setdefault(name, {})[item.nodeid] = seconds
-        return result
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test that fails as it is says nothing about mutants."""
-        if report.failed:
-            self.failed.add(report.nodeid)
-
-    def _profile(self, frame: FrameType, event: str, _: object) -> None:
-        if event == "call":
-            self._seen.add(frame.f_code)
-
-
-def _outermost(code: CodeType) -> str:
-    return code.co_qualname.partition(".<locals>")[0]
-
-
-def _put(mutant: Mutant) -> bool:
-    """Give the loaded functions the mutant's code; whether there are such functions."""
-    file = ROOT / mutant.file
-    line, code = mutated(file, mutant)
-    found = False
-    for one in gc.get_objects():
-        if isinstance(one, FunctionType):
-            own = one.__code__
-            if (own.co_filename, own.co_qualname) == (str(file), mutant.name):
-                assert own.co_firstlineno == line
-                try:
-                    one.__code__ = code
-                except ValueError:  # a variable of an outer function is used no longer
-                    return False
-                found = True
+def equivalents(path: Path = EQUIVALENT) -> dict[str, str]:
+    """The mutants that compute the same, and why: lines ``file:name:change at line # why``."""
+    found = {}
+    for line in path.read_text().splitlines():
+        if line.strip():
+            key, mark, why = line.rpartition("  # ")
+            if not mark or not why.strip():
+                raise ValueError(f"{path.name}: no reason after '  # ' in {line!r}")
+            found[key] = why.strip()
     return found
 
 
-def _judge(mutant: Mutant, tests: Sequence[str], limit: float) -> str:
-    """``killed``, ``survived``, ``timeout`` or ``not applicable``, from a forked process."""
-    child = os.fork()
-    if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        code = 3
-        try:
-            if _put(mutant):
-                code = int(pytest.main([*_OPTIONS, "-x", *tests]) != 0)
-        except BaseException:
-            code = 1
-        os._exit(code)
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            told = {0: "survived", 3: "not applicable"}
-            return told.get(os.waitstatus_to_exitcode(status), "killed")
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout"
-
-
-def _chosen(part: str, calls: Calls, count: int | None, seed: int) -> list[Mutant]:
+def every_mutant(part: str) -> list[Mutant]:
+    """The mutants of the files in a folder."""
     files = sorted((ROOT / part).rglob("*.py"))
-    every = [m for file in files for m in mutants_of(file, str(file.relative_to(ROOT)))]
+    return [m for file in files for m in mutants_of(file, str(file.relative_to(ROOT)))]
+
+
+def _calls(part: str, kept: Path | None, again: Sequence[str]) -> Calls:
+    """Which tests call which functions; from the file if it tells, else by running the tests.
+
+    They run in a forked process as mutants do: what fails there says nothing about mutants, and
+    nothing that they have computed is kept here. Tests ``again`` run even if the file tells.
+    """
+    # what is slow to import must be there before processes are forked
+    pytest.main([*OPTIONS, "--collect-only", *PARTS[part]])
+    for file in sorted((ROOT / part).rglob("*.py")):
+        if file.name not in ("__init__.py", "__main__.py"):
+            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch.export")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "calls.json" if kept is None else kept
+        told: dict[str, Calls] = json.loads(path.read_text()) if path.is_file() else {}
+        tests = again if part in told else PARTS[part]
+        if tests:
+            child = os.fork()
+            if child == 0:
+                watch = Watch(ROOT, part)
+                pytest.main([*OPTIONS, *tests], plugins=[watch])
+                for name, calls in watch.told().items():
+                    told.setdefault(part, {}).setdefault(name, {}).update(calls)
+                path.write_text(json.dumps(told))
+                os._exit(0)
+            os.waitpid(child, 0)
+            told = json.loads(path.read_text())
+    return told[part]
+
+
+def _tests(seconds: dict[str, float], most: float) -> tuple[list[str], float]:
+    """The quickest of the tests, at least one, and their time."""
+    tests: list[str] = []
+    total = 0.0
+    for test in sorted(seconds, key=lambda t: (seconds[t], t)):
+        if tests and total + seconds[test] > most:
+            break
+        total += seconds[test]
+        tests.append(test)
+    # those of one file together: what they share is made once
+    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    return sorted(tests, key=lambda t: files.index(t.partition("::")[0])), total
+
+
+def _score(outcomes: Counter[str]) -> str:
+    killed = outcomes["killed"] + outcomes["timeout"]
+    judged = killed + outcomes["survived"]
+    share = 100 * killed / judged if judged else 100.0
+    return f"{killed} of {judged} killed ({share:.1f} %), {dict(outcomes)}"
+
+
+def _run(part: str, given: argparse.Namespace) -> Counter[str]:
+    calls = _calls(part, given.calls, given.again)
+    every = every_mutant(part)
     called = [m for m in every if f"{m.file}:{m.name}" in calls]
-    print(f"{part}: {len(every)} mutants, {len(called)} in functions that tests call", flush=True)
-    return called if count is None else random.Random(seed).sample(called, min(count, len(called)))
+    print(
+        f"{part}: {len(every)} mutants, {len(called)} in functions that its tests call", flush=True
+    )
+    if given.only:
+        called = [m for m in called if any(fnmatch(m.key, only) for only in given.only)]
+    if given.count is not None:
+        called = random.Random(given.seed).sample(called, min(given.count, len(called)))
+    same = equivalents()
+    places = functions_by_place(str(ROOT / part))
+    outcomes: Counter[str] = Counter()
+    for mutant in called:
+        tests, total = _tests(calls[f"{mutant.file}:{mutant.name}"], given.most)
+        outcome = (
+            "equivalent"
+            if mutant.key in same
+            else judge(ROOT, mutant, tests, limit=20 + 5 * total, places=places)
+        )
+        outcomes[outcome] += 1
+        if outcome == "survived":
+            print(f"survived {len(tests)} tests: {mutant}", flush=True)
+        if given.o is not None:
+            with given.o.open("a") as file:
+                print(json.dumps({**asdict(mutant), "outcome": outcome}), file=file)
+    print(f"{part}: {_score(outcomes)}", flush=True)
+    return outcomes
 
 
 def main() -> None:
@@ -135,31 +146,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--count", type=int, help="a random choice of so many mutants a part")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("--only", nargs="*", help="mutants with such a key, `*` for anything")
     parser.add_argument("--most", type=float, default=60.0, help="seconds of tests for a mutant")
+    parser.add_argument(
+        "--calls", type=Path, help="a file for which tests call what; read if there"
+    )
+    parser.add_argument("--again", nargs="*", default=(), help="tests that `--calls` lacks")
     parser.add_argument("-o", type=Path, help="a line of JSON for every mutant")
     given = parser.parse_args()
+    os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
+    total: Counter[str] = Counter()
     for part in given.parts:
-        watch = Watch(part)
-        pytest.main([*_OPTIONS, *PARTS[part]], plugins=[watch])
-        outcomes: dict[str, int] = {}
-        for mutant in _chosen(part, watch.calls, given.count, given.seed):
-            seconds = watch.calls[f"{mutant.file}:{mutant.name}"]
-            tests, total = [], 0.0
-            for test in sorted(seconds.keys() - watch.failed, key=lambda t: (seconds[t], t)):
-                total += seconds[test]
-                if tests and total > given.most:
-                    break
-                tests.append(test)
-            outcome = _judge(mutant, tests, 10 + 5 * total) if tests else "survived"
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-            if outcome == "survived":
-                print(f"survived {len(tests)} tests: {mutant}", flush=True)
-            if given.o is not None:
-                with given.o.open("a") as file:
-                    print(json.dumps({**asdict(mutant), "outcome": outcome}), file=file)
-        print(f"{part}: {outcomes}", flush=True)
+        total += _run(part, given)
+    print(f"all: {_score(total)}", flush=True)
+    sys.exit(bool(total["survived"]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,36 +38,50 @@ _COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitAnd: ast.BitOr,
 }
 _CALLED = {"min": "max", "max": "min", "any": "all", "all": "any"}
-Function = ast.FunctionDef
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """The ``number``-th change of the function ``name`` at ``line`` of a file."""
+    """The ``number``-th change of the function ``name`` of a file, in the line ``text``."""
 
     file: str
     name: str
     line: int
     number: int
     change: str
+    text: str
+    nth: int = 1
+    """Which of the same changes in equal lines of the function."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from the file's other mutants and stays when lines are added above."""
+        again = f" ({self.nth})" if self.nth > 1 else ""
+        return f"{self.file}:{self.name}:{self.change}{again} at {self.text}"
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.name}: {self.change}"
+        return f"line {self.line} {self.key}"
 
 
 def mutants_of(file: Path, name: str) -> list[Mutant]:
     """Every mutant of a source file."""
     found = []
-    for qualified, function in _functions(ast.parse(file.read_text())):
+    source = file.read_text()
+    lines = source.splitlines()
+    for qualified, function in _functions(ast.parse(source)).items():
+        met: Counter[tuple[str, str]] = Counter()
         for number, (node, change) in enumerate(_changes(function)):
-            found.append(Mutant(name, qualified, node.lineno, number, change))
+            text = lines[node.lineno - 1].strip()
+            met[change, text] += 1
+            nth = met[change, text]
+            found.append(Mutant(name, qualified, node.lineno, number, change, text, nth))
     return found
 
 
 def mutated(file: Path, mutant: Mutant) -> tuple[int, CodeType]:
     """The first line of the mutant's function, and its code with the change."""
     tree = ast.parse(file.read_text())
-    function = dict(_functions(tree))[mutant.name]
+    function = _functions(tree)[mutant.name]
     node, _ = list(_changes(function))[mutant.number]
     _change(node, mutant.change)
     ast.fix_missing_locations(tree)
@@ -84,8 +99,13 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
-    """Functions of the module and of its classes; what is inside them belongs to them."""
+def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """Functions of the module and of its classes, by qualified name.
+
+    What is inside a function belongs to it. Names given twice (a property's setter) are left out.
+    """
+    found: dict[str, ast.FunctionDef] = {}
+    twice: set[str] = set()
     todo: list[tuple[str, ast.AST]] = [("", tree)]
     while todo:
         prefix, node = todo.pop(0)
@@ -93,10 +113,14 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
             if isinstance(child, ast.ClassDef):
                 todo.append((f"{prefix}{child.name}.", child))
             elif isinstance(child, ast.FunctionDef) and child.name not in ("__repr__", "__str__"):
-                yield prefix + child.name, child
+                name = prefix + child.name
+                if name in found:
+                    twice.add(name)
+                found[name] = child
+    return {name: function for name, function in found.items() if name not in twice}
 
 
-def _changes(function: Function) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
+def _changes(function: ast.FunctionDef) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
     """Nodes and what is done to them, in one order."""
     todo: list[ast.AST] = list(function.body)
     while todo:

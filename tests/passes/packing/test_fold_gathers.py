@@ -186,6 +186,17 @@ def test_what_is_made_one_by_one_is_folded_and_computes_the_same(made: Any) -> N
     assert not [name for name, _ in after.named_buffers() if name.startswith("gather")]
 
 
+def test_a_graph_without_values_is_folded_as_one_with_them() -> None:
+    """A saved folder's graph is made on the meta device, where no order is known yet."""
+    gm = pivoted(Gated())
+    folded, _ = run(gm, [FoldGathers()])
+    after, (applied,) = run(gm.to("meta"), [FoldGathers()])
+    assert applied.rewrites == 1
+    assert after.code == folded.code
+    assert slices(after) == slices(folded)
+    assert after.get_submodule("up").weight.is_meta
+
+
 def test_a_producer_of_two_slices_is_left_alone() -> None:
     _, (applied,) = run(pivoted(Gated(), cut=4), [FoldGathers()])
     assert applied.rewrites == 0
