@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.graph.writes import is_in_place, is_written
+from passes.graph.writes import is_in_place, is_written, sharing_memory
 
 Function = Callable[[Tensor], object]
 
@@ -119,3 +120,14 @@ def test_a_view_of_what_is_written_is_written_too() -> None:
     nodes = {n.name: n for n in fx.symbolic_trace(body).graph.nodes}
     assert is_written(nodes["view"])
     assert not is_written(nodes["input_1"])
+
+
+def test_what_an_operator_in_place_gives_shares_memory_with_what_it_writes_into() -> None:
+    """And an assignment to an item gives nothing that does."""
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    summed = graph.call_function(operator.iadd, (x, y))
+    item = graph.call_function(operator.setitem, (y, 0, 1.0))
+    graph.output((summed, item))
+    assert sharing_memory(x) == sharing_memory(summed) == {x, summed}
+    assert sharing_memory(y) == {y}

@@ -342,6 +342,19 @@ def test_factors_get_memory_of_their_own() -> None:
     assert linear_at(result, "h.0.k").weight is linear_at(source, "h.0.k").weight
 
 
+def test_a_factor_with_memory_of_its_own_gets_its_rows_in_order() -> None:
+    source = _shared(TwoLayers(), {"basis_q": _layers("0.q", "1.q")})
+    turned = torch.randn(6, 6, dtype=torch.float64).t()
+    source.basis_q.weight = nn.Parameter(turned)
+    result, _ = run(source, [LayOut()])
+    weight = linear_at(result, "basis_q").weight
+    assert weight.is_contiguous()
+    assert torch.equal(weight, turned)
+    again, (applied,) = run(result, [LayOut()])
+    assert applied.rewrites == 0
+    assert linear_at(again, "basis_q").weight.data_ptr() == weight.data_ptr()
+
+
 def test_dense_slices_that_are_called_elsewhere_stay_apart() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -45,6 +45,8 @@ BY_ROWS: dict[str, Multiply] = {
     "einsum": lambda x, w: torch.einsum("eti,eoi->eto", x, w),
     "einsum order": lambda x, w: torch.einsum("eoi,eti->toe", w, x),
     "einsum shared": lambda x, w: torch.einsum("ti,eoi->teo", x[0], w),
+    "einsum shared turned": lambda x, w: torch.einsum("it,eoi->teo", x[0].mT, w),
+    "einsum turned": lambda x, w: torch.einsum("iet,eoi->eto", x.permute(2, 0, 1), w),
     "einsum dots": lambda x, w: torch.einsum("...ei,eoi->...eo", x.transpose(0, 1), w),
     "einsum total": lambda x, w: torch.einsum("eti,eoi->to", x, w),
     "F.linear": lambda x, w: _each(x, [w[e] for e in range(E)]),
@@ -72,6 +74,7 @@ BY_ROWS: dict[str, Multiply] = {
     )),
     "gathered weight first": _by_routing(lambda x, w: (w @ x.unsqueeze(-1)).squeeze(-1)),
     "gathered einsum": _by_routing(lambda x, w: torch.einsum("si,soi->os", x, w)),
+    "gathered einsum turned": _by_routing(lambda x, w: torch.einsum("is,soi->os", x.mT, w)),
     "index_select": lambda x, w: torch.bmm(x, w.index_select(0, torch.tensor([2, 2, 0])).mT),
 }  # fmt: skip
 BY_COLUMNS: dict[str, Multiply] = {
@@ -96,6 +99,10 @@ OTHERS: dict[str, Multiply] = {
     "half of the rows": lambda x, w: torch.bmm(x, w[:, :5].mT),
     "half of the columns": lambda x, w: torch.bmm(x[..., :3], w[..., :3].mT),
     "halves of two inputs": lambda x, w: torch.bmm(x, w[:, :5].mT) + torch.bmm(x + 1, w[:, 5:].mT),
+    "a cut of a cut": lambda x, w: (
+        torch.bmm(x, w[:, 2:][:, :2].mT).sum() + torch.bmm(x, w[:, 2:].mT)
+    ),
+    "element by element": lambda x, w: torch.mul(x[:, :1], w),
     "rows of one": lambda x, w: F.linear(x, w[0, :5]),
     "cast to another dtype": lambda x, w: torch.bmm(x.float(), w.float().mT),
     "with itself": lambda x, w: x[0, 0, 0] * torch.bmm(w, w.mT),
