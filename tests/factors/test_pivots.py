@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare.base.numerics import tolerance, worst
+from fxshare.factors.pivots import _pivoted_qr, complement, pivot
 from fxshare.result.products import dense_sites
 from passes import derived_buffers
 from passes.graph.graph import structure_copy
@@ -131,3 +132,24 @@ def test_pivoted_stores_less_than_plain_at_one_rank() -> None:
         by_storage[storage] = gm.fxshare.plan.outlook.predicted
     assert by_storage["pivoted"] < 0.9 * by_storage["plain"]
     assert IDS.max() < VOCABULARY
+
+
+def test_columns_whose_norms_cancelled_are_measured_again() -> None:
+    """Taking off what lies along the first column leaves 0 of norms that differ in their last
+    digits; the second column kept is still the larger one."""
+    basis = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1e-9, 3e-9]], dtype=torch.float64)
+    assert _pivoted_qr(basis).tolist() == [0, 2]
+
+
+def test_exchanges_of_columns_are_counted_and_end_within_the_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(12, 40, generator=generator, dtype=torch.float64)
+    free, bound = pivot(basis, bound=1e9), pivot(basis, bound=1.01)
+    assert free.swaps == 0
+    assert 0 < bound.swaps < 160
+    assert free.largest > 1.01 >= bound.largest
+    for made in (free, bound):
+        assert made.kept_J.tolist() == sorted(made.kept_J.tolist())
+        rest = complement(made.kept_J, 40)
+        gap = made.block_RR @ made.table_RT - basis[:, rest]
+        assert float(gap.abs().max()) < 1e-12

@@ -130,6 +130,25 @@ def test_a_moment_that_says_nothing_is_refused(moment: torch.Tensor, reason: str
         output_root(moment)
 
 
+def test_a_diagonal_moment_is_the_matrix_with_that_diagonal() -> None:
+    """``(O,)`` is stored for outputs that are many: tails, factors and roots are the same."""
+    one = slice_of(5, 7, 0, moment_OO=torch.linspace(0.5, 3.0, 5, dtype=torch.float64))
+    diagonal, full = {"a": one}, {"a": replace(one, moment_OO=one.moment_OO.diag())}
+    tails = [Spectra(slices).tails(frozenset("a")) for slices in (diagonal, full)]
+    assert tails[0] == pytest.approx(tails[1], rel=1e-10)
+    products = [
+        factorise_group(group(slices, 3), Spectra(slices), refit=False).product("a")
+        for slices in (diagonal, full)
+    ]
+    torch.testing.assert_close(*products, rtol=1e-8, atol=1e-10)
+    weight = one.weight_OI
+    for make in ("apply", "undo"):
+        ours, theirs = (
+            getattr(output_root(slices["a"].moment_OO), make)(weight) for slices in (diagonal, full)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 # Cache and sketch
 
 
