@@ -34,7 +34,7 @@ from passes import (
     slice_weight,
     slices,
 )
-from passes.dialect import RULES, STAGES, Stage, check, stage_of, watch
+from passes.dialect import RULES, STAGES, Stage, check, findings, stage_of, watch
 from passes.graph.modes import caller_modes, set_modes
 from passes.graph.slices import Slice, set_slices
 from passes.sharing.pivot_basis import PivotedGroup
@@ -468,3 +468,20 @@ def test_multiplying_out_puts_folded_rows_back(layers: tuple[int, ...]) -> None:
     assert equal_outputs(folded, result, [x_of(6)], tolerance=1e-12)
     for name in slices(folded):
         torch.testing.assert_close(slice_weight(folded, name), slice_weight(result, name))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([(0, 2), (2, 5)], None),
+        ([(2, 5), (0, 2)], None),
+        ([(0, 3), (2, 5)], "rows 2:5 where row 3 of 5 is next"),
+        ([(0, 2), (3, 5)], "rows 3:5 where row 2 of 5 is next"),
+        ([(0, 2), (2, 2), (2, 5)], "rows 2:2 where row 2 of 5 is next"),
+        ([(1, 5)], "rows 1:5 where row 0 of 5 is next"),
+        ([(0, 4)], "4 rows of 5"),
+        ([(0, 6)], "6 rows of 5"),
+    ],
+)
+def test_rows_are_a_partition(rows: list[tuple[int, int]], told: str | None) -> None:
+    assert findings._gap(rows, 5) == told
