@@ -166,6 +166,28 @@ def test_what_is_no_linear_for_each_expert_is_left(multiply: Multiply) -> None:
     assert not stacks(_graph(multiply, (E, O, I), "fx"))
 
 
+@pytest.mark.parametrize("join", ["add_", "add", "mul_", "mul", "sub_"])
+def test_only_what_is_added_in_place_is_the_bias_of_a_routed_product(join: str) -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(E, I, O, dtype=torch.float64))
+            self.stack_bias = nn.Parameter(torch.randn(E, O, dtype=torch.float64))
+
+        def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
+            y = torch.matmul(x.unsqueeze(1), self.stack[wanted]).squeeze(1)
+            joined: Tensor = getattr(y, join)(self.stack_bias[wanted])
+            return joined
+
+    torch.manual_seed(0)
+    given = (_x(1)[0], torch.tensor([2, 0, 2, 2, 0, 0, 2]))
+    gm = capture(Biased(), given, mode="fx").graph
+    (stack,) = stacks(gm)["stack"]
+    assert stack.bias == ("stack_bias" if join == "add_" else None)
+    result, _ = run(gm, [UnstackExperts(parameters=("stack",))])
+    torch.testing.assert_close(result(*given), gm(*given), rtol=1e-12, atol=1e-12)
+
+
 class Runs(nn.Module):
     def __init__(self, dtype: torch.dtype, *, transposed: bool) -> None:
         super().__init__()
