@@ -233,6 +233,18 @@ def test_least_cost_ends_on_a_problem_of_few_numbers() -> None:
     assert least_cost(problem, 1e9).cost == 12
 
 
+def test_least_cost_takes_a_plan_that_loses_exactly_so_much() -> None:
+    """Slices of rank 2 lose nothing at rank 2: no loss allowed is no reason to stay dense."""
+
+    def curve(part: Part) -> Curve:
+        cost = np.array([24.0, 36.0]) * len(part)
+        return Curve(cost, np.array([0.0, 0.0]), np.array([2, DENSE]))
+
+    found = least_cost(Problem(stack(3), curve), 0.0)
+    assert found.loss == 0.0
+    assert found.cost == 72
+
+
 def test_least_cost_says_when_the_ceiling_is_in_the_way() -> None:
     problem = random_problem(stack(2), 0)
 

@@ -8,14 +8,24 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxshare.errors import PlanError
 from fxshare.planning.solver.problem import Node, Part, Problem
-from fxshare.planning.solver.strategies import STRATEGIES
-from tests.planning.build import all_partitions, legal, node, random_problem, stack, total
+from fxshare.planning.solver.strategies import STRATEGIES, _local_moves
+from tests.planning.build import (
+    all_partitions,
+    legal,
+    node,
+    random_problem,
+    random_weights,
+    spectral_curve,
+    stack,
+    total,
+)
 
 QK = (frozenset({"q", "k"}),)
 prices = st.floats(1e-3, 1.0)
@@ -179,6 +189,32 @@ def test_auto_may_leave_the_slices_of_a_layer_apart() -> None:
     alone = total(problem, problem.singletons(), 0.05)
     assert total(problem, STRATEGIES["layers"](problem, 0.05), 0.05) > alone
     assert total(problem, STRATEGIES["auto"](problem, 0.05), 0.05) <= alone
+
+
+def test_same_input_joins_what_reads_one_activation_where_that_pays() -> None:
+    """q and k of a layer are the same weights; v has nothing in common with them."""
+    nodes = stack(1, ("q", "k", "v"))
+    weights = random_weights(nodes, 0)
+    weights["h.0.k"] = weights["h.0.q"]
+    weights["h.0.v"] = 0.1 * np.random.default_rng(1).normal(size=(6, 6))
+    every = [frozenset(pair) for pair in itertools.combinations("qkv", 2)]
+    problem = Problem(nodes, lambda part: spectral_curve(weights, part), may_share=every)
+    assert set(STRATEGIES["same_input"](problem, 0.05)) == set(parts_of("h.0.q h.0.k", "h.0.v"))
+    # at a price of nothing everything is stored dense, and nothing is gained
+    assert set(STRATEGIES["same_input"](problem, 0.0)) == set(problem.singletons())
+
+
+def test_a_piece_moves_to_the_group_that_it_has_something_in_common_with() -> None:
+    nodes = stack(3)
+    rng = np.random.default_rng(0)
+    weights = {n: rng.normal(size=(6, 2)) @ rng.normal(size=(2, 6)) for n in sorted(nodes)}
+    a, b, c = sorted(nodes)
+    weights[c] = weights[b]
+    problem = Problem(nodes, lambda part: spectral_curve(weights, part))
+    start = parts_of(f"{a} {b}", c)
+    moved = _local_moves(problem, 0.05, start, problem.singletons())
+    assert set(moved) == set(parts_of(a, f"{b} {c}"))
+    assert total(problem, moved, 0.05) < total(problem, start, 0.05)
 
 
 # What every strategy owes
