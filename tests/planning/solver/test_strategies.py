@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fxshare.errors import PlanError
 from fxshare.planning.solver.problem import Node, Part, Problem
-from fxshare.planning.solver.strategies import STRATEGIES, _local_moves
+from fxshare.planning.solver.strategies import STRATEGIES, _families, _local_moves
 from tests.planning.build import (
     all_partitions,
     legal,
@@ -215,6 +215,14 @@ def test_a_piece_moves_to_the_group_that_it_has_something_in_common_with() -> No
     moved = _local_moves(problem, 0.05, start, problem.singletons())
     assert set(moved) == set(parts_of(a, f"{b} {c}"))
     assert total(problem, moved, 0.05) < total(problem, start, 0.05)
+
+
+def test_what_is_tied_over_layers_is_no_part_of_a_row() -> None:
+    nodes = stack(4)
+    tie = parts_of("h.1.q h.2.q")
+    problem = random_problem(nodes, 0, tie=tie)
+    rows = _families(problem, problem.singletons())
+    assert rows == [parts_of("h.0.q", "h.3.q"), tie]
 
 
 # What every strategy owes
