@@ -78,6 +78,9 @@ def _calls(part: str, kept: Path | None, again: Sequence[str]) -> Calls:
         if tests:
             child = os.fork()
             if child == 0:
+                for calls in told.get(part, {}).values():  # tests that are there no longer
+                    for test in [t for t in calls if t.startswith(tuple(tests))]:
+                        del calls[test]
                 watch = Watch(ROOT, part)
                 pytest.main([*OPTIONS, *tests], plugins=[watch])
                 for name, calls in watch.told().items():
