@@ -460,7 +460,7 @@ def test_an_argument_that_was_not_captured_is_refused() -> None:
     gm = compiled(gpt(), gpt_config())
     with pytest.raises(GuardError, match=r"argument 'targets': .* targets=None") as caught:
         gm(IDS, targets=IDS)
-    assert "example={..., 'targets': ...}" in str(caught.value)
+    assert "an example call like this one (example=...)" in str(caught.value)
 
 
 @pytest.mark.parametrize("front_end", ["fx", "modules"])
