@@ -27,7 +27,7 @@ from fxshare.capture.tracing.functions import without_reentrant_checkpoints
 from fxshare.errors import GuardError
 from passes.graph.graph import structure_copy
 
-_MOST_ELEMENTS = 2**24
+_MOST_ELEMENTS = 2**20
 _ROWS, _POSITIONS = 2, 8
 _SEED = 0
 # a product has two in its backward pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +45,12 @@ def refuse_written(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def _digest(tensor: Tensor) -> Any:
+def _digest(tensor: Tensor) -> tuple[int, str] | None:
     if tensor.device.type == "meta" or not tensor.numel():
         return None
     with torch.no_grad():
-        # all bits, and the signs, which may cancel in them
-        return int(torch.hash_tensor(tensor).item()), float(tensor.sum(dtype=torch.float64))
+        # all bits, and the signs, which may cancel in them; as text, for NaN is not equal to itself
+        return int(torch.hash_tensor(tensor).item()), str(float(tensor.sum(dtype=torch.float64)))
 
 
 __all__ = ["Unwritten", "refuse_written"]

@@ -31,6 +31,8 @@ AUGMENTED: Mapping[Callable[..., Any], Callable[..., Any]] = {
     operator.imatmul: operator.matmul,
 }
 _IN_PLACE_OPERATORS = frozenset({*AUGMENTED, operator.setitem})
+# keywords of Python, which is why their names end like those of operations in place
+_NAMED_LIKE_WRITES = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 _ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 # these may hand back their input or a view of it, and their schemas do not say so
 _UNANNOTATED = frozenset(
@@ -64,6 +66,8 @@ def is_in_place(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
+    if node.target in _NAMED_LIKE_WRITES:
+        return False
     name = getattr(node.target, "__name__", "")
     return node.target in _IN_PLACE_OPERATORS or name.endswith("_") or _asks_in_place(node)
 

@@ -651,7 +651,11 @@ def _square(width: int, layers: int, dtype: torch.dtype, inner: int | None = Non
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "wasteful"), [(torch.float32, "copied"), (torch.bfloat16, "widened")]
+    ("dtype", "wasteful"),
+    [
+        (torch.float32, "copied"),
+        pytest.param(torch.bfloat16, "widened", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_that_of_the_model_and_one_group(
     tmp_path: Path, dtype: torch.dtype, wasteful: str

@@ -25,8 +25,11 @@ def test_a_folder_written_before_the_move_loads_and_saves_again(name: str, tmp_p
     folder = tmp_path / name
     shutil.copytree(FOLDERS / name, folder)
     gm = fxshare.load(folder)
-    # a graph that is not the saved one, letter by letter, would have left a note
-    assert not [note for note in gm.fxshare.report.notes if "graph text differs" in note]
+    # a graph that is not the saved one, letter by letter, leaves a note. Mixtral's has become one
+    # that keeps no_grad and what the model divides in place; it computes the same
+    differs = [note for note in gm.fxshare.report.notes if "graph text differs" in note]
+    assert len(differs) == (name == "mixtral")
+    assert all("the output is within 0.0e+00 of the saved one" in note for note in differs)
     fxshare.save(gm, tmp_path / "again")
     again = fxshare.load(tmp_path / "again")
     assert again.fxshare.graph_sha256 == gm.fxshare.graph_sha256 == graph_sha256(gm)

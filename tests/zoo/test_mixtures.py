@@ -47,7 +47,10 @@ def _call(seed: int) -> dict[str, Any]:
     return call
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "JetMoe" else ()) for n in MIXTURES],
+)
 def test_the_experts_are_sites(name: str) -> None:
     model = _made(name)
     no_cache = {} if name == "Llama4" else {"use_cache": False}

@@ -131,3 +131,14 @@ def test_what_an_operator_in_place_gives_shares_memory_with_what_it_writes_into(
     graph.output((summed, item))
     assert sharing_memory(x) == sharing_memory(summed) == {x, summed}
     assert sharing_memory(y) == {y}
+
+
+@pytest.mark.parametrize("op", [operator.and_, operator.or_])
+def test_operators_named_like_python_keywords_write_nothing(op: Callable[..., object]) -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    both = graph.call_function(op, (x, y))
+    graph.output(both)
+    fx.GraphModule(nn.Module(), graph)
+    assert not is_in_place(both)
+    assert not is_written(x)
