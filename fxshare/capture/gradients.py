@@ -1,9 +1,9 @@
 """The self-check of gradients, and of training mode: a graph against the original's autograd.
 
 The loss is a random projection of all outputs. Its gradients are compared at floating-point inputs
-and at parameters: which have any, at all of them; the numbers, at the smallest ones up to a
-fixed number of elements, so that a large model costs no second copy of itself. Where numbers are
-left out, the layer norms and biases beside them would show the same fault.
+and at parameters: which have any, at all of them; the numbers, at the smallest ones up to a share
+of the model, so that a large model costs no second copy of itself. A fault in what flows through a
+layer shows in its norms and biases too; one in the gradient of a large weight alone does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from fxshare.capture.tracing.functions import without_reentrant_checkpoints
 from fxshare.errors import GuardError
 from passes.graph.graph import structure_copy
 
-_MOST_ELEMENTS = 2**20
+# parameters whose gradients are held twice: a sixteenth of the model, between these
+_LEAST_ELEMENTS, _MOST_ELEMENTS, _PART = 2**20, 2**24, 16
 _ROWS, _POSITIONS = 2, 8
 _SEED = 0
 # a product has two in its backward pass
@@ -245,7 +246,8 @@ def _chosen(model: nn.Module) -> dict[str, nn.Parameter]:
     """The smallest parameters, so many that they have no more elements than is allowed."""
     named = sorted(model.named_parameters(), key=lambda both: both[1].numel())
     found: dict[str, nn.Parameter] = {}
-    left = _MOST_ELEMENTS
+    part = sum(parameter.numel() for _, parameter in named) // _PART
+    left = min(max(part, _LEAST_ELEMENTS), _MOST_ELEMENTS)
     for name, parameter in named:
         left -= parameter.numel()
         if left < 0:
