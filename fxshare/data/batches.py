@@ -153,7 +153,8 @@ class _Source:
         """Padded samples, each int64 (2..L,), and the id to fill up with."""
         if self.spec.partition(":")[0] == "stdlib":
             raise DataError(
-                f"{self.spec}: is one stream of tokens without documents; leave --padded out"
+                f"{self.spec}: is one stream of tokens without documents, and a padded sample is a "
+                "document; give a file of texts, or leave --padded out where it was given"
             )
         path, key = file_and_key(self.spec, self.key)
         if path.suffix not in TEXT_FILES:
