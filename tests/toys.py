@@ -22,6 +22,31 @@ HEADS = 4
 LAYERS = 3
 
 
+class ResidualBlock(nn.Module):
+    """Two linears of their own, ``fc`` and ``out``, around a ReLU."""
+
+    def __init__(self, inner: int = WIDTH) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, inner)
+        self.out = nn.Linear(inner, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.relu(self.fc(x)))
+
+
+class Residual(nn.Module):
+    """Two blocks ``h.0`` and ``h.1`` on features."""
+
+    def __init__(self, inner: int = WIDTH) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(ResidualBlock(inner) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.h:
+            x = block(x)
+        return x
+
+
 @dataclass(frozen=True, eq=False)
 class Toy:
     """One model of the zoo.

@@ -13,36 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxshare
 from fxshare.errors import CalibrationError, CaptureError, FactoriseError, MatchError
+from tests.toys import Residual
 
 _FC = {"weight_types": {"fc": {"pattern": r"h\.\d+\.fc"}}, "block_pattern": r"h\.(\d+)"}
 _SHARING = {**_FC, "group_size": 2, "compression_rate": 0.5}
 _BUDGET = {**_FC, "budget": {"params_kept": 0.8}}
 
 
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(16, 16)
-        self.out = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(torch.relu(self.fc(x)))
-
-
-class _Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(_Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.h:
-            x = block(x)
-        return x
-
-
 def _made() -> nn.Module:
     torch.manual_seed(0)
-    return _Model()
+    return Residual()
 
 
 def _data(device: str = "cpu") -> list[Tensor]:

@@ -9,33 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(16, 24)
-        self.back = nn.Linear(24, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.back(torch.relu(self.fc(x)))
-
-
-class _Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(_Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.h:
-            x = block(x)
-        return x
+from tests.toys import Residual
 
 
 def test_lora_of_peft_is_left_out() -> None:
     peft = pytest.importorskip("peft")
-    options: Any = {"r": 8, "target_modules": ["fc"], "modules_to_save": ["back"]}
-    model = peft.get_peft_model(_Model(), peft.LoraConfig(**options))
+    options: Any = {"r": 8, "target_modules": ["fc"], "modules_to_save": ["out"]}
+    model = peft.get_peft_model(Residual(24), peft.LoraConfig(**options))
     found = fxshare.propose(model)
     patterns = [spec.pattern for spec in found.config.weight_types.values()]
     assert patterns == [r".*\.fc\.base_layer$", r".*\.modules_to_save\.default$"]
@@ -43,7 +23,7 @@ def test_lora_of_peft_is_left_out() -> None:
     for part in ("fc.lora_A.default", "fc.lora_B.default"):
         assert reasons[f"h.0.{part} and 1 more"].startswith("is part of an adapter")
         assert "merge_and_unload()" in reasons[f"h.0.{part} and 1 more"]
-    assert "modules_to_save" in reasons["h.0.back.original_module and 1 more"]
+    assert "modules_to_save" in reasons["h.0.out.original_module and 1 more"]
     assert "lora_" not in found.text.partition("Left as they are")[0]
     gm = fxshare.compile(model, example={"x": torch.randn(2, 3, 16)})
     assert not any("lora" in site.name for site in gm.fxshare.plan.sites)

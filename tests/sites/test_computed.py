@@ -7,38 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import fxshare
 from fxshare.errors import CaptureError, MatchError
+from tests.toys import Residual
 
 _FC = {"weight_types": {"fc": {"pattern": r"h\.\d+\.fc"}}}
 
 
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(16, 16)
-        self.out = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(torch.relu(self.fc(x)))
-
-
-class _Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(_Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.h:
-            x = block(x)
-        return x
-
-
 def _with(change: Callable[[nn.Module], object], at: str) -> nn.Module:
-    model = _Model()
+    model = Residual()
     for block in model.h:
         change(block.get_submodule(at))
     return model
@@ -113,7 +93,7 @@ def test_a_proposal_leaves_them_out_with_the_reason(kind: str, at: str) -> None:
 
 
 def test_one_pruned_layer_leaves_the_others_in_the_proposal() -> None:
-    model = _Model()
+    model = Residual()
     _pruned(model.get_submodule("h.0.fc"))
     found = fxshare.propose(model)
     assert [left.name for left in found.left_out] == ["h.0.fc"]
