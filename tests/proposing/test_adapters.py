@@ -14,7 +14,7 @@ from tests.toys import Residual
 
 def test_lora_of_peft_is_left_out() -> None:
     peft = pytest.importorskip("peft")
-    options: Any = {"r": 8, "target_modules": ["fc"], "modules_to_save": ["out"]}
+    options: Any = {"r": 8, "target_modules": ["fc"], "modules_to_save": ["h.0.out", "h.1.out"]}
     model = peft.get_peft_model(Residual(24), peft.LoraConfig(**options))
     found = fxshare.propose(model)
     patterns = [spec.pattern for spec in found.config.weight_types.values()]
