@@ -4,7 +4,7 @@ eval mode, and that it holds eval mode alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxshare.errors import CaptureError, GuardError
 from passes.graph.modes import DEVICES, caller_modes, is_steered, set_modes
 
+_GraphT = TypeVar("_GraphT", bound="SteeredGraph")
 _HELD = "held_training"
 _EVAL_ONLY = "eval_only"
 _PLAIN = "no_autocast"
@@ -56,7 +57,7 @@ class SteeredGraph(fx.GraphModule):
         finally:  # an error may come from the middle of a region
             set_modes(caller)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: _GraphT, mode: bool = True) -> _GraphT:
         """Set the mode of every module but those that are held."""
         set_training(self, mode)
         return self

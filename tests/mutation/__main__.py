@@ -4,7 +4,7 @@
 say which of them call which function; then each mutant is made in a forked process, by giving the
 loaded function other code, and only those tests run, the quickest first, until one fails. Mutants
 that compute the same as the original are listed with the reason in ``equivalent.txt`` and left out
-of the score. On POSIX.
+of the score. On POSIX, from Python 3.11 on.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ from tests.mutation.__main__ import EQUIVALENT, PARTS, equivalents, every_mutant
 from tests.mutation.judge import functions_by_place, judge, put
 from tests.mutation.mutants import mutants_of, mutated
 
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="code objects have qualified names from Python 3.11 on"
+)
+
 
 def changed(folder: Path, source: str, change: str) -> Callable[..., object]:
     """``f`` of the source with its only mutant of this change."""
