@@ -45,8 +45,7 @@ def settle(path: Path) -> None:
     Warns where a replacement was broken off between its steps. What cannot be renamed or removed
     stays as it is: whoever reads or writes ``path`` next says why.
     """
-    for writer, left in _left(path.parent, path.name).items():
-        del writer
+    for left in _left(path.parent, path.name).values():
         with contextlib.suppress(OSError):
             _settle(path, left)
 

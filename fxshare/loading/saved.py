@@ -15,7 +15,6 @@ from fxshare.base.progress import stage
 from fxshare.capture import device_of, dtype_of, quiet
 from fxshare.capture.call import Call
 from fxshare.capture.caller import Caller
-from fxshare.capture.containers import holds_tensor
 from fxshare.errors import CheckFailed, FxShareWarning, StoreError
 from fxshare.loading.load import load_mapped
 from fxshare.models.source import USER
@@ -96,12 +95,8 @@ def _loaded(folder: Path, gm: nn.Module, model: nn.Module, passes: Sequence[Pass
 def _call(gm: nn.Module, model: nn.Module, example: object) -> Call | None:
     record = record_of(gm)
     if example is not None:
-        call = Caller(model, record.arguments)(example)
-    elif record.inputs:
-        call = record.random_call(0, seed=0, device=device_of(gm))
-    else:
-        return None
-    return {name: value for name, value in call.items() if holds_tensor(value)}
+        return Caller(model, record.arguments)(example)
+    return record.random_call(0, seed=0, device=device_of(gm)) if record.inputs else None
 
 
 __all__ = ["check_saved"]
