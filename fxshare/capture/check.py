@@ -25,14 +25,21 @@ class Original:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._copy: nn.Module | None = None  # none is needed on the meta device
+        self._last: tuple[Call, Any] | None = None
         self.is_meta = device_of(model).type == "meta"
         self.refusal: str | None = None
 
     def __call__(self, call: Call) -> Any:
+        """The original's output; it runs once where the same call is asked for twice in a row."""
+        if self._last is not None and _same(call, self._last[0]):
+            return self._last[1]
+        self._last = None
         if self._copy is None:
             self._copy = structure_copy(self._model).eval()
         with quiet():
-            return structure_copy(self._copy)(**call)
+            output = structure_copy(self._copy)(**call)
+        self._last = dict(call), output
+        return output
 
     def again(self, call: Call) -> Any:
         """What the second of two calls in a row gives: another than the first where the model
@@ -57,6 +64,10 @@ class Original:
             )
             return False
         return True
+
+
+def _same(call: Call, other: Call) -> bool:
+    return list(call) == list(other) and all(call[name] is other[name] for name in call)
 
 
 def described(value: object) -> object:
@@ -190,7 +201,7 @@ def _check_kept(gm: fx.GraphModule, run: Original, call: Call, depth: int) -> No
 
 
 def _run_graph(gm: fx.GraphModule, call: Call, times: int = 1) -> Any:
-    copy = structure_copy(gm)
+    copy = structure_copy(gm, one_code=True)
     set_training(copy, False)
     try:
         with quiet():

@@ -64,7 +64,8 @@ def _alike(call: Call, run: Original, limit: float) -> bool:
         with_ones = {**tried, MASK: tried[IDS].new_ones(tried[IDS].shape)}
         if not run.works(without):
             continue
-        return run.works(with_ones) and worst(run(without), run(with_ones)).relative <= limit
+        expected = run(without)
+        return run.works(with_ones) and worst(expected, run(with_ones)).relative <= limit
     return True
 
 

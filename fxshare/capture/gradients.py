@@ -151,7 +151,7 @@ def _compare(
         raise _NotComparedError(
             f"the original has none to compare with ({type(error).__name__}: {first})"
         ) from error
-    graph = structure_copy(gm)
+    graph = structure_copy(gm, one_code=True)
     # a graph of eval mode alone may do what the original does in training too
     set_training(graph, training and eval_only(gm) is None)
     try:

@@ -120,7 +120,7 @@ def _probe(gm: fx.GraphModule, run: Original, call: Call, length: int, depth: in
     try:
         with quiet():
             given = {name: v for name, v in call.items() if holds_tensor(v)}
-            found = structure_copy(gm)(**given)
+            found = structure_copy(gm, one_code=True)(**given)
     except GuardError:
         return
     except Exception as error:

@@ -17,7 +17,7 @@ from passes.graph.graph import structure_copy
 def evaluated(module: nn.Module, half: bool) -> nn.Module:
     """A copy in eval mode to run, on the module's own weights; with ``half`` it computes in
     float32, graphs included, and reads each weight as float32 when it is used."""
-    copy = structure_copy(module)
+    copy = structure_copy(module, one_code=not half)
     set_training(copy, False)
     for m in copy.modules():
         if half and isinstance(m, fx.GraphModule):

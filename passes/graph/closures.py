@@ -18,6 +18,7 @@ from torch import nn
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 _SEQUENCES = (list, tuple, set, frozenset)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def rebind(module: nn.Module, copies: Mapping[int, nn.Module]) -> None:
@@ -47,6 +48,8 @@ class _Search:
     def rebound(self, value: Any) -> Any:
         """``value`` with every original in it replaced; ``value`` itself where it holds none."""
         kind = type(value)
+        if kind in _PLAIN or (kind in _MAPPINGS and not value):
+            return value  # most that modules keep
         if isinstance(value, nn.Module):
             return self._copies.get(id(value), value)
         if kind is types.MethodType:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -208,6 +209,7 @@ def structure_copy(
     clone_parameters: bool = False,
     clone_buffers: bool = True,
     memo: Mapping[int, object] | None = None,
+    one_code: bool = False,
 ) -> ModuleT:
     """A copy of the module tree whose parameters are the *same tensors*.
 
@@ -215,6 +217,10 @@ def structure_copy(
     and the original must stay as it is. Ties between parameters stay ties. A function that a module
     keeps, such as a ``forward`` that was put on it, reaches the copy's modules where it reached the
     original's. ``memo`` says by ``id`` what other things to put in place of tensors.
+
+    With ``one_code`` the copy of a graph module has the original's graph and code, which are not to
+    be changed then: for a copy that only runs, since writing the code takes longer than a small
+    graph does.
     """
     known: dict[int, object] = {}
     if not clone_parameters:
@@ -223,11 +229,24 @@ def structure_copy(
     if not clone_buffers:
         for _, buffer in module.named_buffers(remove_duplicate=False):
             known[id(buffer)] = buffer
+    for part in module.modules():
+        # hooks that there are none of, mostly: deepcopy takes longest over these
+        known.update((id(held), type(held)()) for held in vars(part).values() if _is_empty(held))
     known.update(memo or {})
-    result = copy.deepcopy(module, known)
+    result: ModuleT
+    if one_code and isinstance(module, fx.GraphModule):
+        known[id(module.graph)] = module.graph
+        known[id(module)] = result = object.__new__(type(module))
+        result.__dict__.update(copy.deepcopy(module.__dict__, known))
+    else:
+        result = copy.deepcopy(module, known)
     copies = {id(part): known.get(id(part)) for part in module.modules()}
     rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
     return result
+
+
+def _is_empty(held: object) -> bool:
+    return type(held) in (dict, OrderedDict) and not held
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
