@@ -11,6 +11,7 @@ Legend for shapes: I input features, O output features, R rank.
 from __future__ import annotations
 
 import copy
+import copyreg
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -229,24 +230,56 @@ def structure_copy(
     if not clone_buffers:
         for _, buffer in module.named_buffers(remove_duplicate=False):
             known[id(buffer)] = buffer
-    for part in module.modules():
-        # hooks that there are none of, mostly: deepcopy takes longest over these
-        known.update((id(held), type(held)()) for held in vars(part).values() if _is_empty(held))
     known.update(memo or {})
-    result: ModuleT
-    if one_code and isinstance(module, fx.GraphModule):
-        known[id(module.graph)] = module.graph
-        known[id(module)] = result = object.__new__(type(module))
-        result.__dict__.update(copy.deepcopy(module.__dict__, known))
-    else:
-        result = copy.deepcopy(module, known)
+    result = _copied(module, known, one_code)
     copies = {id(part): known.get(id(part)) for part in module.modules()}
     rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
     return result
 
 
-def _is_empty(held: object) -> bool:
-    return type(held) in (dict, OrderedDict) and not held
+def _copied(module: ModuleT, known: dict[int, object], one_code: bool) -> ModuleT:
+    """``copy.deepcopy(module, known)``, which asks every module how it is pickled and every empty
+    dict of hooks what is in it: of a small model that took most of the time."""
+    plain = [m for m in module.modules() if id(m) not in known and _is_plain(type(m))]
+    for part in plain:  # all of them first: they hold one another
+        known[id(part)] = object.__new__(type(part))
+    for part in plain:
+        vars(known[id(part)]).update(
+            (name, _content(value, known))
+            for name, value in vars(part).items()
+            if name != "_compiled_call_impl"  # as in nn.Module.__getstate__
+        )
+    if one_code and isinstance(module, fx.GraphModule):
+        known[id(module.graph)] = module.graph
+        known[id(module)] = twin = object.__new__(type(module))
+        vars(twin).update(copy.deepcopy(module.__dict__, known))
+        return twin
+    return copy.deepcopy(module, known)
+
+
+def _content(value: object, known: dict[int, object]) -> object:
+    if type(value) in _CONSTANTS:
+        return value
+    if type(value) in (dict, OrderedDict) and not value:
+        return known.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, known)
+
+
+_CONSTANTS = frozenset({bool, int, float, str, type(None)})
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+_STATE = ("__getstate__", "__setstate__", "__new__")
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a class leaves it to ``nn.Module`` how its objects are copied."""
+    return (
+        all(
+            getattr(kind, name, None) is getattr(nn.Module, name, None)
+            for name in (*_COPYING, *_STATE)
+        )
+        and kind not in copyreg.dispatch_table
+        and not any("__slots__" in vars(base) for base in kind.__mro__[:-1])
+    )
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -134,11 +134,20 @@ def _module(node: fx.Node) -> nn.Module:
 def _asks_in_place(node: fx.Node) -> bool:
     """``F.relu(x, inplace=True)`` and ``F.relu(x, True)``."""
     assert callable(node.target)
+    signature = _signature(node.target)
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # builtins have no signature
-        return node.kwargs.get("inplace") is True
-    return bound.arguments.get("inplace") is True
+        bound = None if signature is None else signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        bound = None
+    return (node.kwargs if bound is None else bound.arguments).get("inplace") is True
+
+
+@functools.lru_cache(1024)
+def _signature(function: Callable[..., object]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # most builtins have none, and it takes long to find that out
+        return None
 
 
 def may_alias(node: fx.Node) -> bool:
