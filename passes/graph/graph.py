@@ -243,7 +243,8 @@ def _copied(module: ModuleT, known: dict[int, object], one_code: bool) -> Module
     plain = [m for m in module.modules() if id(m) not in known and _is_plain(type(m))]
     for part in plain:  # all of them first: they hold one another
         known[id(part)] = object.__new__(type(part))
-    for part in plain:
+    # a graph module among them looks at what it holds as soon as it is made
+    for part in reversed(plain):
         vars(known[id(part)]).update(
             (name, _content(value, known))
             for name, value in vars(part).items()
