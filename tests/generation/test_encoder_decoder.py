@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fxshare.generation.check_encoder_decoder import check_decoder, check_encode
 from fxshare.generation.module_form import module_form
 from fxshare.generation.program import Program, capture_program
 from fxshare.generation.shell import shell_of
+from fxshare.generation.step import Kind
 from fxshare.result.module import record_of
 from tests.generation.models import (
     NEW,
@@ -249,20 +251,22 @@ def test_what_no_graph_runs_runs_the_models_own_code(monkeypatch: pytest.MonkeyP
 # graphs that are wrong
 
 
+@cache
+def called_once(name: str) -> tuple[Any, tuple[Kind, ...]]:
+    """A compiled model of these tests alone, which no other has called in another way, and the
+    kinds of its graphs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gm = compiled_seq2seq(name, seq2seq(name))
+    generated(name, gm, 3)
+    return gm, tuple(program.kind for program in programs(gm))
+
+
 def fresh(name: str, which: int) -> tuple[Program, Any, Any]:
     """The encoder's graph (0), that of the first step (1) or of later ones (2), unchecked."""
-    _, gm = seq2seq_pair(name)
-    generated(name, gm, 3)
+    gm, kinds = called_once(name)
     shell = shell_of(gm)
-    kinds = [program.kind for program in programs(gm)]
-    # the pair is every test's: some call it without a mask, perhaps first
-    kinds.sort(key=lambda kind: "attention_mask" not in kind.inputs)
-    (kind,) = [
-        k
-        for k in kinds
-        if k.inputs[:1] == kinds[which].inputs[:1] and k.cache == kinds[which].cache
-    ][:1]
-    return capture_program(gm, shell, kind), gm, shell
+    return capture_program(gm, shell, kinds[which]), gm, shell
 
 
 def _replace(program: Program, node: fx.Node, by: Callable[[Any], Any]) -> None:
