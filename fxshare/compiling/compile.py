@@ -21,7 +21,7 @@ from fxshare.errors import CalibrationError
 from fxshare.factors.realise import Factorised, planned_factors, remade_factors, sharing_factors
 from fxshare.generation.shell import generate
 from fxshare.models.source import Source
-from fxshare.models.structure import keep_structure
+from fxshare.models.structure import frozen_in, keep_structure
 from fxshare.models.wrapped import unwrapped
 from fxshare.planning.rules import make_plan
 from fxshare.plans.plan import Plan
@@ -127,6 +127,7 @@ def compile(
         slice_errors=factors.slice_errors,
         bias_shifts=factors.bias_shifts,
         inputs=Record.specs(stages.captured.shapes),
+        frozen=frozen_in(model),
         fills_mask=contract is None or contract.fills_mask,
         extra_passes=tuple(p.name or type(p).__name__ for p in own),
     )

@@ -322,6 +322,6 @@ def _rewritten(
     )
     whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__)
     whole.meta.update(rewritten.meta)
-    result, _ = replay(whole, record.lowering)
+    result, _ = replay(whole, record)
     assert isinstance(result, fx.GraphModule)
     return result

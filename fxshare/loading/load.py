@@ -162,6 +162,8 @@ def _record(folder: Path, manifest: Manifest) -> Record:
         slice_errors=manifest.slice_errors,
         bias_shifts=manifest.bias_shifts,
         inputs=decode_inputs(manifest.inputs),
+        frozen=manifest.frozen,
+        frozen_when_lowered=manifest.frozen_when_lowered,
         fills_mask=manifest.fills_mask,
         extra_passes=manifest.extra_passes,
         lowering=manifest.lowering,

@@ -11,7 +11,7 @@ from fxshare.capture import recapture, recapture_devices
 from fxshare.capture.call import Shapes
 from fxshare.errors import StoreError
 from fxshare.factors.empty import empty_factors
-from fxshare.models.structure import keep_structure
+from fxshare.models.structure import freeze, keep_structure
 from fxshare.result.fingerprint import graph_sha256
 from fxshare.result.record import Lowered, Record
 from fxshare.rewriting.assemble import assemble
@@ -40,7 +40,7 @@ def rebuild(
     for place in recapture_devices(manifest.front_end, device):
         try:
             made = _compile_again(structure, manifest, record, passes, place)
-            result, lowered = replay(made, record.lowering)
+            result, lowered = replay(made, record)
         except Exception as error:
             failure = failure or error
             continue
@@ -73,6 +73,8 @@ def _compile_again(
         return dtypes.get(name, fallback) if tensor.is_floating_point() else tensor.dtype
 
     model = hollow(structure, dtype_of, device)
+    if record.frozen is not None:
+        freeze(model, record.frozen)
     captured = recapture(
         model,
         record.front_end,

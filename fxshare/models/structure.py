@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,18 @@ def without_values(
     return structure_copy(model, memo=memo)
 
 
+def frozen_in(model: nn.Module) -> tuple[str, ...]:
+    """The parameters that take no gradient, each by the first of its names."""
+    return tuple(name for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def freeze(model: nn.Module, names: Container[str]) -> None:
+    """Let the parameters ``names`` take no gradient, and all others one."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in names)
+
+
 def tensors_by_name(gm: nn.Module, structure: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of ``gm``, also by the names that only ``structure`` has for them:
     torch.export keeps one name of a tied weight."""
@@ -98,4 +110,12 @@ def _is_pretrained(model: nn.Module) -> bool:
     return any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
 
 
-__all__ = ["Structure", "keep_structure", "structure_of", "tensors_by_name", "without_values"]
+__all__ = [
+    "Structure",
+    "freeze",
+    "frozen_in",
+    "keep_structure",
+    "structure_of",
+    "tensors_by_name",
+    "without_values",
+]

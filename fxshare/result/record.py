@@ -49,6 +49,8 @@ class Lowered:
     """The groups that were multiplied out."""
     written_out: tuple[str, ...] = ()
     """The groups whose bases are whole now and were not (:class:`passes.WriteOutPivots`)."""
+    frozen: tuple[str, ...] = ()
+    """The parameters of the readable module that took no gradient: they were packed apart."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Record:
     ``lowering`` is how the graph was lowered (``"memory"``, ``"speed"``) or made readable again
     (``"readable"``), one step after the other, and ``lowered`` what the last one made, where the
     module is lowered now.
+    ``frozen`` are the parameters of the original that took no gradient when it was compiled, and
+    ``frozen_when_lowered`` those of the readable module when it was lowered last: what is frozen is
+    not packed with what is trainable. None where a folder of an earlier version does not say it.
     ``extra_passes`` names the passes that are not ours; ``graph_sha256`` is the result's, see
     :func:`graph_sha256`.
     """
@@ -81,6 +86,8 @@ class Record:
     graph_sha256: str = ""
     lowering: tuple[Step, ...] = ()
     lowered: Lowered | None = None
+    frozen: tuple[str, ...] | None = None
+    frozen_when_lowered: tuple[str, ...] | None = None
 
     @property
     def arguments(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import bind, dtype_of, quiet
 from fxshare.capture.modules import BorrowedBasis, RewrittenLinear
 from fxshare.errors import CheckFailed, ConfigError
-from fxshare.models.structure import without_values
+from fxshare.models.structure import freeze, frozen_in, without_values
 from fxshare.result.face import verbs_of
 from fxshare.result.module import Compiled, ShareModule, attach, record_of
 from fxshare.result.products import slices_of
@@ -124,21 +124,29 @@ def with_lowered(record: Record, lowered: Lowered, result: nn.Module) -> Record:
         after = sum(p.numel() for p in result.parameters())
         report = replace(report, notes=(*report.notes, *notes), parameters_after=after)
     steps = (*record.lowering, lowered.prefer)
-    return replace(record, lowering=steps, lowered=lowered, report=report)
+    return replace(
+        record,
+        lowering=steps,
+        lowered=lowered,
+        report=report,
+        frozen_when_lowered=lowered.frozen,
+    )
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def replay(module: nn.Module, steps: Sequence[Step]) -> tuple[nn.Module, Lowered | None]:
+def replay(module: nn.Module, record: Record) -> tuple[nn.Module, Lowered | None]:
     """What the steps of a record make of a module that was just rewritten; it needs no values."""
     lowered: Lowered | None = None
-    for step in steps:
+    for step in record.lowering:
         if step == "readable":
             assert lowered is not None, "nothing to make readable"
             module, lowered = _readable_module(module, lowered), None
         else:
+            if record.frozen_when_lowered is not None:
+                freeze(module, record.frozen_when_lowered)
             module, lowered = lower_module(module, step)
     return module, lowered
 
@@ -152,7 +160,8 @@ def lower_module(gm: nn.Module, prefer: Prefer) -> tuple[nn.Module, Lowered]:
         held = {place.basis: place.pivoted for place in before.values() if place.basis}
         dense = tuple(sorted(name for name in held if name not in left))
         whole = tuple(sorted(n for n, pivoted in held.items() if pivoted and left.get(n) is False))
-        return _share_module(graph), Lowered(prefer, {"": from_graph}, after, dense, whole)
+        made = Lowered(prefer, {"": from_graph}, after, dense, whole, frozen_in(gm))
+        return _share_module(graph), made
     result = structure_copy(gm, clone_buffers=False)
     graphs: dict[str, Readable] = {}
     for name, piece in _pieces(result).items():
@@ -160,7 +169,7 @@ def lower_module(gm: nn.Module, prefer: Prefer) -> tuple[nn.Module, Lowered]:
         _borrow_from(piece, lowered)
         result.set_submodule(name, lowered)
     result.__dict__["meta"] = {**result.__dict__["meta"], "slices": _root_slices(result)}
-    return result, Lowered(prefer, graphs, slices_of(gm))
+    return result, Lowered(prefer, graphs, slices_of(gm), frozen=frozen_in(gm))
 
 
 def _lower_graph(gm: fx.GraphModule, prefer: Prefer) -> tuple[fx.GraphModule, Readable]:

@@ -130,6 +130,11 @@ class Manifest(_Frozen):
     """Of sites in another dtype than that."""
     inputs: tuple[dict[str, Any], ...]
     """The example calls; see :func:`fxshare.store.calls.encode_inputs`."""
+    frozen: tuple[ModulePath, ...] | None = None
+    """The original's parameters that took no gradient when it was compiled; see
+    :class:`fxshare.Record`."""
+    frozen_when_lowered: tuple[ModulePath, ...] | None = None
+    """Those of the readable module when it was lowered."""
     fills_mask: bool = True
     """Whether a mask of ones stands for an attention mask that is left out."""
     slice_errors: dict[ModulePath, float]

@@ -154,6 +154,8 @@ def _manifest(
         dtype=main,
         site_dtypes={n: d for n, d in _site_dtypes(gm, record.plan).items() if d != main},
         inputs=inputs,
+        frozen=record.frozen,
+        frozen_when_lowered=record.frozen_when_lowered,
         fills_mask=record.fills_mask,
         slice_errors=dict(record.slice_errors),
         bias_shifts=dict(record.bias_shifts),

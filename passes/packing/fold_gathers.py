@@ -173,6 +173,8 @@ def _reorder(gm: fx.GraphModule, module: str, slice_name: str, basis: str) -> No
         weight = weight.index_select(0, index)
         bias = None if bias is None else bias.index_select(0, index)
     new = new_linear(weight, bias, requires_grad=old.weight.requires_grad, training=gm.training)
+    if bias is not None:
+        new.bias.requires_grad_(old.bias.requires_grad)
     for name, buffer in old.named_buffers(recurse=False):
         new.register_buffer(name, buffer)
     put_module(gm, module, new)

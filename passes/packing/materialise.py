@@ -163,6 +163,8 @@ def _unfold(gm: fx.GraphModule, basis: str) -> None:
             requires_grad=old.weight.requires_grad,
             training=gm.training,
         )
+        if old.bias is not None:
+            plain.bias.requires_grad_(old.bias.requires_grad)
         for leaf, buffer in old.named_buffers(recurse=False):
             plain.register_buffer(leaf, buffer)
         put_module(gm, place.module, plain)

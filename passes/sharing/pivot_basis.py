@@ -99,10 +99,14 @@ class PivotBasis(Pass):
         basis.register_buffer("kept", group.kept_J)
         gm.add_module(group.name, basis)
         for name, coefficient in group.coefficients.items():
+            plain = linear_at(gm, name)
             linear = new_linear(
-                coefficient.contiguous(), None, requires_grad=trainable, training=gm.training
+                coefficient.contiguous(),
+                None,
+                requires_grad=plain.weight.requires_grad,
+                training=gm.training,
             )
-            linear.bias = linear_at(gm, name).bias
+            linear.bias = plain.bias
             put_module(gm, name, linear)
             set_slices(gm, {name: replace(slices(gm)[name], pivoted=True)})
 

@@ -58,6 +58,9 @@ class ShareBasis(Pass):
 
         z = torch.nn.functional.embedding(ids, self.wte.weight)   # rows of the coefficient (V, R)
         e = torch.matmul(z, self.basis_wte.weight)
+
+    Coefficients and biases are trainable or frozen as the weights and biases that they stand for
+    were; a basis is frozen where all of its members were.
     """
 
     name: ClassVar[str] = "share-basis"
@@ -111,6 +114,7 @@ class ShareBasis(Pass):
             reading.setdefault(lookup.name, []).append(lookup.node)
         count = 0
         for group in self.groups:
+            # frozen where all members are; a coefficient is as its own member was
             trainable = any(linear_at(gm, name).weight.requires_grad for name in group.coefficients)
             # decompositions leave transposed memory behind, which safetensors refuses
             basis_RI = group.basis_RI.contiguous()
@@ -120,12 +124,14 @@ class ShareBasis(Pass):
             )
             for name, coefficient in group.coefficients.items():
                 old = linear_at(gm, name)
+                own = old.weight.requires_grad
                 linear = new_linear(
-                    coefficient.contiguous(), None, requires_grad=trainable, training=gm.training
+                    coefficient.contiguous(), None, requires_grad=own, training=gm.training
                 )
                 linear.bias = old.bias
                 if name in group.biases:
-                    linear.bias = nn.Parameter(group.biases[name], requires_grad=trainable)
+                    own = own if old.bias is None else old.bias.requires_grad
+                    linear.bias = nn.Parameter(group.biases[name], requires_grad=own)
                 put_module(gm, name, linear)
                 set_slices(gm, {name: Slice(name, 0, linear.out_features, group.name)})
                 for node in calls.get(name, []):
