@@ -223,11 +223,12 @@ def _slice_table(sites: list[dict[str, Any]]) -> str:
 
 
 def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
+    from fxshare.cli.validate import by_names
+    from fxshare.compiling.shown import shown
     from fxshare.proposing.coverage import left_dense
-    from fxshare.sites.match import match
     from passes.graph.graph import is_linear, weight_and_bias
 
-    matching = None if cfg is None else match(model, cfg)
+    matching = None if cfg is None else shown(model, cfg)
     types = {} if matching is None else {c: s.type for s in matching.sites for c in s.calls}
     names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
@@ -256,6 +257,7 @@ def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
         "parameters": parameters,
         "linears": linears,
         "skipped": [] if matching is None else [s.model_dump() for s in matching.skipped],
+        "by_names": None if matching is None else matching.by_names or None,
     }
     dense = None if matching is None else left_dense(model, matching.sites, matching.skipped)
     header = ["module", "kind", "in→out", "bias", "shares weight with"]
@@ -275,6 +277,9 @@ def _linears(name: str, model: nn.Module, cfg: ShareConfig | None) -> Result:
         f"{name}: {type(model).__name__}, {parameters:,} parameters, {len(linears)} linear "
         f"modules; not compiled by fxshare\n{table(header, rows, left=2)}"
     )
+    if matching is not None:
+        lines = [f"not rewritten: {s.name} ({s.type}): {s.reason}" for s in matching.skipped]
+        text = "\n".join([text, *lines, *by_names(matching)])
     return Result(data, text if dense is None else f"warning: {dense}\n{text}")
 
 

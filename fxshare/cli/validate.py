@@ -13,8 +13,8 @@ from fxshare.cli.output import Result, table
 if TYPE_CHECKING:
     from torch import nn
 
+    from fxshare.compiling.shown import Shown
     from fxshare.config import ShareConfig
-    from fxshare.sites.match import Matching
 
 
 def validate(
@@ -59,10 +59,10 @@ def validate(
 def _against(
     model: nn.Module, name: str, cfg: ShareConfig, head: str, data: dict[str, Any]
 ) -> Result:
+    from fxshare.compiling.shown import shown
     from fxshare.planning.rules import exact_plan, make_plan
-    from fxshare.sites.match import match
 
-    matching = match(model, cfg)
+    matching = shown(model, cfg)
     planned = cfg.mode == "planned"  # its ranks are decided by data, not here
     sites, skipped = matching.sites, matching.skipped
     plan = exact_plan(sites, skipped) if planned else make_plan(cfg, sites, skipped)
@@ -72,6 +72,7 @@ def _against(
     data["types"] = types
     data["skipped"] = [s.model_dump() for s in matching.skipped]
     data["unmatched"] = unmatched
+    data["by_names"] = matching.by_names or None
     data["weights"] = plan.dense_numbers
     data["stored_numbers"] = None if planned else plan.stored_numbers
     data["params_kept"] = None if planned else plan.params_kept
@@ -93,6 +94,7 @@ def _against(
         table(header, rows, left=2),
         *(f"not rewritten: {s.name} ({s.type}): {s.reason}" for s in matching.skipped),
     ]
+    lines += by_names(matching)
     if unmatched:
         more = ", ..." if len(unmatched) > 6 else ""
         lines.append(
@@ -102,7 +104,17 @@ def _against(
     return Result(data, "\n".join(lines))
 
 
-def _type(name: str, cfg: ShareConfig, matching: Matching) -> dict[str, Any]:
+def by_names(found: Shown) -> list[str]:
+    """A line where no call of the model could be tried."""
+    if not found.by_names:
+        return []
+    return [
+        f"told by names alone, since no call of the model was tried: {found.by_names}; compiling "
+        "leaves out what its data do not reach"
+    ]
+
+
+def _type(name: str, cfg: ShareConfig, matching: Shown) -> dict[str, Any]:
     sites = [site for site in matching.sites if site.type == name]
     return {
         "type": name,
@@ -116,7 +128,7 @@ def _type(name: str, cfg: ShareConfig, matching: Matching) -> dict[str, Any]:
     }
 
 
-def _unmatched(model: nn.Module, matching: Matching) -> list[str]:
+def _unmatched(model: nn.Module, matching: Shown) -> list[str]:
     from passes.graph.graph import is_linear
 
     known = {call for site in matching.sites for call in site.readers}

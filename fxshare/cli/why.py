@@ -78,14 +78,14 @@ def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | No
 
 
 def _plan(model: nn.Module, cfg: ShareConfig | None, record: Record | None) -> Plan | None:
+    from fxshare.compiling.shown import shown
     from fxshare.planning.rules import exact_plan, make_plan
-    from fxshare.sites.match import match
 
     if record is not None:
         return record.plan
     if cfg is None:
         return None
-    matching = match(model, cfg)
+    matching = shown(model, cfg)
     if cfg.mode == "planned":  # what shares is decided by data; what matches is not
         return exact_plan(matching.sites, matching.skipped).model_copy(update={"mode": "planned"})
     return make_plan(cfg, matching.sites, matching.skipped)

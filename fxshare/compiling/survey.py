@@ -38,7 +38,8 @@ def make_plan_for(
     """The plan of a compilation without carrying it out (``fxshare.plan``).
 
     ``cfg`` as in :func:`compile`. In exact and sharing mode nothing of the model is run, so a model
-    on the meta device will do. A budget needs ``calibration`` to be spent well; without it the plan
+    on the meta device will do, and names alone tell what matches; give an ``example`` to leave out
+    what no call shows. A budget needs ``calibration`` to be spent well; without it the plan
     has uniform ranks, each slice for itself, and says sizes and FLOPs only.
     """
     model = outside_inference(unwrapped(model))

@@ -1,0 +1,46 @@
+"""Which sites a compilation would find, for those who only ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxshare.base.surroundings import outside_inference, plain_surroundings
+from fxshare.compiling.stages import prepare
+from fxshare.config import ShareConfig
+from fxshare.errors import CaptureError
+from fxshare.models.traits import example_ids
+from fxshare.models.wrapped import unwrapped
+from fxshare.sites.match import match
+from fxshare.sites.site import Site, Skipped
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The sites, and what was matched and is none; ``by_names`` says why only names tell it, where
+    no call of the model could be made up."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    by_names: str = ""
+
+
+@plain_surroundings()
+def shown(model: nn.Module, cfg: ShareConfig) -> Shown:
+    """What compiling finds on a call with made-up token ids, by the rule of :func:`prepare`: a
+    linear that no call reaches is no site.
+
+    Raises :class:`MatchError` where nothing is left to rewrite.
+    """
+    example = example_ids(unwrapped(model))
+    if example is None:
+        reason = "its inputs are not token ids, which could be made up"
+    else:
+        try:
+            stages = prepare(outside_inference(unwrapped(model)), cfg, None, example, None)
+            return Shown(stages.sites, stages.skipped)
+        except CaptureError as error:
+            reason = str(error).splitlines()[0]
+    matching = match(model, cfg)
+    return Shown(matching.sites, matching.skipped, reason)
