@@ -28,7 +28,13 @@ def class_of(
 
     Raises :class:`DataError` where none fits, or several: whoever guesses drops a head.
     """
-    named = [str(each) for each in config.get("architectures") or []]
+    named = config.get("architectures")
+    named = [] if named is None else named
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise DataError(
+            f'{name}: config.json: expected "architectures" to be a list of class names such as '
+            f'["LlamaForCausalLM"], found {named!r:.80}; name the class that was saved'
+        )
     for each in named:
         found = _exported(transformers, each)
         if found is not None and found.config_class.model_type == config.get("model_type"):
@@ -94,6 +100,7 @@ def _difference(cls: Any, config: Any, names: frozenset[str], most: int) -> Keys
     return Keys.of(
         expected.keys() - names - tied,
         [n for n in names - expected.keys() - buffers if not any(p.search(n) for p in ignored)],
+        names=names,
     )
 
 

@@ -50,24 +50,40 @@ _TRACES = (
 @dataclass(frozen=True)
 class Keys:
     """What a file and a model do not have in common: ``missing`` from the file, ``unexpected`` in
-    it, ``mismatched`` as (name, shape in the file, shape in the model)."""
+    it, ``mismatched`` as (name, shape in the file, shape in the model). ``fitting`` is how many
+    keys have their place; None where the names in the file are not known."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    fitting: int | None = None
 
     @staticmethod
     def of(
         missing: Collection[str],
         unexpected: Collection[str],
         mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]] = (),
+        names: Collection[str] | None = None,
     ) -> Keys:
-        """In order, without constants that classes compute."""
+        """In order, without constants that classes compute; ``names`` are all those of the file."""
+        fitting = None
+        if names is not None:
+            other = {*unexpected, *(key for key, _, _ in mismatched)}
+            fitting = sum(key not in other and not _COMPUTED.search(key) for key in names)
         return Keys(
             tuple(sorted(missing)),
             tuple(sorted(key for key in unexpected if not _COMPUTED.search(key))),
             tuple(sorted((key, tuple(a), tuple(b)) for key, a, b in mismatched)),
+            fitting,
         )
+
+    def counted(self, count: int) -> str:
+        """How ``count`` of the keys without a place are said: all only where no other key is
+        there."""
+        if self.fitting is None:
+            return f"{count} keys"
+        total = self.fitting + len(self.unexpected) + len(self.mismatched)
+        return "All keys" if count == total else f"{count} of {total} keys"
 
 
 def check_keys(name: str, class_name: str, keys: Keys, *, allow_missing: bool) -> None:
@@ -129,7 +145,7 @@ def _wrapped(keys: Keys) -> str | None:
         return None
     parts = list(dict.fromkeys(part for key in names for part in _WRAPPER.findall(key)))
     place = "begin with" if all(key.startswith(parts[0] + ".") for key in names) else "contain"
-    many = "All keys" if len(names) == len(keys.unexpected) else f"{len(names)} keys"
+    many = keys.counted(len(names))
     renamed = "".join(f'.replace("{part}.", "")' for part in parts)
     of = "model._orig_mod" if parts == ["_orig_mod"] else "the model inside"
     return (
@@ -151,7 +167,7 @@ def _prefixed(keys: Keys) -> str | None:
     prefix, count = prefixes.most_common(1)[0]
     if 2 * count < len(keys.unexpected):
         return None
-    many = "All keys" if count == len(keys.unexpected) else f"{count} keys"
+    many = keys.counted(count)
     meaning = _PREFIXES.get(prefix, "saved from a module that holds the model")
     return (
         f"{many} begin with {prefix}: {meaning}; load it with model.load_state_dict("

@@ -17,7 +17,7 @@ from fxshare.base.json_text import parse_json
 from fxshare.errors import DataError
 from fxshare.loading.architecture import class_of
 from fxshare.loading.keys import Keys, check_keys
-from fxshare.loading.weights import check_weights
+from fxshare.loading.weights import check_weights, tensor_names
 from fxshare.models.quantised import quantisation_of, refusal_of_quantised
 from fxshare.store.sizes import most_modules
 from fxshare.store.transformers import MODEL_TYPE
@@ -39,6 +39,12 @@ def load_pretrained(name: str, folder: Path, *, allow_missing: bool) -> nn.Modul
         raise DataError(
             f"{name}: config.json is that of a folder of fxshare.save, but fxshare.json is missing;"
             " copy the whole folder"
+        )
+    quantised = config.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, Mapping):
+        raise DataError(
+            f'{name}: config.json: expected "quantization_config" to be an object, found '
+            f"{quantised!r:.80}; leave it out where the weights are not quantised"
         )
     method = quantisation_of(config)
     if method is not None:
@@ -69,7 +75,12 @@ def load_pretrained(name: str, folder: Path, *, allow_missing: bool) -> nn.Modul
         raise DataError(
             f"{name}: transformers cannot load this folder: {reason[0]}{report.conversions()}"
         ) from error
-    keys = Keys.of(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    keys = Keys.of(
+        info["missing_keys"],
+        info["unexpected_keys"],
+        info["mismatched_keys"],
+        names=tensor_names(folder),
+    )
     check_keys(name, type(model).__name__, keys, allow_missing=allow_missing)
     loaded: nn.Module = model
     return loaded

@@ -40,7 +40,7 @@ def load_weights(
         if name in expected and tensor.shape != expected[name].shape
     ]
     missing = _untied(model, expected.keys() - state.keys(), state)
-    keys = Keys.of(missing, state.keys() - expected.keys(), shapes)
+    keys = Keys.of(missing, state.keys() - expected.keys(), shapes, names=state.keys())
     name = f"{file}{around}"
     check_keys(name, type(model).__name__, keys, allow_missing=allow_missing)
     other = {name for name, _, _ in shapes}

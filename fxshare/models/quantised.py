@@ -15,7 +15,7 @@ def quantisation_of(config: Any) -> str | None:
         found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    content = found if isinstance(found, Mapping) else vars(found)
+    content = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
     method = content.get("quant_method") or _bits(content)
     return str(getattr(method, "value", method) or type(found).__name__)
 

@@ -86,6 +86,12 @@ def inside(state: State) -> State:
     return {name.replace(".self_attn.", ".self_attn._orig_mod."): t for name, t in state.items()}
 
 
+def half(state: State) -> State:
+    """As of two state dicts put together."""
+    names = sorted(state)[::2][:10]
+    return {f"module.{n}" if n in names else n: tensor for n, tensor in state.items()}
+
+
 def _more(state: State) -> State:
     return {**state, "model.layers.2.mlp.up_proj.weight": torch.ones(24, 16)}
 
@@ -114,7 +120,11 @@ WRONG: dict[str, tuple[Callable[[State], State], tuple[str, ...]]] = {
             'k.replace("_orig_mod.", "")',
         ),
     ),
-    "compiled inside": (inside, ("All keys contain _orig_mod.: saved from a model that torch",)),
+    "compiled inside": (
+        inside,
+        ("8 of 21 keys contain _orig_mod.: saved from a model that torch.compile had wrapped",),
+    ),
+    "half of them parallel": (half, ("10 of 21 keys begin with module.: saved from a model in",)),
     "parallel": (
         prefixed("module."),
         ("All keys begin with module.: saved from a model in DataParallel",),
@@ -379,3 +389,31 @@ def test_a_state_dict_that_is_none(tmp_path: Path) -> None:
         load_weights(Net(), file)
     with pytest.raises(ConfigError, match=r"weights without a model; write a function"):
         load_model(str(file))
+
+
+@pytest.mark.parametrize("value", [3, True, "LlamaForCausalLM", {"a": 1}, [None], [["Llama"]]])
+def test_architectures_of_another_type(
+    value: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = changed(folders["llama"], tmp_path / "m", lambda state: state)
+    configured(folder, architectures=value)
+    with pytest.raises(DataError, match=r'expected "architectures" to be a list of class names'):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("value", [3, [], "awq"])
+def test_a_quantisation_of_another_type(
+    value: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = changed(folders["llama"], tmp_path / "m", lambda state: state)
+    configured(folder, quantization_config=value)
+    with pytest.raises(DataError, match=r'expected "quantization_config" to be an object'):
+        load_model(str(folder))
+
+
+def test_half_of_the_keys_of_a_state_dict(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    state = {f"module.{n}" if n.startswith("0") else n: t for n, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(DataError, match=r"2 of 4 keys begin with module\.: saved from a model"):
+        load_weights(model, tmp_path / "net.pt")
