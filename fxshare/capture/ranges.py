@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fxshare.base.fakes import failures_unsaid
 from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, worst
 from fxshare.capture.call import Call, Shapes, resized
 from fxshare.capture.captured import quiet
@@ -193,7 +192,7 @@ def _broken(gm: fx.GraphModule, call: Call, guards: set[fx.Node]) -> bool:
     interpreter = fx.Interpreter(gm)
     interpreter.env = values
     try:
-        with _silent(), mode, torch.no_grad():
+        with failures_unsaid(), mode, torch.no_grad():
             for node in gm.graph.nodes:
                 if node not in needed:
                     continue
@@ -208,17 +207,6 @@ def _broken(gm: fx.GraphModule, call: Call, guards: set[fx.Node]) -> bool:
     except Exception:  # data decides about sizes
         return False
     return False
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """A call that the model is too short for is no error of ours to log."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = was
 
 
 __all__ = ["GUARDS", "export_notes", "hold_range", "relax_lengths"]

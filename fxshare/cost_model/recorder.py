@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxshare.base.fakes import failures_unsaid
 from fxshare.cost_model.work import Attention, Matmul, Operation, Traffic
 
 _QUIET = ("empty", "arange", "scalar_tensor", "lift_fresh", "detach")
@@ -27,7 +28,7 @@ def record_step(model: nn.Module, call: Mapping[str, Any]) -> list[Operation]:
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     fake_call = pytree.tree_map_only(Tensor, fakes.from_tensor, dict(call))
     recorder = _Recorder()
-    with torch.no_grad(), fakes, recorder:
+    with torch.no_grad(), failures_unsaid(), fakes, recorder:
         model(**fake_call)
     return recorder.found
 

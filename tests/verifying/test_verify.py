@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare import FxShareError
@@ -282,3 +282,24 @@ def test_nothing_to_verify_on_says_so() -> None:
 def test_a_module_of_another_making_is_refused() -> None:
     with pytest.raises(FxShareError, match=r"GPT was not made by fxshare\.compile"):
         fxshare.verify(gpt(), gpt())
+
+
+def test_a_model_that_takes_no_single_row_is_verified_on_others() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layers[0](x)
+            return y.scatter(1, torch.zeros(2, 1, 8, dtype=torch.long), y[:, :1])
+
+    model = Pairs().eval()
+    config = {"weight_types": {"a": {"pattern": r"layers\.0$"}}}
+    gm = fxshare.compile(model, config, example=torch.randn(2, 3, 8), capture="fx")
+    found = fxshare.verify(model, gm)
+    assert found.ok
+    assert [c.what for c in found.checks if c.what.startswith("random")] == [
+        "random 2×4×8",
+        "random 3×3×8",
+    ]

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxshare.base.fakes import failures_unsaid
 from fxshare.base.randomness import randomness_as_before
 from fxshare.capture.call import Call, Shapes
 from fxshare.capture.containers import holds_tensor
@@ -223,6 +224,7 @@ def _traced(
         traced_factories(tracer),
         kept_functions(tracer),
         randomness_as_before(),
+        failures_unsaid(),
         around.entered(),
     ):
         try:
