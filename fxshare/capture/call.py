@@ -44,11 +44,7 @@ def bind(model: nn.Module, batch: object) -> Call:
     if isinstance(batch, Mapping):
         unknown = [k for k in batch if k not in names]
         if unknown and not _takes_any_keyword(model):
-            one = f"; a dictionary that is one argument is given as {{{names[0]!r}: ...}}"
-            raise CalibrationError(
-                f"a batch has the entry {unknown[0]!r}, but {type(model).__name__}.forward takes "
-                f"{names}; drop the entry or rename it{one if len(names) == 1 else ''}"
-            )
+            raise CalibrationError(_unknown(model, str(unknown[0]), names))
         return _plain({k: batch[k] for k in [n for n in names if n in batch] + unknown})
     values = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if len(values) > len(names):
@@ -80,21 +76,42 @@ def _check_by_name(model: nn.Module) -> None:
             )
 
 
+def _unknown(model: nn.Module, entry: str, names: list[str]) -> str:
+    rest = _rest(model, names)
+    if rest is not None:
+        return f"a batch has the entry {entry!r}, but {rest}"
+    one = f"; a dictionary that is one argument is given as {{{names[0]!r}: ...}}" if names else ""
+    return (
+        f"a batch has the entry {entry!r}, but {type(model).__name__}.forward takes {names}; "
+        f"drop the entry or rename it{one if len(names) == 1 else ''}"
+    )
+
+
+def _rest(model: nn.Module, names: list[str]) -> str | None:
+    """What ``forward`` takes as ``*xs``, and the way out; None where it takes nothing so."""
+    found = inspect.signature(model.forward).parameters.values()
+    rest = next((p.name for p in found if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+    if rest is None:
+        return None
+    taken = f"{names} by name and the rest" if names else "all of its inputs"
+    return (
+        f"{type(model).__name__}.forward takes {taken} as *{rest}, by position, and an example or "
+        "a batch goes by name; put the model into a module whose forward names its arguments, or "
+        "use capture='modules' without example and data"
+    )
+
+
 def _too_many(model: nn.Module, count: int, names: list[str]) -> str:
     found = inspect.signature(model.forward).parameters
-    kind = type(model).__name__
-    text = f"a batch has {count} entries, but {kind}.forward takes {names}"
-    by_kind = {p.kind: p.name for p in found.values()}
-    rest = by_kind.get(inspect.Parameter.VAR_POSITIONAL)
-    if inspect.Parameter.VAR_KEYWORD in by_kind and not names:
+    entries = f"a batch has {count} {'entry' if count == 1 else 'entries'}, but"
+    text = f"{entries} {type(model).__name__}.forward takes {names}"
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()) and not names:
         inner = dict(model.named_children())
         inside = f", or compile what is inside (model.{next(iter(inner))})" if inner else ""
         return f"{text} and says no names; give a dictionary by the names of the inputs{inside}"
+    rest = _rest(model, names)
     if rest is not None:
-        return (
-            f"{text} and the rest as *{rest}, which has no names; put the model into a module "
-            "whose forward names its arguments"
-        )
+        return f"{entries} {rest}"
     if len(names) == 1:
         return f"{text}; a list or tuple that is one argument is given as {{{names[0]!r}: ...}}"
     return text

@@ -12,6 +12,7 @@ from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, wors
 from fxshare.base.placement import device_of
 from fxshare.capture.call import Call, Shapes, resized
 from fxshare.capture.captured import quiet
+from fxshare.capture.containers import mapped
 from fxshare.capture.guards import hold_guard
 from fxshare.capture.steered import set_training
 from fxshare.errors import CaptureError, GuardError
@@ -71,10 +72,11 @@ def _same(call: Call, other: Call) -> bool:
 
 
 def described(value: object) -> object:
-    """A tensor as its dtype and shape, anything else as it is: for messages."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
-    return value
+    """Tensors as their dtypes and shapes, anything else as it is: for messages."""
+    shapes: object = mapped(
+        Tensor, lambda t: f"{t.dtype} {tuple(t.shape)}".removeprefix("torch."), value
+    )
+    return shapes
 
 
 def guard_nodes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -328,10 +328,23 @@ def test_what_has_no_names_is_refused_with_the_way_out(example: object) -> None:
         def forward(self, *parts: Tensor) -> Tensor:
             return self.run(sum(parts))  # type: ignore[arg-type]
 
+    class More(Net):
+        def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+            return self.run(sum(more, x))
+
     with pytest.raises(CalibrationError, match=r"takes 'x' by position only.*without '/'"):
         compiled(Position(), example)
-    with pytest.raises(CalibrationError, match=r"as \*parts, which has no names; put the model"):
+    with pytest.raises(
+        CalibrationError, match=r"all of its inputs as \*parts, by position, and an"
+    ):
         compiled(Rest(), example)
+    with pytest.raises(CalibrationError, match=r"the entry 'parts', but Rest.*capture='modules'"):
+        compiled(Rest(), {"parts": X})
+    with pytest.raises(CalibrationError, match=r"takes \['x'\] by name and the rest as \*more"):
+        compiled(More(), (X, X, X))
+    with pytest.raises(CalibrationError, match=r"entry 'y', but More.*the rest as \*more"):
+        compiled(More(), {"x": X, "y": X})
+    assert_same(More().eval(), compiled(More(), X), Y)
     assert_same(Rest().eval(), compiled(Rest(), None, "modules"), Y, Y)
 
 
