@@ -10,7 +10,7 @@ The passes work on *one* graph whose inputs and outputs are those of all the lin
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -121,7 +121,7 @@ def put_back(
     for name in sorted(bases):
         result.add_module(name, rewritten.get_submodule(name))
     for name in sites:
-        piece, moved = _piece(rewritten, name, results[name], bases)
+        piece, moved = _piece(rewritten, name, sites, results[name], bases)
         piece.meta["transposed"] = is_conv1d(model.get_submodule(name))
         result.set_submodule(name, piece)
         for slice_name, place in slices(rewritten).items():
@@ -151,7 +151,7 @@ def _without(model: nn.Module, sites: list[str]) -> nn.Module:
 
 
 def _piece(
-    rewritten: fx.GraphModule, site: str, result: fx.Node, bases: set[str]
+    rewritten: fx.GraphModule, site: str, sites: Sequence[str], result: fx.Node, bases: set[str]
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """The graph from the site's input to its output, and the new name of each module in it."""
     needed: set[fx.Node] = set()
@@ -181,7 +181,8 @@ def _piece(
                 assert isinstance(module, nn.Linear)
                 local, module = target, BorrowedBasis(module)
             else:
-                local = _local_name(target, site)
+                local = _local_name(target, site, sites)
+                assert local not in moved.values() or moved.get(target) == local, (target, moved)
                 moved[target] = local
             _add(root, local, module)
             new.target = local
@@ -191,10 +192,13 @@ def _piece(
     return RewrittenLinear(root, graph, type(rewritten).__name__), moved
 
 
-def _local_name(target: str, site: str) -> str:
-    if target == site:
-        return "linear"
-    return target.removeprefix(f"{site}.") if target.startswith(f"{site}.") else "linear"
+def _local_name(target: str, site: str, sites: Sequence[str]) -> str:
+    """The name within its piece of a module that replaces rows of a site: of this one, or of the
+    one that it is tied to."""
+    for owner in (site, *sites):
+        if target.startswith(f"{owner}."):
+            return target.removeprefix(f"{owner}.")
+    return "linear"
 
 
 def _add(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,42 @@ def test_nothing_but_parameters_is_an_error_that_says_why(
         )
     assert "'layers.0.experts.up_proj.0' is a parameter" in str(caught.value)
     assert "give an example of the inputs" in str(caught.value)
+
+
+class _Tied(nn.Module):
+    """Two layers of their own modules whose fused projections are one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(3))
+        self.layers[2].weight, self.layers[2].bias = self.layers[0].weight, self.layers[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            q, k, v = layer(x).chunk(3, -1)
+            x = x + q * k.sigmoid() - v
+        return x
+
+
+@pytest.mark.parametrize("mode", ["exact", "sharing"])
+def test_slices_of_a_tied_weight_are_apart_in_each_of_its_modules(
+    mode: str, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _Tied().eval()
+    config: dict[str, Any] = {
+        "weight_types": {"a": {"pattern": r"layers\.\d$", "split": "qkv", "n_head": 2}}
+    }
+    if mode == "sharing":
+        config |= {"group_size": 1, "compression_rate": 0.7, "block_pattern": r"layers\.(\d+)"}
+    data = [torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(1))]
+    gm = fxshare.compile(model, config, calibration=data, capture="modules")
+    x = data[0][:2]
+    expected = fxshare.compile(model, config, calibration=data, capture="fx")(x)
+    torch.testing.assert_close(gm(x), expected)
+    torch.testing.assert_close(fxshare.lower(gm)(x), expected)
+    fxshare.save(gm, tmp_path / "out")
+    torch.testing.assert_close(fxshare.load(tmp_path / "out", model=_Tied)(x), expected)
+    if mode == "exact":
+        torch.testing.assert_close(gm(x), model(x))
