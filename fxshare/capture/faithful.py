@@ -56,7 +56,10 @@ def check_faithful(
         )
     reason = eval_only(gm)
     if reason is not None and captured.front_end == "fx" and not keep_eval:
-        raise SteeringDiffers(f"the graph would hold eval mode alone: {reason}")
+        # whoever asks for any front end may train what comes of it, which the next one can
+        raise SteeringDiffers(
+            f"the graph would hold eval mode alone (capture='fx' gives it): {reason}"
+        )
     if device_of(original).type == "meta":
         return ()
     depth = len(linear_calls(gm))

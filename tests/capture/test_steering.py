@@ -139,6 +139,8 @@ def test_the_reason_is_said(kind: type[Stack], reason: str) -> None:
     assert reason in note
     assert all(p.requires_grad for p in model.parameters())
     if kind is models.Noisy:
+        assert "(capture='fx' gives it)" in note
+        assert capture(model, x_of(), mode="fx").front_end == "fx"
         return
     with pytest.raises(CaptureError) as caught:
         capture(model, x_of(), mode="fx")
