@@ -29,6 +29,7 @@ from fxshare.proposing.weights import Weight, alike, total_numbers, weights_of
 from fxshare.sites.match import matching
 from fxshare.sites.site import Site
 from fxshare.sites.visible import seen
+from passes import stacks
 
 _LOG = logging.getLogger(__name__)
 _WORTH = 1e-3
@@ -61,15 +62,15 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         raise ConfigError(
             f"expected an nn.Module to look at, found {type(model).__name__}; load the model first"
         )
-    weights = weights_of(model)
+    captured, unseen = (None, "") if example is None else _captured(model, example)
+    graph = None if captured is None or captured.side_by_side else captured
+    weights = weights_of(model, {} if graph is None else _stacks_of(graph))
     total = total_numbers(model)
     own, apart = set_apart(model, alike(weights))
     groups, left_out = _worth(model, own, total)
     left_out += [_left_out(group, reason) for group, reason in apart]
     named = dict(zip(type_names(groups), groups, strict=True))
     names = matchable(model)
-    captured, unseen = (None, "") if example is None else _captured(model, example)
-    graph = None if captured is None or captured.side_by_side else captured
     together: Mapping[str, list[Rows]] = {}
     if graph is not None:
         together = rows_read_together(graph, [group[0].name for group in groups])
@@ -104,6 +105,12 @@ def propose(model: nn.Module, *, example: object = None) -> Proposal:
         unseen=unseen,
         optional=optional,
     )
+
+
+def _stacks_of(captured: Captured) -> dict[str, bool]:
+    """The parameters that the graph reads as stacks, and whether each is ``(E, in, out)``."""
+    found = stacks(captured.graph)
+    return {name: reads[0].transposed for name, reads in found.items()}
 
 
 def _captured(model: nn.Module, example: object) -> tuple[Captured | None, str]:

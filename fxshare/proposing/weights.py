@@ -63,19 +63,20 @@ class Weight:
         return ".".join("#" if s.isdecimal() else s for s in self.inside.split("."))
 
 
-def weights_of(model: nn.Module) -> list[Weight]:
+def weights_of(model: nn.Module, stacked: Mapping[str, bool] | None = None) -> list[Weight]:
     """Every weight of the model that could be a site, in the order of the model.
 
     Linear modules; ``in_proj_weight`` of ``nn.MultiheadAttention`` and its like; parameters
-    ``(experts, out, in)``. Each once, under its first name, whatever it is tied to.
+    ``(experts, out, in)``. Each once, under its first name, whatever it is tied to. ``stacked``
+    names the parameters that a graph reads as stacks, and says which are ``(experts, in, out)``.
     """
     found: dict[int, Weight] = {}
-    for weight in _candidates(model):
+    for weight in _candidates(model, stacked or {}):
         found.setdefault(weight.parameter, weight)
     return _with_stacks(list(found.values()))
 
 
-def _candidates(model: nn.Module) -> Iterator[Weight]:
+def _candidates(model: nn.Module, stacked: Mapping[str, bool]) -> Iterator[Weight]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name and is_linear(module):
             weight_OI, _ = weight_and_bias(module)
@@ -89,32 +90,56 @@ def _candidates(model: nn.Module) -> Iterator[Weight]:
             continue
         for field, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{field}" if name else field
-            shape = _matrices(model, name, module, field, parameter)
+            shape = _matrices(model, name, module, field, parameter, stacked.get(full))
             if shape is not None:
                 experts, rows, columns = shape
                 yield Weight(full, id(parameter), rows, columns, experts, inside=full)
 
 
 def _matrices(
-    model: nn.Module, name: str, module: nn.Module, field: str, parameter: Tensor
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    field: str,
+    parameter: Tensor,
+    columns_stored: bool | None,
 ) -> tuple[int, int, int] | None:
     """``(matrices, out, in)`` of a bare parameter that is multiplied by; None for any other.
 
     Any matrix could be a table or a linear, and any stack one matrix with its columns in heads
-    (XLNet). Only what names tell is taken: the projections of ``nn.MultiheadAttention``, and stacks
-    of experts.
+    (XLNet). Taken is what a graph reads as a stack (``columns_stored`` is not None), what names
+    tell (the projections of ``nn.MultiheadAttention``, stacks of experts), and a stack beside
+    another of as many matrices that reads what it writes.
     """
     if not parameter.is_floating_point():
         return None
     if isinstance(module, nn.MultiheadAttention) and field in _ATTENTION_WEIGHTS:
         return 1, *parameter.shape
     named = f"{name}.{field}.{type(module).__name__}"
-    if parameter.ndim != 3 or min(parameter.shape) < 2 or not _EXPERTS.search(named):
+    if parameter.ndim != 3 or min(parameter.shape) < 2:
+        return None
+    if columns_stored is None and not _EXPERTS.search(named) and not _has_partner(module, field):
         return None
     experts, rows, columns = parameter.shape
-    if stores_columns(model, module, field):
+    if stores_columns(model, module, field) if columns_stored is None else columns_stored:
         rows, columns = columns, rows
     return experts, rows, columns
+
+
+def _has_partner(module: nn.Module, field: str) -> bool:
+    """Whether a stack ``(E, a, b)`` of a module stands beside one ``(E, b, a)``, as the way into
+    experts beside the way out; half of the rows on the way in may be a gate."""
+    stacks = {n: p.shape for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    own = stacks.pop(field)
+    return any(_fit(own, other) or _fit(other, own) for other in stacks.values())
+
+
+def _fit(way_in: Sequence[int], way_out: Sequence[int]) -> bool:
+    (count, *one), (other_count, *other) = way_in, way_out
+    if count != other_count or one[0] == one[1]:
+        return False
+    turned = [other[1], other[0]]
+    return one in (turned, [2 * turned[0], turned[1]], [turned[0], 2 * turned[1]])
 
 
 def _with_stacks(weights: Sequence[Weight]) -> list[Weight]:
