@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxshare.base.numerics import Distance, beyond_rounding, worst
 from fxshare.base.progress import stage
+from fxshare.base.randomness import randomness_as_before
 from fxshare.base.surroundings import plain_surroundings
 from fxshare.errors import CheckFailed, ExportError
 from passes.errors import FxShareError
@@ -210,7 +211,7 @@ def _check(
         assert written.run is not None
         expected = subject.run(call)
         try:
-            with torch.no_grad():
+            with randomness_as_before(), torch.no_grad():
                 given = written.run(call)
         except FxShareError:
             raise

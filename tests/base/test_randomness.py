@@ -1,0 +1,105 @@
+"""Models that draw from generators: each call of ours leaves those of all libraries as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxshare
+from tests.strategies import no_warnings_of_ours
+
+WIDTH, VOCABULARY = 8, 20
+CONFIG: dict[str, Any] = {
+    "weight_types": {"a": {"pattern": r"layers\.\d+$"}},
+    "block_pattern": r"layers\.(\d+)",
+}
+BUDGET = {"budget": {"params_kept": 0.7}}
+
+
+class Draws(nn.Module):
+    """Draws in every call, and does not say what came of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        drawn = random.gauss(0, 1) + np.random.randn()
+        x: Tensor = self.embed(ids) + 0.0 * (torch.rand(1) + drawn)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def _data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, VOCABULARY, (2, 6), generator=generator) for _ in range(3)]
+
+
+def _states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state().tolist(),
+    }
+
+
+def _made(capture: str, *more: Any) -> Any:
+    torch.manual_seed(0)
+    with no_warnings_of_ours():
+        return fxshare.compile(
+            Draws().eval(), [CONFIG, *more], calibration=_data(), capture=capture, seed=1
+        )
+
+
+CALLS: dict[str, Callable[[nn.Module, Any, Path], object]] = {
+    "propose": lambda model, gm, path: fxshare.propose(model, example=_data()[0]),
+    "plan": lambda model, gm, path: fxshare.plan(model, [CONFIG, BUDGET], calibration=_data()),
+    "compile": lambda model, gm, path: fxshare.compile(model, CONFIG, example=_data()[0]),
+    "by modules": lambda model, gm, path: fxshare.compile(
+        model, [CONFIG, BUDGET], calibration=_data(), capture="modules"
+    ),
+    "torch.export": lambda model, gm, path: fxshare.compile(
+        model, CONFIG, example=_data()[0], capture="export"
+    ),
+    "verify": lambda model, gm, path: fxshare.verify(model, gm, _data()),
+    "lower": lambda model, gm, path: fxshare.lower(gm, example=_data()[0]),
+    "save and load": lambda model, gm, path: (
+        fxshare.save(gm, path / "m"),
+        fxshare.load(path / "m", model=Draws),
+    ),
+    "export py": lambda model, gm, path: fxshare.export(gm, path / "m", to="py"),
+    "export pt2": lambda model, gm, path: fxshare.export(gm, path / "m.pt2", to="pt2"),
+    "export dense": lambda model, gm, path: fxshare.export(
+        gm, path / "m", to="dense", original=Draws
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, Any]:
+    with torch.random.fork_rng():
+        gm = _made("fx")
+        torch.manual_seed(0)
+        return Draws().eval(), gm
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_generator_is_as_it_was(
+    name: str, pair: tuple[nn.Module, Any], tmp_path: Path
+) -> None:
+    random.gauss(0, 1)  # the next one is at hand already, which is part of the state
+    before = _states()
+    with no_warnings_of_ours():
+        CALLS[name](*pair, tmp_path)
+    after = _states()
+    assert [which for which in before if after[which] != before[which]] == []
