@@ -18,8 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxshare.capture import Captured, quiet
+from fxshare.capture import Captured, device_of, quiet
 from fxshare.capture.written import Unwritten
+from fxshare.models.traits import example_ids
 from passes import is_linear, structure_copy
 
 _LOG = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ _DEPTH = 3
 class Reached:
     """What calls showed of linears, by their names: ``called``; ``used``, which have reached an
     output; ``read``, whose weight was read outside of them; ``written``, whose weight or bias was
-    written to. ``calls`` is how many were watched in eval mode."""
+    written to. ``calls`` is how many were watched in eval mode; one that is ``made_up`` says of no
+    linear that it is not used as one."""
 
     called: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     calls: int = 0
+    made_up: bool = False
 
     def refusal(self, name: str) -> str | None:
         """Why a linear is no site; None where it is called for its result, and for that only."""
@@ -53,6 +56,8 @@ class Reached:
                 "the model's forward writes to its weight or bias, which a rewritten linear does "
                 "not have; write to it outside of forward (after the optimizer's step, say)"
             )
+        if self.made_up:
+            return None
         if name in self.read:
             beside = " beside calling it" if name in self.called else " and does not call it"
             return f"the model reads its weight itself{beside}"
@@ -62,15 +67,15 @@ class Reached:
 
 
 def reached(captured: Captured, batches: Iterable[object], names: Sequence[str]) -> Reached | None:
-    """Watch the model on a few batches, until every linear of ``names`` was reached; None where a
-    call fails, which whoever runs the model next will say."""
+    """Watch the model on a few batches, until every linear of ``names`` was reached; without any on
+    made-up token ids. None where a call fails, which whoever runs the model next will say."""
     model = structure_copy(captured.model).eval()
     modules = {n: m for n in names if is_linear(m := model.get_submodule(n))}
     if any(p.device.type == "meta" for p in model.parameters()):
         return None
     found = Reached()
     before = Unwritten(model, list(modules))
-    for batch in batches:
+    for batch in _or_made_up(model, batches, found):
         try:
             with quiet(), _Watch(modules, found) as watch:
                 watch.finish(model(**captured.caller(batch)))
@@ -85,6 +90,14 @@ def reached(captured: Captured, batches: Iterable[object], names: Sequence[str])
             break
     found.written |= {name.rpartition(".")[0] for name in before.restore()}
     return found if found.calls else None
+
+
+def _or_made_up(model: nn.Module, batches: Iterable[object], found: Reached) -> Iterator[object]:
+    yield from batches
+    ids = None if found.calls else example_ids(model)
+    if ids is not None:
+        found.made_up = True
+        yield ids.to(device_of(model))
 
 
 def _watch_training(

@@ -1,4 +1,4 @@
-"""Models that draw from generators: each call of ours leaves those of all libraries as they were."""
+"""Models that draw from generators: each call of ours leaves every library's as it was."""
 
 from __future__ import annotations
 

@@ -82,6 +82,31 @@ def test_a_weight_that_forward_writes_to_is_no_site(write: Any, when: tuple[bool
         assert torch.equal(value, before[name]), name
 
 
+class _Tokens(_Model):
+    def __init__(self, write: Callable[[nn.Linear], None], when: tuple[bool, ...]) -> None:
+        super().__init__(write, when)
+        self.embed = nn.Embedding(20, 8)
+        self.beside = nn.Linear(8, 8)  # made-up tokens do not reach it
+
+    def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
+        x: Tensor = self.embed(ids)
+        return super().forward(x if image is None else x + self.beside(image))
+
+
+@pytest.mark.parametrize("when", [(True, False), (True,)], ids=["always", "training"])
+@pytest.mark.parametrize("write", _WRITES, ids=lambda write: write.__name__[1:])
+def test_made_up_tokens_show_it_where_there_is_no_data(write: Any, when: tuple[bool, ...]) -> None:
+    model = _Tokens(write, when)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = {"weight_types": {"all": {"pattern": r"(h\.\d+\.(fc|out)|beside)$"}}}
+    gm = fxshare.compile(model, config, capture="modules")
+    assert {site.name for site in gm.fxshare.plan.sites} == {"h.0.out", "h.1.out", "beside"}
+    assert {one.name for one in gm.fxshare.plan.skipped} == {"h.0.fc", "h.1.fc"}
+    assert all("writes to its weight" in one.reason for one in gm.fxshare.plan.skipped)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_others_are_sites_beside_it() -> None:
     model = _Model(_exchange, (True, False))
     model.h[1].get_submodule("").when = ()  # type: ignore[union-attr]
