@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -95,7 +96,8 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with right hashes, as someone would who knows how."""
     for name, entry in manifest.get("files", {}).items():  # the key may be what was changed
         path = folder / name
-        if entry.get("sha256") and path.parent == folder and path.is_file():
+        # of os.path, which takes a name that is too long for one that is not there
+        if entry.get("sha256") and path.parent == folder and os.path.isfile(path):
             data = path.read_bytes()
             entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     plain = {key: value for key, value in manifest.items() if key != "sha256"}
