@@ -27,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     os.environ["OMP_NUM_THREADS"] = threads
     torch.set_num_threads(int(threads))
+    # Inductor keeps a graph's kernels on disk under a key that leaves out how wide the vectors are
+    # for which it wrote them. A process with ATEN_CPU_CAPABILITY=avx2 (or on another processor with
+    # the same /tmp) took loops in steps of 16 numbers and ran them with vectors of 8: off by 1.1 of
+    # the largest value; the other way round they wrote past the end and free() aborted. The tag is
+    # in the key. A cache for each session would be as right, and compiles for 17 s more each time.
+    tag = f"tests of fxshare, {torch.backends.cpu.get_cpu_capability()}"
+    os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag
 
 
 def pytest_collection_finish() -> None:
