@@ -46,7 +46,9 @@ def spread(command: Callable[..., R]) -> Callable[..., R]:
 
     ``f(model, *, data: Data)`` becomes ``f(*, model, calibration=None, tokens=None, ...)``.
     """
-    hints = get_type_hints(command, include_extras=True)
+    # Python 3.10's get_type_hints wraps what defaults to None in Optional: typer then sees no option
+    # in the annotation, and -o of plan and compile was none
+    hints = inspect.get_annotations(command, eval_str=True)
     parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(command).parameters.items():
