@@ -174,7 +174,7 @@ def test_a_long_error_is_not_wrapped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    message = "[bold]brackets[/bold] :smile: " + "word " * 60
+    message = "[bold]brackets[/bold] :smile:" + " word" * 60
     output.show_error(message)
     assert capsys.readouterr().err == f"error: {message}\n"
 
