@@ -10,6 +10,7 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["lint", "docs", "tests"]
+nox.options.error_on_missing_interpreters = True  # a session that was skipped has not passed
 
 
 @nox.session
