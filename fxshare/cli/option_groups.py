@@ -46,8 +46,8 @@ def spread(command: Callable[..., R]) -> Callable[..., R]:
 
     ``f(model, *, data: Data)`` becomes ``f(*, model, calibration=None, tokens=None, ...)``.
     """
-    # Python 3.10's get_type_hints wraps what defaults to None in Optional: typer then sees no option
-    # in the annotation, and -o of plan and compile was none
+    # not get_type_hints: Python 3.10's wraps what defaults to None in Optional, typer then sees no
+    # option in the annotation, and plan and compile had no -o
     hints = inspect.get_annotations(command, eval_str=True)
     parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, Any] = {}
