@@ -109,7 +109,8 @@ print(json.dumps({"torch": middle - start, "fxshare": end - middle, "modules": l
 
 
 def test_importing_is_fast_and_pulls_in_no_extra() -> None:
-    best = float("inf")  # processor time: other processes on the machine do not count
+    # beside torch's own, in processor time: another machine, or a busy one, is slower at both
+    best = float("inf")
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", _MEASURE], cwd=ROOT, capture_output=True, text=True, check=True
@@ -117,10 +118,10 @@ def test_importing_is_fast_and_pulls_in_no_extra() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         tops = {name.partition(".")[0] for name in found["modules"]}
         assert not tops & {*EXTRAS, "typer"}
-        best = min(best, found["fxshare"])
+        best = min(best, found["fxshare"] / found["torch"])
         if best < 1.0:
             break
-    assert best < 1.0, f"importing fxshare takes {best:.2f} s beyond torch"
+    assert best < 1.0, f"importing all of fxshare takes {best:.2f} times as long as torch"
 
 
 def test_the_package_alone_imports_no_torch_and_knows_its_names() -> None:

@@ -34,7 +34,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("quiet", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_json_alone_on_stdout_and_no_progress_bar_in_a_pipe(folder: Path, quiet: bool) -> None:
     command = ("compile", "cli_toy:make", "-c", "sharing.yaml", "--calibration", "ids.npy")
     options = ("--length", "20", "--json", *(("--quiet",) if quiet else ()))

@@ -70,7 +70,7 @@ def test_the_program_computes_what_the_model_does(
     assert sum(tensors.values()) <= _weights(tmp_path / "m.pt2") <= sum(tensors.values()) + 64
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_transformers(family: str, tmp_path: Path) -> None:
     gm = build.compiled_transformers(family, build.transformers_model(family))
     done = fxshare.export(gm, tmp_path / "m.pt2", to="pt2")

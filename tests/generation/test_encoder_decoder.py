@@ -200,7 +200,10 @@ def test_no_parameter_is_stored_twice_and_training_reaches_generation() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "auto"), [("t5", "Seq2SeqLM"), ("whisper", "SpeechSeq2Seq")])
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [("t5", "Seq2SeqLM"), pytest.param("whisper", "SpeechSeq2Seq", marks=pytest.mark.slow)],
+)
 def test_a_loaded_folder_generates(name: str, auto: str, tmp_path: Path) -> None:
     import transformers
 

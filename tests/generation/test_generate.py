@@ -132,7 +132,11 @@ def test_static_cache_compiled_without_breaks(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("gpt2", SHARING), ("gemma3", PIVOTED)], ids=["sharing", "pivoted"]
+    ("name", "mode"),
+    [
+        pytest.param("gpt2", SHARING, id="sharing", marks=pytest.mark.slow),
+        pytest.param("gemma3", PIVOTED, id="pivoted"),
+    ],
 )
 def test_compressed_graphs_and_lowered_ones(name: str, mode: dict[str, Any]) -> None:
     gm = compiled(name, causal(name), mode=mode)

@@ -308,6 +308,7 @@ def test_reason_is_the_first_line() -> None:
     assert reason(fail) == "ValueError: first"
 
 
+@pytest.mark.slow  # tests/generation/test_bench.py measures one of each kind
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_generation_of_an_encoder_and_a_decoder_is_measured(name: str) -> None:
     subject = family(name).subject()
