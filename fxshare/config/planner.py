@@ -13,11 +13,21 @@ from fxshare.config.values import Count, as_list, as_part
 class Planner(Section):
     """How a budget is spent."""
 
-    strategy: Literal["auto", "layers", "pairs", "same_input", "agglomerative", "separate"] = Field(
+    strategy: Literal[
+        "auto",
+        "grown",
+        "layers",
+        "pairs",
+        "same_input",
+        "agglomerative",
+        "exhaustive",
+        "separate",
+    ] = Field(
         default="auto",
-        description="How slices are grouped: layers (runs of consecutive layers, exact), pairs "
-        "(at most two, exact), same_input (slices that read one activation first), agglomerative "
-        "(any group, heuristic), separate (no sharing), or auto (the best of them).",
+        description="How slices are grouped: grown (runs of consecutive layers, from pairs that "
+        "gain), layers (all runs, exact), pairs (at most two, exact), same_input (slices that read "
+        "one activation first), agglomerative (any group, heuristic), exhaustive (any group, "
+        "exact, for a dozen slices), separate (no sharing), or auto (the best of them).",
     )
     storage: Literal["auto", "plain", "pivoted"] = Field(
         default="auto",

@@ -68,6 +68,7 @@ class Planned:
     predicted: float = math.nan
     """In the model's loss, whatever the ranks were chosen by."""
     bound: float = 0.0
+    priced_bound: float = 0.0
     spectra: Spectra | None = None
 
 
@@ -114,7 +115,7 @@ class Search:
         tried: list[Tried] = []
         failures: list[str] = []
         known: dict[object, Planned] = {}
-        bound = 0.0
+        bounds = 0.0, 0.0
         trials = track(list(todo), f"searching{label}", total=len(todo))
         for number, trial in enumerate(trials, 1):
             which = f"plan: trial {number} of {len(todo)}, {trial.name}{label}"
@@ -141,8 +142,9 @@ class Search:
             losses = f"predicted loss {one.predicted:+.4g}{measured}"
             _LOG.info("%s: %s, in %.1f s", which, losses, seconds)
             # ranks chosen by activation error have no bound in the model's loss: the last one holds
-            one.bound = one.solution.bound if trial.loss_aware else bound
-            bound = one.bound
+            if trial.loss_aware:
+                bounds = one.solution.bound, one.solution.priced_bound
+            one.bound, one.priced_bound = bounds
             if best is None or one.measured < best.measured:
                 best = one
         if best is None:

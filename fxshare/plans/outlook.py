@@ -23,6 +23,8 @@ class Outlook(Frozen):
 
     ``bound`` is the Lagrangian dual bound: no plan over the partitions that were considered is
     predicted to lose less within the budget, the slope apart. ``gap`` is the distance to it.
+    ``priced_bound`` is the bound over those partitions alone of whose groups the spectra were
+    computed.
     """
 
     loss_name: str
@@ -38,6 +40,10 @@ class Outlook(Frozen):
     data; 0 without a search, and for a loss that is a distance to the dense output."""
     bound: float
     gap: float
+    priced_bound: float | None = None
+    priced: int = 0
+    """Groups whose spectra were computed; ``unpriced`` counts those that were held by a bound."""
+    unpriced: int = 0
     measured: float | None = None
     """On held-back calibration data; None without a search."""
     strategy: str

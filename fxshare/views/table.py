@@ -195,6 +195,11 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
         f"predicted loss increase {o.predicted:.4g} per token ({o.loss_name}); dual bound "
         f"{o.bound:.4g}, gap {o.gap:.3g}",
     ]
+    if o.unpriced:
+        lines.append(
+            f"{o.priced} candidate groups were priced; {o.unpriced} longer ones only by a bound, "
+            f"without which the dual bound is {o.priced_bound:.4g} (strategy: layers prices all)"
+        )
     if o.slope:
         lines.append(
             f"of which {o.slope:.4g} is the gradient along the change, which ranks do not follow"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from fxshare.factors.spectra import Spectra
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.options import Options, second_unit, unit_cost
 from fxshare.planning.rules import named_apart
-from fxshare.planning.solver.curve import DENSE, Curve, restrict
+from fxshare.planning.solver.curve import DENSE, Curve, Floats, restrict
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import Solution
 from fxshare.plans.cost import Shape, ranks
@@ -42,14 +42,16 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
         rank = ranks(Shape(full_rank, full_rank), options.rank_multiple).tolist()
         return tuple(BasisOption(r, storage) for storage in storages for r in rank)
 
-    def curve(part: Part) -> Curve:
+    covers = Covers(nodes, spectra)
+
+    def curve(part: Part, tails_of: Callable[[Part], Floats] = covers.tails) -> Curve:
         shape = shape_of(nodes, part)
         rank = ranks(shape, options.rank_multiple)
         dense = unit_cost(shape, np.array([0]), PLAIN, options, dense=True)
         costs, losses, labels, sides = [], [], [], []
         storages = usable(options.storages, looked_up=bool(shape.lookups))
         if not any(nodes[name].layer in options.keep_dense for name in part):
-            tails = spectra.tails(part)
+            tails = tails_of(part)
             for at, storage in enumerate(storages):
                 cost = unit_cost(shape, rank, storage, options)
                 keep = cost < dense[0]
@@ -78,7 +80,60 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
         max_group=options.max_group,
         tie=options.tie,
         side_limit=limit,
+        least_of=lambda part: curve(part, covers.least),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Covers:
+    """Losses of groups over several layers, held above what their parts lose.
+
+    A basis for several layers loses at every rank at least what bases of that rank lose for two
+    layers each, and for one (Ky Fan: the tail of a sum of positive matrices is at least the sum of
+    the tails). Spectra of groups are taken under the mean of the members' input moments, where a
+    layer of small inputs counts for more than it loses and one of large inputs for less; so they
+    may fall below that, and are raised to it. What is left is a bound that costs no decomposition.
+    """
+
+    nodes: Mapping[str, Node]
+    spectra: Spectra
+
+    def tails(self, part: Part) -> Floats:
+        """The loss of a part at every rank from 0."""
+        found = self.spectra.tails(part)
+        layers = self._layers(part)
+        return found if len(layers) == 1 else np.maximum(found, self._cover(layers, len(found)))
+
+    def least(self, part: Part) -> Floats:
+        """Nowhere above :meth:`tails`, of three layers and more without a decomposition."""
+        layers = self._layers(part)
+        if len(layers) < 3:
+            return self.tails(part)
+        return self._cover(layers, shape_of(self.nodes, part).full_rank + 1)
+
+    def _layers(self, part: Part) -> list[Part]:
+        by_layer: dict[int, set[str]] = {}
+        for name in part:
+            by_layer.setdefault(self.nodes[name].layer, set()).add(name)
+        return [frozenset(by_layer[layer]) for layer in sorted(by_layer)]
+
+    def _cover(self, layers: Sequence[Part], length: int) -> Floats:
+        """The most that disjoint pairs of neighbours, and what is left over, lose together."""
+        if len(layers) == 2:
+            return self._sum(layers, length)
+        found = np.zeros(length)
+        for first in (0, 1):
+            pairs = [layers[at] | layers[at + 1] for at in range(first, len(layers) - 1, 2)]
+            rest = frozenset[str]().union(*layers).difference(*pairs)
+            found = np.maximum(found, self._sum([*pairs, *self._layers(rest)], length))
+        return found
+
+    def _sum(self, parts: Sequence[Part], length: int) -> Floats:
+        found = np.zeros(length)
+        for part in parts:
+            tails = self.tails(part)[:length]
+            found[: len(tails)] += tails
+        return found
 
 
 def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import networkx as nx
 import numpy as np
@@ -67,7 +67,9 @@ class Problem:
 
     ``curve_of`` is called once per distinct part, when a strategy first asks for it: spectra are
     computed lazily. ``may_share`` lists sets of weight types that may meet in one basis; by default
-    a type only meets itself. ``side_limit`` bounds the sum of the curves' ``side``.
+    a type only meets itself. ``side_limit`` bounds the sum of the curves' ``side``. ``least_of``
+    gives a curve of the same costs that is nowhere above a part's own, without pricing the part;
+    where there is none, whoever asks for a bound has the part priced.
     """
 
     nodes: Mapping[str, Node]
@@ -76,11 +78,17 @@ class Problem:
     max_group: int | None = None
     tie: Sequence[Part] = ()
     side_limit: float | None = None
+    least_of: Callable[[Part], Curve] | None = None
     _known: dict[Part, SharedBasis] = field(init=False, default_factory=dict)
     _joins: dict[Part, bool] = field(init=False, default_factory=dict)
     _values: dict[Part, list[float]] = field(init=False, default_factory=dict)
     _at: dict[float, int] = field(init=False, default_factory=dict)
-    _prices: Floats = field(init=False, default_factory=lambda: np.zeros(0))
+    _bounds: dict[float, float] = field(init=False, default_factory=dict)
+    _bounded: set[Part] = field(init=False, default_factory=set)
+    grown: dict[tuple[Part, ...], Any] = field(init=False, default_factory=dict)
+    """What :mod:`fxshare.planning.solver.grow` found for rows of layers, at the fixed prices."""
+    prices: Floats = field(init=False, default_factory=lambda: np.zeros(0))
+    """The prices that were fixed; see :meth:`fix_prices`."""
 
     def candidate(self, part: Part) -> Candidate:
         """The candidate of a part, made on first use."""
@@ -95,14 +103,40 @@ class Problem:
             return self.candidate(part).curve.value(price)
         values = self._values.get(part)
         if values is None:
-            values = self._values[part] = self.candidate(part).curve.values(self._prices).tolist()
+            values = self._values[part] = self.candidate(part).curve.values(self.prices).tolist()
         return values[at]
 
     def fix_prices(self, prices: Sequence[float]) -> None:
         """Say which prices will be asked for, so that a part's values are computed together."""
-        self._prices = np.asarray(prices, dtype=np.float64)
+        self.prices = np.asarray(prices, dtype=np.float64)
         self._at = {float(price): at for at, price in enumerate(prices)}
-        self._values = {}
+        self._values, self.grown = {}, {}
+
+    def is_priced(self, part: Part) -> bool:
+        """Whether a part's own curve is known."""
+        return part in self._known
+
+    def least(self, part: Part, prices: Floats) -> Floats:
+        """Values that the part's own are nowhere below, at several prices; its own where it is
+        priced already, or where there is no bound."""
+        if self.least_of is None or self.is_priced(part):
+            return self.candidate(part).curve.values(prices)
+        self._bounded.add(part)
+        return self.least_of(part).values(prices)
+
+    def note_bound(self, price: float, value: float) -> None:
+        """Say that partitions were considered at a price without pricing all of their parts, and
+        that none of them has a value below this one."""
+        self._bounds[price] = min(value, self.bound(price))
+
+    def bound(self, price: float) -> float:
+        """The least of all noted bounds at a price."""
+        return self._bounds.get(price, float("inf"))
+
+    @property
+    def unpriced(self) -> int:
+        """Of how many parts only a bound was asked for."""
+        return len(self._bounded - self._known.keys())
 
     def seen(self) -> Iterable[Candidate]:
         """Every candidate asked for so far."""

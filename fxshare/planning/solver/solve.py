@@ -12,7 +12,7 @@ option is ``loss + μ · side``, and μ is bisected for the cheapest that keeps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -63,13 +63,18 @@ class Choice:
 @dataclass(frozen=True)
 class Solution:
     """A partition with ranks. ``bound`` is the dual bound: no plan over the partitions considered
-    loses less within the budget; ``gap`` how far above it this plan is."""
+    loses less within the budget; ``gap`` how far above it this plan is. ``priced_bound`` is that of
+    the partitions whose parts were all priced, and ``priced`` and ``unpriced`` say how many parts
+    were, and of how many others a bound of their own was taken."""
 
     choices: tuple[Choice, ...]
     budget: float
     bound: float
     price: float
     strategy: str
+    priced_bound: float = 0.0
+    priced: int = 0
+    unpriced: int = 0
 
     @property
     def cost(self) -> int:
@@ -118,14 +123,19 @@ def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
     least = sum(float(problem.candidate(p).curve.loss.max()) for p in problem.singletons())
     # as if all that can be lost bought all of the side
     unit = max(least, 1e-30) / max(free.side, 1)
-    bound, best = free.bound, None
+    bound, priced_bound, best = free.bound, free.priced_bound, None
     low, high = -8.0, 8.0  # decimal exponents of the price, in that unit
     for step in range(14):
         exponent = high if step == 0 else (low + high) / 2
         price = unit * 10.0**exponent
-        priced = replace(problem, curve_of=partial(_priced, problem, price))
+        priced = replace(
+            problem,
+            curve_of=partial(_priced, price, lambda part: problem.candidate(part).curve),
+            least_of=problem.least_of and partial(_priced, price, problem.least_of),
+        )
         found = _sweep(priced, [free.budget], free.strategy)[0]
         bound = max(bound, found.bound - price * limit)
+        priced_bound = max(priced_bound, found.priced_bound - price * limit)
         choices = tuple(
             Choice(problem.candidate(c.candidate.slices), c.option) for c in found.choices
         )
@@ -142,7 +152,8 @@ def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
         else:
             low = exponent
     assert best is not None
-    return replace(best, bound=bound)
+    counts = {"priced": free.priced, "unpriced": free.unpriced}
+    return replace(best, bound=bound, priced_bound=priced_bound, **counts)
 
 
 def _filled(choices: tuple[Choice, ...], budget: float, limit: float) -> tuple[Choice, ...]:
@@ -171,8 +182,8 @@ def _filled(choices: tuple[Choice, ...], budget: float, limit: float) -> tuple[C
         taken[at] = better
 
 
-def _priced(problem: Problem, price: float, part: Part) -> Curve:
-    curve = problem.candidate(part).curve
+def _priced(price: float, curve_of: Callable[[Part], Curve], part: Part) -> Curve:
+    curve = curve_of(part)
     if curve.side is None:
         raise PlanError(
             f"a plan is bounded in a second unit that {sorted(part)[0]!r} has no cost in"
@@ -200,8 +211,11 @@ def _sweep(problem: Problem, budgets: Sequence[float], strategy: str) -> list[So
         min(sum(problem.value(p, price) for p in parts) for parts in partitions.values())
         for price in prices
     ]
+    bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
-    return [_best(paths, prices, values, budget, strategy) for budget in budgets]
+    found = [_best(paths, prices, values, bounds, budget, strategy) for budget in budgets]
+    counts = {"priced": len(list(problem.seen())), "unpriced": problem.unpriced}
+    return [replace(one, **counts) for one in found]
 
 
 def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
@@ -296,6 +310,7 @@ def _best(
     paths: Sequence[_Path],
     prices: Sequence[float],
     values: Sequence[float],
+    bounds: Sequence[float],
     budget: float,
     strategy: str,
 ) -> Solution:
@@ -308,5 +323,8 @@ def _best(
         )
     found = [path.at(budget) for path in feasible]
     choices, price = min(found, key=lambda one: sum(c.loss for c in one[0]))
-    bound = max(v - p * budget for p, v in zip(prices, values, strict=True))
-    return Solution(choices, budget, max(bound, 0.0), price, strategy)
+    dual, priced = (
+        max(0.0, *(v - p * budget for p, v in zip(prices, least, strict=True)))
+        for least in (bounds, values)
+    )
+    return Solution(choices, budget, dual, price, strategy, priced)

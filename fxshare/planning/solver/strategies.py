@@ -2,7 +2,11 @@
 
 ``layers`` and ``pairs`` are exact over the partitions that they consider (runs of consecutive
 layers of a family; groups of at most two neighbours), ``exhaustive`` over all set partitions;
-``agglomerative`` is a heuristic with local moves. ``auto`` takes the best of them.
+``grown`` considers the runs of ``layers`` and prices few of them; ``agglomerative`` is a heuristic
+with local moves. ``auto`` takes the best of them.
+
+Of partitions with parts that were not priced a strategy notes a bound
+(:meth:`fxshare.planning.solver.problem.Problem.note_bound`).
 """
 
 from __future__ import annotations
@@ -12,10 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import networkx as nx
 
+from fxshare.errors import PlanError
+from fxshare.planning.solver.grow import grow
 from fxshare.planning.solver.problem import Part, Problem
 
 Strategy = Callable[[Problem, float], list[Part]]
 MOST_EXHAUSTIVE = 8
+MOST_ENUMERATED = 13
+"""Their partitions take seconds, each more three times as long."""
 # agglomeration asks for the spectrum of every set it looks at, most of them not runs of layers: for
 # the 48 slices of the embedded model ten times as many as `layers` and `same_input` together
 _MOST_AGGLOMERATIVE = 24
@@ -74,6 +82,22 @@ def _runs(problem: Problem, price: float, rows: list[list[Part]]) -> list[Part]:
     return chosen
 
 
+def grown(problem: Problem, price: float) -> list[Part]:
+    """Runs of consecutive layers of each family, grown from pairs that gain."""
+    return _grown(problem, price, _families(problem, problem.singletons()))
+
+
+def _grown(problem: Problem, price: float, rows: list[list[Part]]) -> list[Part]:
+    chosen: list[Part] = []
+    bound = 0.0
+    for row in rows:
+        runs = grow(problem, row, price)
+        chosen += runs.partition(price)
+        bound += runs.bound(price)
+    problem.note_bound(price, bound)
+    return chosen
+
+
 def pairs(problem: Problem, price: float) -> list[Part]:
     """Groups of at most two neighbours: maximum-weight matching (Edmonds), exact."""
     graph = problem.graph(price)
@@ -107,7 +131,7 @@ def same_input(problem: Problem, price: float) -> list[Part]:
             _, a, b, both = max(options, key=lambda option: option[0])
             rows = [row for i, row in enumerate(rows) if i not in (a, b)] + [both]
             merged = True
-    return _runs(problem, price, rows)
+    return _grown(problem, price, rows)
 
 
 def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Part] | None:
@@ -180,6 +204,11 @@ def exhaustive(problem: Problem, price: float) -> list[Part]:
     the best partition of the rest.
     """
     items = problem.singletons()
+    if len(items) > MOST_ENUMERATED:
+        raise PlanError(
+            f"strategy exhaustive: {len(items)} slices have too many partitions; it takes at most "
+            f"{MOST_ENUMERATED}. Match fewer weights, or use agglomerative, grown or layers"
+        )
     whole = (1 << len(items)) - 1
     worth: dict[int, tuple[float, Part]] = {}
     for mask in range(1, whole + 1):
@@ -214,7 +243,7 @@ def _submasks(mask: int) -> Iterator[int]:
 def auto(problem: Problem, price: float) -> list[Part]:
     """The best of the others at this price."""
     # a family with several slices a layer (experts) is one part a layer to `layers`
-    tried: list[Strategy] = [separate, layers, same_input]
+    tried: list[Strategy] = [separate, grown, same_input]
     count = len(problem.singletons())
     if count <= MOST_EXHAUSTIVE:
         tried = [exhaustive]
@@ -227,6 +256,7 @@ def auto(problem: Problem, price: float) -> list[Part]:
 STRATEGIES: dict[str, Strategy] = {
     "separate": separate,
     "layers": layers,
+    "grown": grown,
     "pairs": pairs,
     "same_input": same_input,
     "agglomerative": agglomerative,

@@ -1,0 +1,140 @@
+"""Runs of layers that grow from pairs: a number of decompositions linear in the layers.
+
+A run is priced where it is one layer or two, or where both runs of one layer less gained something
+at some price: where two neighbours gain nothing by sharing, three seldom do. Of those, a run whose
+bound from below gains at no price is not priced either. What was not priced still counts in the
+dual bound, at its own bound (:meth:`fxshare.planning.solver.problem.Problem.least`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxshare.planning.solver.curve import Floats
+from fxshare.planning.solver.problem import Part, Problem
+
+_TIE = 1e-12
+_LEAST_SHARE = 0.2
+_LEAST_GAIN = 0.005
+"""Of a run's value apart. Sharing nearly always saves the indices of one pivoted basis, about a
+five-hundredth; that says nothing of longer runs."""
+Run = tuple[int, int]
+"""From the first layer to the one after the last, by position in the row."""
+
+
+@dataclass(eq=False)
+class Grown:
+    """The runs of one row, and the best partition at every price.
+
+    ``values`` of the runs that were priced, ``least`` bounds from below of all others, at each of
+    ``prices``.
+    """
+
+    row: Sequence[Part]
+    prices: Floats
+    values: dict[Run, Floats] = field(default_factory=dict)
+    least: dict[Run, Floats] = field(default_factory=dict)
+
+    def part(self, run: Run) -> Part:
+        """The slices of a run."""
+        return frozenset[str]().union(*self.row[slice(*run)])
+
+    def partition(self, price: float) -> list[Part]:
+        """The best partition into priced runs at one of the prices."""
+        at = self._position(price)
+        _, back = _shortest(len(self.row), {run: v[at] for run, v in self.values.items()})
+        chosen, end = [], len(self.row)
+        while end:
+            start = back[end]
+            chosen.append(self.part((start, end)))
+            end = start
+        return chosen
+
+    def bound(self, price: float) -> float:
+        """No partition into runs, priced or not, has a lower value at one of the prices."""
+        at = self._position(price)
+        values = {run: v[at] for run, v in (self.least | self.values).items()}
+        return _shortest(len(self.row), values)[0]
+
+    def _position(self, price: float) -> int:
+        return int(np.flatnonzero(self.prices == price)[0])
+
+
+def _shortest(length: int, values: dict[Run, float]) -> tuple[float, list[int]]:
+    """The shortest path through the boundaries between layers; of equal ones the shorter run."""
+    best, back = [0.0] + [float("inf")] * length, [0] * (length + 1)
+    for end in range(1, length + 1):
+        for start in range(end - 1, -1, -1):
+            value = values.get((start, end))
+            if value is not None and best[start] + value < best[end] * (1 - _TIE):
+                best[end], back[end] = best[start] + value, start
+    return best[length], back
+
+
+def grow(problem: Problem, row: Sequence[Part], price: float) -> Grown:
+    """The runs of a row, grown at all of the problem's fixed prices at once, or at ``price`` alone
+    where it is none of these."""
+    if price not in problem.prices:
+        return _grow(problem, row, np.asarray([price]))
+    key = tuple(row)
+    if key not in problem.grown:
+        problem.grown[key] = _grow(problem, row, problem.prices)
+    return problem.grown[key]
+
+
+def _grow(problem: Problem, row: Sequence[Part], prices: Floats) -> Grown:
+    grown = Grown(row, prices)
+    counts = _counts(problem, row, prices)
+    split: dict[Run, Floats] = {}  # the best partition of each run into priced ones
+    growing: set[Run] = set()
+    for length in range(1, len(row) + 1):
+        for start in range(len(row) - length + 1):
+            run = (start, start + length)
+            part = grown.part(run)
+            if not problem.allowed(part):
+                continue
+            apart = _best_apart(run, split)
+            shorter = {(run[0], run[1] - 1), (run[0] + 1, run[1])}
+            if length <= 2 or length == len(row) or shorter <= growing:
+                values = _priced(problem, grown, run, apart)
+            else:
+                values = None
+            if values is None:
+                grown.least[run] = problem.least(part, grown.prices)
+            else:
+                grown.values[run] = values
+                if length > 1 and bool((values < apart * (1 - _LEAST_GAIN))[counts].any()):
+                    growing.add(run)
+            split[run] = apart if values is None else np.minimum(apart, values)
+    return grown
+
+
+def _counts(problem: Problem, row: Sequence[Part], prices: Floats) -> NDArray[np.bool_]:
+    """The prices at which a gain makes runs grow: those at which single layers, best chosen, cost a
+    fifth of what they do dense or more. Where next to nothing is paid for, sharing always gains.
+    """
+    curves = [problem.candidate(part).curve for part in row]
+    dense = sum(int(curve.cost[-1]) for curve in curves)
+    costs = [sum(int(c.cost[c.at_price(float(p))]) for c in curves) for p in prices]
+    return np.asarray(costs) >= _LEAST_SHARE * dense
+
+
+def _best_apart(run: Run, split: dict[Run, Floats]) -> Floats:
+    """The best of a run's partitions into two or more shorter runs, at every price."""
+    start, end = run
+    found = [split[start, middle] + split[middle, end] for middle in range(start + 1, end)]
+    return np.minimum.reduce(found) if found else np.asarray(np.inf)
+
+
+def _priced(problem: Problem, grown: Grown, run: Run, apart: Floats) -> Floats | None:
+    """The values of a run; None where its bound shows that it gains at no price."""
+    part = grown.part(run)
+    if run[1] - run[0] > 1 and not problem.is_priced(part):
+        least = problem.least(part, grown.prices)
+        if not bool((least < apart * (1 - _TIE)).any()):
+            return None
+    return problem.candidate(part).curve.values(grown.prices)
