@@ -83,7 +83,8 @@ def grow(problem: Problem, row: Sequence[Part], price: float) -> Grown:
     key = tuple(row)
     if key not in problem.grown:
         problem.grown[key] = _grow(problem, row, problem.prices)
-    return problem.grown[key]
+    found: Grown = problem.grown[key]
+    return found
 
 
 def _grow(problem: Problem, row: Sequence[Part], prices: Floats) -> Grown:

@@ -152,8 +152,8 @@ def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
         else:
             low = exponent
     assert best is not None
-    counts = {"priced": free.priced, "unpriced": free.unpriced}
-    return replace(best, bound=bound, priced_bound=priced_bound, **counts)
+    counted = replace(best, priced=free.priced, unpriced=free.unpriced)
+    return replace(counted, bound=bound, priced_bound=priced_bound)
 
 
 def _filled(choices: tuple[Choice, ...], budget: float, limit: float) -> tuple[Choice, ...]:
@@ -214,8 +214,8 @@ def _sweep(problem: Problem, budgets: Sequence[float], strategy: str) -> list[So
     bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
     found = [_best(paths, prices, values, bounds, budget, strategy) for budget in budgets]
-    counts = {"priced": len(list(problem.seen())), "unpriced": problem.unpriced}
-    return [replace(one, **counts) for one in found]
+    priced, unpriced = len(list(problem.seen())), problem.unpriced
+    return [replace(one, priced=priced, unpriced=unpriced) for one in found]
 
 
 def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
