@@ -6,10 +6,9 @@ and the coefficients ``C_i`` minimise, over all ``B`` of ``rank`` rows,
     Σ_i E‖(W_i − C_i B) x‖² = Σ_i ‖(W_i − C_i B) S‖_F²
 
 Basis Sharing (arXiv 2410.03765) for several weights, SVD-LLM (arXiv 2403.07378) for one. Those take
-the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here G's eigenvalues are
-raised to a floor first, since it is singular as a rule, and the SVD is replaced by an eigenproblem
-on the smaller side: squaring costs singular values below 1e-8 of the largest, far below anything
-worth storing.
+the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here G is damped first,
+since it is singular as a rule, and the SVD is replaced by an eigenproblem on the smaller side:
+squaring costs singular values below 1e-8 of the largest, far below anything worth storing.
 
 Shape suffixes: I in, O out stacked over the members, R rank. All results are float64.
 """
@@ -23,11 +22,13 @@ import torch
 from torch import Tensor
 
 from fxshare.errors import FactoriseError
+from fxshare.factors.damping import Damping
+from fxshare.factors.triangles import add_lower_product, congruent, mirrored, times_lower
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """A root of the damped Gram: ``root_II @ root_IIᵀ = G`` with eigenvalues at least ``floor``.
+    """A root of the damped Gram: ``root_II @ root_IIᵀ = G``, eigenvalues at least ``floor``.
 
     The root is lower triangular: half the arithmetic of any other, and needs no inverse. It is
     None for the identity, which then costs nothing to apply.
@@ -36,7 +37,7 @@ class Whitening:
     features: int
     root_II: Tensor | None
     floor: float  # in the unit of the Gram's eigenvalues, 0.0 for the identity
-    floored: int  # how many eigenvalues were raised to the floor
+    floored: int  # how many eigenvalues were below the floor
     largest: float  # the largest eigenvalue
     zero_gram: bool = False  # the Gram was all zero: identity, for want of any information
 
@@ -69,12 +70,11 @@ def identity_whitening(features: int) -> Whitening:
 
 @torch.no_grad()
 def whiten(gram_II: Tensor, *, relative_floor: float = 1e-8) -> Whitening:
-    """A root of ``gram_II: (in, in)`` after raising its eigenvalues to ``relative_floor · max``.
+    """A root of ``gram_II: (in, in)``, of which ``relative_floor`` of its largest eigenvalue is
+    added to all of them where one is below (see :mod:`fxshare.factors.damping`).
 
-    A Cholesky factorisation fails on singular Grams (fewer tokens than features, dead units), and
-    the usual way out, a multiple of the identity, changes every eigenvalue. An all-zero Gram gives
-    the identity with ``zero_gram`` set. Raises FactoriseError where the Gram is not square or not
-    finite, or the floor is not in (0, 1).
+    An all-zero Gram gives the identity with ``zero_gram`` set. Raises FactoriseError where the Gram
+    is not square or not finite, or the floor is not in (0, 1).
     """
     if not 0 < relative_floor < 1:
         raise FactoriseError(
@@ -88,27 +88,11 @@ def whiten(gram_II: Tensor, *, relative_floor: float = 1e-8) -> Whitening:
     features = len(gram_II)
     # LAPACK reads one triangle only: average, so that rounding in the other one counts as well.
     gram_II = (gram_II + gram_II.T) / 2
-    eigenvalues_I = torch.linalg.eigvalsh(gram_II)
-    largest = float(eigenvalues_I[-1])
+    damping = Damping(gram_II, relative_floor)
+    largest, floored = damping.largest, damping.floored
     if largest <= 0:
         return Whitening(features, None, 0.0, features, 0.0, zero_gram=True)
-    floor = relative_floor * largest
-    floored = int((eigenvalues_I < floor).sum())
-    return Whitening(features, _damped_root(gram_II, floor, floored), floor, floored, largest)
-
-
-def _damped_root(gram_II: Tensor, floor: float, floored: int) -> Tensor:
-    """The lower-triangular root of the Gram after raising its ``floored`` smallest eigenvalues."""
-    if not floored:
-        root_II: Tensor
-        root_II, failed = torch.linalg.cholesky_ex(gram_II)
-        if not failed:
-            return root_II
-    # G = V e Vᵀ = (V sqrt(e)) (V sqrt(e))ᵀ, and with (V sqrt(e))ᵀ = Q R, G = Rᵀ R.
-    eigenvalues_I, vectors_II = torch.linalg.eigh(gram_II)
-    scaled_II = (vectors_II * eigenvalues_I.clamp(min=floor).sqrt()).T
-    upper_II: Tensor = torch.linalg.qr(scaled_II, mode="r").R
-    return upper_II.T
+    return Whitening(features, damping.root, damping.floor, floored, largest)
 
 
 def spectrum(weights: Sequence[Tensor], whitening: Whitening) -> Tensor:
@@ -148,13 +132,13 @@ def factorise(weights: Sequence[Tensor], whitening: Whitening, rank: int) -> Fac
     if out <= features:
         # Left singular vectors: B = U_rᵀ W needs no inverse root, and is exact at full rank.
         basis_RI = leading.T @ torch.cat(members)
-        scale_R = _balance(basis_RI, torch.ones_like(norm_R))
+        scale_R = balance(basis_RI, torch.ones_like(norm_R))
         parts = (leading / scale_R).split([len(weight_OI) for weight_OI in members])
         coefficients = [part_OR.contiguous() for part_OR in parts]
     elif rank == features:
         # L L⁻¹ = 1 up to rounding only.
         basis_RI = torch.eye(features, dtype=torch.float64, device=members[0].device)
-        scale_R = _balance(basis_RI, torch.cat(members).norm(dim=0))
+        scale_R = balance(basis_RI, torch.cat(members).norm(dim=0))
         coefficients = [weight_OI / scale_R for weight_OI in members]
     else:
         root_II = _root_on(whitening, leading.device)
@@ -162,7 +146,7 @@ def factorise(weights: Sequence[Tensor], whitening: Whitening, rank: int) -> Fac
         if root_II is not None:
             to_rank_IR = root_II @ leading
             basis_RI = torch.linalg.solve_triangular(root_II, basis_RI, upper=False, left=False)
-        scale_R = _balance(basis_RI, norm_R)
+        scale_R = balance(basis_RI, norm_R)
         to_rank_IR = to_rank_IR / scale_R
         coefficients = [weight_OI @ to_rank_IR for weight_OI in members]
 
@@ -175,7 +159,7 @@ def factorise(weights: Sequence[Tensor], whitening: Whitening, rank: int) -> Fac
     )
 
 
-def _balance(basis_RI: Tensor, coefficient_norm_R: Tensor) -> Tensor:
+def balance(basis_RI: Tensor, coefficient_norm_R: Tensor) -> Tensor:
     """Factors (R,) for the basis rows that make norms equal and signs definite; never zero."""
     basis_norm_R = basis_RI.norm(dim=1)
     usable_R = (basis_norm_R > 0) & (coefficient_norm_R > 0)
@@ -193,38 +177,15 @@ def _smaller_gram(members: Sequence[Tensor], whitening: Whitening) -> Tensor:
     out, features = sum(len(weight_OI) for weight_OI in members), whitening.features
     if out <= features:
         stack_OI = torch.cat(list(members))
-        whitened_IO = (stack_OI if root_II is None else _times_lower(stack_OI, root_II)).T
-        return _add_lower_product(stack_OI.new_zeros(out, out), whitened_IO, whitened_IO)
+        whitened_IO = (stack_OI if root_II is None else times_lower(stack_OI, root_II)).T
+        return add_lower_product(stack_OI.new_zeros(out, out), whitened_IO, whitened_IO)
     sum_II = members[0].new_zeros(features, features)
     for weight_OI in members:
-        _add_lower_product(sum_II, weight_OI, weight_OI)
+        add_lower_product(sum_II, weight_OI, weight_OI)
     if root_II is None:
         return sum_II
     # Whitening after the sum over members costs in³ per side instead of out · in².
-    half_whitened_II = _times_lower(sum_II.tril() + sum_II.tril(-1).T, root_II)
-    return _add_lower_product(torch.zeros_like(sum_II), root_II, half_whitened_II)
-
-
-# Columns a strip of the products below: 192 took two thirds of the whole product's time at 768
-# columns; 128 and 384 took longer.
-_STRIP = 192
-
-
-def _times_lower(left_NI: Tensor, root_II: Tensor) -> Tensor:
-    """``left @ root`` for a lower triangular root, without the products with its zeros."""
-    result_NI = torch.empty_like(left_NI)
-    for first in range(0, len(root_II), _STRIP):
-        strip = slice(first, first + _STRIP)
-        torch.mm(left_NI[:, first:], root_II[first:, strip], out=result_NI[:, strip])
-    return result_NI
-
-
-def _add_lower_product(result_NN: Tensor, left_TN: Tensor, right_TN: Tensor) -> Tensor:
-    """Adds the lower triangle (at least) of ``leftᵀ @ right``, known to be symmetric, in place."""
-    for first in range(0, len(result_NN), _STRIP):
-        strip = slice(first, first + _STRIP)
-        result_NN[first:, strip].addmm_(left_TN[:, first:].T, right_TN[:, strip])
-    return result_NN
+    return congruent(mirrored(sum_II), root_II)
 
 
 def _root_on(whitening: Whitening, device: torch.device) -> Tensor | None:

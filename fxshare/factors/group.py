@@ -22,13 +22,18 @@ class GroupFactors:
     group: Group
     basis_RI: Tensor
     coefficients: dict[str, Tensor]
-    floored: int
     lost: float
     """Predicted loss increase, from the spectrum."""
     total: float
-    floor: float = 0.0
-    """What the whitening raised small eigenvalues to."""
+    spectra: Spectra
+    """What the group was factorised in."""
     bias_shift: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def floored(self) -> int:
+        """How many eigenvalues of the inputs' moment are below the floor; counted when first asked
+        for, because most plans of a search are never reported."""
+        return self.spectra.pooled(self.group.slices).floored
 
     @cached_property
     def pivoted(self) -> Pivoted | None:
@@ -41,9 +46,9 @@ class GroupFactors:
         except FactoriseError as error:
             raise FactoriseError(f"group {self.group.name!r}: {error}") from error
 
-    def product(self, name: str) -> Tensor:
-        """The weight that a slice is replaced by."""
-        return self.coefficients[name] @ self.basis_RI
+    def product(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The weight that a slice is replaced by, multiplied out in ``dtype``."""
+        return self.coefficients[name].to(dtype) @ self.basis_RI.to(dtype)
 
 
 def factorise_group(
@@ -60,27 +65,21 @@ def factorise_group(
     raises its error; with ``bias`` the mean of what is lost is returned as a shift of the bias.
     """
     names = group.slices
-    whitening = spectra.whitening(tuple(sorted(names)))
     try:
         factors = spectra.factors(names, group.rank)
     except FactoriseError as error:
         raise FactoriseError(f"group {group.name!r}: {error}") from error
-    coefficients = {}
-    for name, coefficient in zip(names, factors.coefficients, strict=True):
-        root = spectra.root(name)
-        coefficients[name] = coefficient if root is None else root.undo(coefficient)
     made = GroupFactors(
         group,
         factors.basis_RI,
-        coefficients,
-        whitening.floored,
+        dict(zip(names, factors.coefficients, strict=True)),
         0.5 * factors.lost,
         0.5 * factors.total,
-        whitening.floor,
+        spectra,
     )
     if refit:
-        return refitted(made, spectra, bias=bias)
-    return replace(made, bias_shift=_shifts(made, spectra)) if bias else made
+        return refitted(made, bias=bias)
+    return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
 def quadratic_loss(one: SliceStatistics, product_OI: Tensor) -> float:
@@ -90,34 +89,39 @@ def quadratic_loss(one: SliceStatistics, product_OI: Tensor) -> float:
     return 0.5 * float((left @ one.gram_II.double() * gap).sum())
 
 
-def refitted(factors: GroupFactors, spectra: Spectra, *, bias: bool = True) -> GroupFactors:
-    """The factors with every coefficient fitted to its own slice's Gram."""
-    coefficients = {
-        name: _refit(spectra.slices[name], factors.basis_RI, coefficient, factors.floor)
-        for name, coefficient in factors.coefficients.items()
-    }
-    made = replace(factors, coefficients=coefficients, bias_shift={})
-    return replace(made, bias_shift=_shifts(made, spectra)) if bias else made
+def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
+    """The factors with every coefficient fitted to its own slice's Gram. With one input there is
+    nothing to do: that is what they are factorised in."""
+    spectra = factors.spectra
+    members = {name: spectra.slices[name] for name in factors.coefficients}
+    made = replace(factors, bias_shift={})
+    if len({one.input for one in members.values()}) > 1:
+        # the damping that the decomposition may have had, so that a singular Gram refits to where
+        # it started
+        floor = spectra.pooled(factors.group.slices).floor
+        made.coefficients = {
+            name: _refit(one, factors.basis_RI, factors.coefficients[name], floor)
+            for name, one in members.items()
+        }
+    return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
-def _shifts(factors: GroupFactors, spectra: Spectra) -> dict[str, Tensor]:
+def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
     shifts = {}
-    for name in factors.coefficients:
-        one = spectra.slices[name]
+    for name, coefficient_OR in factors.coefficients.items():
+        one = factors.spectra.slices[name]
         if one.mean_I is not None:
-            shifts[name] = (one.weight_OI.double() - factors.product(name)) @ one.mean_I
+            weight_OI = one.weight_OI.double()
+            shifts[name] = weight_OI @ one.mean_I - coefficient_OR @ (factors.basis_RI @ one.mean_I)
     return shifts
 
 
 def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
-    gram = one.gram_II.double()
-    projected = basis_RI @ gram
-    inner = projected @ basis_RI.T
-    # the damping that the whitening had, so that a singular Gram refits to where it started
-    inner = inner + floor * (basis_RI @ basis_RI.T)
-    right = one.weight_OI.double() @ (projected.T + floor * basis_RI.T)
-    solved, info = torch.linalg.solve_ex(inner, right.T)
-    refitted: Tensor = solved.T
-    if int(info) or not bool(refitted.isfinite().all()):
+    projected_RI = torch.add(basis_RI @ one.gram_II.double(), basis_RI, alpha=floor)
+    inner_RR = projected_RI @ basis_RI.T
+    right_RO = projected_RI @ one.weight_OI.double().T
+    root_RR, failed = torch.linalg.cholesky_ex(inner_RR)
+    if failed:
         return coefficient
-    return refitted
+    refitted: Tensor = torch.cholesky_solve(right_RO, root_RR).T
+    return refitted if bool(refitted.isfinite().all()) else coefficient

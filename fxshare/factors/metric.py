@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxshare.calibration.statistics import Statistics
 from fxshare.errors import FactoriseError
+from fxshare.factors.damping import Damping
 from fxshare.sites.site import Site
 
 
@@ -70,41 +71,46 @@ def _times(left: Tensor, right_OI: Tensor) -> Tensor:
     return left[:, None] * right_OI if left.ndim == 1 else left @ right_OI
 
 
-@dataclass(frozen=True, eq=False)
 class OutputRoot:
-    """``A^½`` and its inverse, eigenvalues below ``floor`` raised to it; diagonals ``(O,)`` of a
-    diagonal ``A``."""
+    """A root ``R Rᵀ = A`` of a damped output moment: lower triangular, or the diagonal ``(O,)`` of
+    that of a diagonal ``A``."""
 
-    root_OO: Tensor
-    inverse_OO: Tensor
-    floored: int
+    def __init__(self, damping: Damping) -> None:
+        self._damping = damping
+
+    @property
+    def root(self) -> Tensor:
+        """``R``."""
+        return self._damping.root
+
+    @property
+    def floored(self) -> int:
+        """How many eigenvalues are below the floor."""
+        return self._damping.floored
+
+    @property
+    def added(self) -> float:
+        """What damping added to every eigenvalue."""
+        return self._damping.added
 
     def apply(self, weight_OI: Tensor) -> Tensor:
-        """``A^½ weight`` ``(O, I)``."""
-        return _times(self.root_OO, weight_OI)
+        """``Rᵀ weight`` ``(O, I)``."""
+        return _times(self.root.T if self.root.ndim == 2 else self.root, weight_OI)
 
     def undo(self, weight_OI: Tensor) -> Tensor:
-        """``A^-½ weight`` ``(O, I)``."""
-        return _times(self.inverse_OO, weight_OI)
+        """``R⁻ᵀ weight`` ``(O, I)``."""
+        if self.root.ndim == 1:
+            return weight_OI / self.root[:, None]
+        solved: Tensor = torch.linalg.solve_triangular(self.root.T, weight_OI, upper=True)
+        return solved
 
 
 def output_root(moment_OO: Tensor, *, relative_floor: float = 1e-8) -> OutputRoot:
-    """The symmetric square root of a damped ``A`` (never a bare Cholesky: A is singular where a
-    unit is dead)."""
+    """The root of a damped ``A``, which is singular where a unit is dead."""
     moment = moment_OO.double()
     if not bool(moment.isfinite().all()):
         raise FactoriseError("gradient statistics: expected finite entries, found NaN or infinity")
-    vectors: Tensor | None = None
-    if moment.ndim == 1:
-        values = moment
-    else:
-        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    largest = float(values.max())
-    if largest <= 0:
+    damping = Damping(moment if moment.ndim == 1 else (moment + moment.T) / 2, relative_floor)
+    if damping.largest <= 0:
         raise FactoriseError("gradient statistics are all zero: the loss does not depend on it")
-    floor = relative_floor * largest
-    floored = int((values < floor).sum())
-    scale = values.clamp(min=floor).sqrt()
-    if vectors is None:
-        return OutputRoot(scale, 1 / scale, floored)
-    return OutputRoot((vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T, floored)
+    return OutputRoot(damping)

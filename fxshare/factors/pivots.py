@@ -4,8 +4,9 @@ Legend: I input features, R rank, J the kept inputs, T the table.
 
 ``C B x = C B_J (x[J] + T x[rest])`` with ``T = B_J⁻¹ B_rest`` ``(R, I − R)``: the same function in
 ``R (I + O) − R²`` numbers and ``R`` indices (PIFA, arXiv 2501.19090). It is as accurate as ``B_J``
-is well conditioned, hence column-pivoted QR, then the swaps of strong rank-revealing QR (Gu &
-Eisenstat 1996) until no entry of ``T`` exceeds the bound.
+is well conditioned, hence the columns that Gaussian elimination with partial pivoting picks, in
+blocks of LAPACK's, then the swaps of strong rank-revealing QR (Gu & Eisenstat 1996) until no entry
+of ``T`` exceeds the bound.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def pivot(basis_RI: Tensor, *, bound: float = BOUND) -> Pivoted:
         )
     # rows of unit norm: the choice must not depend on how the basis is scaled
     basis = basis / basis.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    kept = _pivoted_qr(basis)
-    rest = complement(kept, features)
-    table = _solve(basis, kept, rest)
+    kept, rest, table = _eliminated(basis)
     swaps = 0
     while rest.numel() and swaps < 4 * features:
         at = int(table.abs().argmax())
@@ -91,30 +90,26 @@ def _solve(basis_RI: Tensor, kept: Tensor, rest: Tensor) -> Tensor:
     return solved
 
 
-def _pivoted_qr(basis_RI: Tensor) -> Tensor:
-    """The columns that column-pivoted QR picks, in order."""
-    work = basis_RI.clone()
-    norms = work.pow(2).sum(0)
-    rank, features = work.shape
+def _eliminated(basis_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns that Gaussian elimination with partial pivoting picks, the others, and the table.
+
+    Of ``P Bᵀ = [L; M] U`` the table is ``(M L⁻¹)ᵀ``.
+    """
+    rank, features = basis_RI.shape
+    factor_IR, pivots_R, _ = torch.linalg.lu_factor_ex(basis_RI.T.contiguous())
+    sizes_R = factor_IR.diagonal().abs()
     # below this a column is what rounding left of one that the others span
-    largest = float(norms.max())
-    least = features * torch.finfo(torch.float64).eps * largest**0.5
-    chosen: list[int] = []
-    for step in range(rank):
-        j = int(norms.argmax())
-        chosen.append(j)
-        size = float(work[:, j].norm())
-        if size <= least:
-            raise FactoriseError(
-                f"pivoting: a basis of {rank} rows has rank {step} only; choose a lower rank"
-            )
-        direction = work[:, j] / size
-        along = direction @ work
-        work -= torch.outer(direction, along)
-        # downdated norms drift by cancellation: recomputed now and then, and where they are small
-        norms = norms - along.pow(2)
-        norms[chosen] = -1.0
-        if step % 32 == 31 or float(norms.max()) < 1e-8 * largest:
-            norms = work.pow(2).sum(0)
-            norms[chosen] = -1.0
-    return torch.tensor(chosen, device=basis_RI.device)
+    least = features * torch.finfo(torch.float64).eps * float(basis_RI.pow(2).sum(0).max().sqrt())
+    if bool((sizes_R <= least).any()):
+        found = int((sizes_R > least).sum())
+        raise FactoriseError(
+            f"pivoting: a basis of {rank} rows has rank {found} only; choose a lower rank"
+        )
+    order_I = list(range(features))
+    for at, other in enumerate((pivots_R - 1).tolist()):
+        order_I[at], order_I[other] = order_I[other], order_I[at]
+    order = torch.tensor(order_I, device=basis_RI.device)
+    table_RT = torch.linalg.solve_triangular(
+        factor_IR[:rank].T, factor_IR[rank:].T, upper=True, unitriangular=True
+    )
+    return order[:rank], order[rank:], table_RT

@@ -4,14 +4,14 @@ Legend: I input features, O output features of a slice.
 
 For slices ``W_i (O_i, I)`` with output statistics ``A_i`` and pooled input statistics ``G = S Sᵀ``
 the least second-order loss increase at rank r is ``½ Σ_{k>r} σ_k²``, σ the singular values of the
-stacked ``A_i^½ W_i S``. Their squares are the eigenvalues of ``Sᵀ (Σ W_iᵀ A_i W_i) S``: additive
-over members, one eigenproblem of the smaller side per candidate, no tall SVD.
+stacked ``A_i^½ W_i S``: one eigenproblem of the smaller side per candidate
+(:mod:`fxshare.factors.decompose`), no tall SVD.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,14 +21,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.base.cache import read_entry, write_entry
-from fxshare.factors.factorise import Factors, Whitening, factorise, whiten
+from fxshare.calibration.gram import pooled_gram
+from fxshare.errors import FactoriseError
+from fxshare.factors.damping import Damping
+from fxshare.factors.decompose import (
+    Decomposition,
+    InputSide,
+    OutputSide,
+    Side,
+    decompose,
+    is_wide,
+    rounding,
+    weighted_product,
+)
+from fxshare.factors.factorise import Factors
+from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
+from fxshare.factors.triangles import mirrored
 
-# numbers in one kept decomposition, and how many are kept: at most 2 GB
-_MOST_KEPT = 1 << 22
-_MOST_DECOMPOSITIONS = 64
-# numbers in all whitenings kept, two matrices each: 1 GB
-_MOST_WHITENED = 1 << 26
+# bytes kept of each kind, by each metric of a search
+_MOST_DECOMPOSED = 1 << 29
+_MOST_POOLED = 1 << 28
+_MOST_PRODUCTS = 1 << 28
+_MOST_ROOTS = 1 << 27
 
 
 @dataclass(eq=False)
@@ -47,68 +62,89 @@ class Spectra:
     sketch: int | None = None
     seed: int = 0
     computed: int = 0
-    roots: dict[str, OutputRoot] = field(default_factory=dict)
-    """Square roots of the output statistics by slice, made when first asked for."""
-    _decompositions: dict[tuple[str, ...], Factors] = field(default_factory=dict)
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
-    _whitenings: dict[tuple[object, ...], Whitening] = field(default_factory=dict)
-    _products: dict[str, Tensor] = field(default_factory=dict)
+    _decompositions: Kept[Decomposition] = field(default_factory=lambda: Kept(_MOST_DECOMPOSED))
+    _pooled: Kept[Damping] = field(default_factory=lambda: Kept(_MOST_POOLED))
+    _roots: Kept[OutputRoot] = field(default_factory=lambda: Kept(_MOST_ROOTS))
+    _products: Kept[Tensor] = field(default_factory=lambda: Kept(_MOST_PRODUCTS))
 
-    def whitening(self, names: tuple[str, ...]) -> Whitening:
-        """The whitening of the members' pooled Gram: the mean over distinct inputs."""
-        grams = {self.slices[n].input: self.slices[n].gram_II for n in names}
-        key = tuple(sorted(map(id, grams.values())))
-        if key not in self._whitenings:
-            pooled = torch.stack([g.double() for g in grams.values()]).mean(0)
-            if len(self._whitenings) * pooled.numel() > _MOST_WHITENED:
-                self._whitenings.clear()
-            self._whitenings[key] = whiten(pooled, relative_floor=self.relative_floor)
-        return self._whitenings[key]
+    def share_inputs(self, other: Spectra) -> None:
+        """Use the pooled Grams of spectra that have the same inputs, damped alike."""
+        self._pooled = other._pooled
 
-    def root(self, name: str) -> OutputRoot | None:
-        """The root of a slice's output statistics; None where there are none."""
-        moment = self.slices[name].moment_OO
-        if moment is not None and name not in self.roots:
-            self.roots[name] = output_root(moment, relative_floor=self.relative_floor)
-        return self.roots.get(name)
+    def pooled(self, names: Sequence[str]) -> Damping:
+        """The members' pooled Gram, the mean over distinct inputs, and its damping."""
+        grams = {self.slices[n].input: self.slices[n].gram_II for n in sorted(names)}
+        size = 16 * next(iter(grams.values())).numel()
+
+        def make() -> Damping:
+            parts = list(grams.values())
+            one = parts[0] if len(parts) == 1 else pooled_gram(parts)
+            return Damping(one, self.relative_floor)
+
+        return self._pooled.get(tuple(sorted(map(id, grams.values()))), make, size)
 
     def factors(self, names: tuple[str, ...], rank: int) -> Factors:
-        """The best factors of the stacked ``A_i^½ W_i`` at a rank.
+        """The best factors of a group at a rank.
 
         The decomposition of a group serves every rank, so that the plans of a search, which differ
-        in ranks more than in groups, do not repeat it; those of wide groups are not kept.
+        in ranks more than in groups, do not repeat it. Directions that no input and no gradient
+        takes are as good as any other in the metric: where a rank goes beyond the others, both
+        moments are damped, and the weights decide.
         """
-        whitening = self.whitening(tuple(sorted(names)))
-        roots = [self.root(name) for name in names]
-        members = [
-            weight if root is None else root.apply(weight)
-            for name, root in zip(names, roots, strict=True)
-            for weight in (self.slices[name].weight_OI.double(),)
-        ]
-        features, out = members[0].shape[1], sum(len(member) for member in members)
-        most = min(features - 1, out)  # full rank over the inputs has a form of its own
-        if rank > most or features * (features + out) > _MOST_KEPT:
-            return factorise(members, whitening, rank)
-        if names not in self._decompositions:
-            if len(self._decompositions) >= _MOST_DECOMPOSITIONS:
-                self._decompositions.clear()
-            self._decompositions[names] = factorise(members, whitening, most)
-        whole = self._decompositions[names]
-        return Factors(
-            basis_RI=whole.basis_RI[:rank],
-            coefficients=tuple(c[:, :rank] for c in whole.coefficients),
-            spectrum=whole.spectrum,
-            lost=float(whole.spectrum[rank:].sum()),
-            total=whole.total,
+        members = [self.slices[name] for name in names]
+        limit = min(members[0].weight_OI.shape[1], sum(len(one.weight_OI) for one in members))
+        if not 1 <= rank <= limit:
+            raise FactoriseError(
+                f"rank of {len(members)} weights: expected from 1 to {limit}, found {rank}"
+            )
+        whole = self.decomposition(names)
+        if rank <= whole.significant or rank == limit:
+            return whole.factors(self._side(names), rank)
+        return self.decomposition(names, damped=True).factors(self._side(names, damped=True), rank)
+
+    def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
+        """The decomposition of a group; with ``damped`` of one whose moments are both damped."""
+        members = [self.slices[name] for name in names]
+        size = min(members[0].weight_OI.shape[1], sum(len(one.weight_OI) for one in members))
+        key = (names, damped)
+        return self._decompositions.get(
+            key, lambda: decompose(self._side(names, damped=damped)), 8 * size * size
         )
 
-    def _product(self, name: str) -> Tensor:
+    def _side(self, names: Sequence[str], *, damped: bool = False) -> Side:
+        members = [self.slices[name] for name in names]
+        pooled = self.pooled(names)
+        if is_wide(members):
+            roots = [self._root(name) for name in names]
+            return OutputSide(members, roots, pooled.moment, pooled.floor if damped else 0.0)
+        product = self._product(names[0], damped)
+        for name in names[1:]:
+            product = product + self._product(name, damped)
+        return InputSide(members, pooled, product)
+
+    def _root(self, name: str) -> OutputRoot | None:
+        """The root of a slice's output statistics; None where there are none."""
+        moment = self.slices[name].moment_OO
+        if moment is None:
+            return None
+
+        def make() -> OutputRoot:
+            return output_root(moment, relative_floor=self.relative_floor)
+
+        return self._roots.get(name, make, 16 * moment.numel())
+
+    def _product(self, name: str, damped: bool) -> Tensor:
         """``Wᵀ A W`` ``(I, I)``."""
-        if name not in self._products:
-            one = self.slices[name]
-            weight = one.weight_OI.double()
-            self._products[name] = weight.T @ one.times_moment(weight)
-        return self._products[name]
+        one = self.slices[name]
+
+        def make() -> Tensor:
+            added = 0.0
+            if damped and one.moment_OO is not None:
+                added = Damping(one.moment_OO, self.relative_floor).floor
+            return weighted_product(one, added)
+
+        return self._products.get((name, damped), make, 8 * one.gram_II.numel())
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
@@ -123,26 +159,31 @@ class Spectra:
         if stored is not None:
             return stored
         self.computed += 1
-        whitening = self.whitening(names)
-        product = torch.stack([self._product(n) for n in names]).sum(0)
-        if whitening.root_II is not None:
-            product = whitening.root_II.T @ product @ whitening.root_II
-        out = sum(len(self.slices[n].weight_OI) for n in names)
-        full = min(product.shape[0], out)
-        total = float(product.diagonal().sum())
+        side = self._side(names)
+        out, features = sum(len(one.weight_OI) for one in side.members), side.features
+        full = min(features, out)
         if self.sketch is not None and self.sketch < full // 2:
-            leading = _leading(product, self.sketch, self.seed)
+            matrix = side.matrix()
+            total = float(matrix.diagonal().sum())
+            leading = _leading(mirrored(matrix), self.sketch, self.seed)
+        elif len(names) == 1:
+            # what is not shared is factorised at some rank in almost every plan
+            leading = self.decomposition(names).spectrum
+            total = float(leading.sum())
         else:
-            leading = torch.linalg.eigvalsh(product).flip(0)[:full]
+            matrix = side.matrix()
+            total = float(matrix.diagonal().sum())
+            leading = torch.linalg.eigvalsh(matrix).flip(0)
         values = leading.clamp(min=0).cpu().numpy()
         tail = np.zeros(full + 1)
         tail[: len(values) + 1] = total - np.concatenate([[0.0], np.cumsum(values)])
         # beyond the sketch the tail is not known: it stays at its last value, and is 0 at full rank
         tail[len(values) + 1 : full] = tail[len(values)]
         tail[full] = 0.0
-        # what rounding leaves of the eigenvalues is no loss: a curve of it would make the planner
-        # pay for ranks that the weights do not have
-        tail[tail < full * np.finfo(np.float64).eps * total] = 0.0
+        # what damping and rounding leave of the eigenvalues is no loss: a curve of it would make
+        # the planner pay for ranks that the weights do not have
+        tail -= side.excess
+        tail[tail < rounding(full) * total] = 0.0
         found: NDArray[np.float64] = 0.5 * np.minimum.accumulate(tail)
         self._write(key, found)
         return found

@@ -155,7 +155,7 @@ class Search:
         """Spectra of these statistics, to give to every :meth:`run` on them: they keep what they
         have computed, which is most of what planning costs."""
         plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
-        return {
+        both = {
             aware: Spectra(
                 slices if aware else plain,
                 relative_floor=self.relative_floor,
@@ -164,6 +164,8 @@ class Search:
             )
             for aware in (True, False)
         }
+        both[False].share_inputs(both[True])
+        return both
 
     def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
         nodes = nodes_of(self.sites, spectra.slices)
@@ -201,7 +203,7 @@ class Search:
             factors = plain
             if refit:
                 factors = {
-                    name: refitted(f, one.spectra, bias=self.bias) for name, f in plain.items()
+                    name: refitted(f, bias=self.bias) for name, f in plain.items()
                 }
             measured = math.nan
             if self.judge is not None:
@@ -213,25 +215,25 @@ class Search:
     def dense(
         self, factors: Mapping[str, GroupFactors]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The sites' weights multiplied out, and their shifted biases."""
-        products = {
-            name: (f.product(name), f.bias_shift.get(name))
-            for f in factors.values()
-            for name in f.group.slices
-        }
+        """The sites' weights multiplied out, in float32 at least, and their shifted biases."""
+        found = {name: f for f in factors.values() for name in f.group.slices}
         weights: dict[str, Tensor] = {}
         shifts: dict[str, Tensor] = {}
         for site in self.sites:
-            if not any(s.name in products for s in site.slices):
+            if not any(s.name in found for s in site.slices):
                 continue
+            whole = self.weights[site.name]
+            # the model's own matrix products are no finer
+            dtype = torch.promote_types(whole.dtype, torch.float32)
             rows, moved = [], []
             for s in site.slices:
-                product, shift = products.get(s.name, (None, None))
-                own = self.weights[site.name][s.start : s.stop].double()
-                rows.append(own if product is None else product)
-                moved.append(own.new_zeros(s.out_features) if shift is None else shift)
-            weights[site.name] = torch.cat(rows)
-            if any(products.get(s.name, (None, None))[1] is not None for s in site.slices):
+                own, made = whole[s.start : s.stop], found.get(s.name)
+                rows.append(own.to(dtype) if made is None else made.product(s.name, dtype))
+                shift = None if made is None else made.bias_shift.get(s.name)
+                still = torch.zeros(s.out_features, dtype=torch.float64, device=own.device)
+                moved.append(still if shift is None else shift)
+            weights[site.name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+            if any(s.name in found and s.name in found[s.name].bias_shift for s in site.slices):
                 shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
         return weights, shifts
 

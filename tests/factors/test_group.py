@@ -142,39 +142,34 @@ def test_pivots_give_the_basis_back_with_small_entries(seed: int, rank: int, mor
     assert torch.equal(pivot(basis * scale.pow(2).sqrt()).kept_J, pivot(basis).kept_J)
 
 
-def kahan(size: int, angle: float = 1.2) -> Tensor:
-    """Kahan's matrix without its last row: column-pivoted QR keeps the columns in their order, and
-    leaves the last one, whose table entries grow like ``(1 + cos)^size``.
+def growing(size: int, less: float = 1e-3) -> Tensor:
+    """Wilkinson's matrix, of which partial pivoting keeps the columns in their order and leaves the
+    last one, whose table entries grow like ``2^size``: the basis is ``[L; m]ᵀ`` with L unit lower
+    triangular and (almost) −1 below its diagonal.
 
-    Turned so that all rows are equally long: scaling them to unit length then changes nothing.
+    A multiple of every row on those before it gives all the same length, so that scaling to unit
+    length changes nothing, and leaves L, the table and its pivots as they are.
     """
-    c, s = math.cos(angle), math.sin(angle)
-    upper = torch.eye(size).double() - c * torch.ones(size, size).double().triu(1)
-    basis = (torch.diag(s ** torch.arange(size, dtype=torch.float64)) @ upper)[:-1]
-    # columns of one norm: in their order
-    basis = basis * (1 - 1e-9 * torch.arange(size, dtype=torch.float64))
-    mean = basis.pow(2).sum() / len(basis)
-    for _ in range(len(basis)):
-        norms = basis.pow(2).sum(1) - mean
-        i, j = int(norms.argmax()), int(norms.argmin())
-        u, v = basis[i].clone(), basis[j].clone()
-        # the angle at which row i of the turned pair has the mean norm: between u and v
-        low, high = 0.0, math.pi / 2
-        for _ in range(60):
-            t = (low + high) / 2
-            longer = (math.cos(t) * u + math.sin(t) * v).pow(2).sum() > mean
-            low, high = (t, high) if longer else (low, t)
-        basis[i] = math.cos(low) * u + math.sin(low) * v
-        basis[j] = math.cos(low) * v - math.sin(low) * u
-    return basis
+    lower = torch.eye(size).double() - (1 - less) * torch.ones(size, size).double().tril(-1)
+    last = torch.full((1, size), less - 1, dtype=torch.float64)
+    columns_IR = torch.cat([lower, last])
+    upper = torch.eye(size).double()
+    long = float(columns_IR[:, 0].norm()) * 2
+    for column in range(1, size):
+        # the length of ``column + t · the first one`` is wanted: a quadratic equation
+        own, first = columns_IR[:, column], columns_IR[:, 0] * 2
+        a, b, c = first @ first, 2 * (own @ first), own @ own - long**2
+        upper[0, column] = 2 * (-b + (b * b - 4 * a * c).sqrt()) / (2 * a)
+    upper[0, 0] = 2
+    return (columns_IR @ upper).T.contiguous()
 
 
-@pytest.mark.parametrize("size", [20, 30, 50])
-def test_swaps_mend_what_column_pivoting_gets_wrong(size: int) -> None:
-    basis = kahan(size)
+@pytest.mark.parametrize("size", [8, 20, 40])
+def test_swaps_mend_what_elimination_gets_wrong(size: int) -> None:
+    basis = growing(size)
     plain = pivot(basis, bound=math.inf)
-    assert plain.kept_J.tolist() == list(range(size - 1))
-    assert plain.largest > 10
+    assert plain.kept_J.tolist() == list(range(size))
+    assert plain.largest > 1.9 ** (size - 1)
     assert pivot(basis).swaps > 0
     assert_is_pivoted(basis)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare.base.numerics import tolerance, worst
-from fxshare.factors.pivots import _pivoted_qr, complement, pivot
+from fxshare.factors.pivots import complement, pivot
 from fxshare.result.products import dense_sites
 from passes import derived_buffers
 from passes.graph.graph import structure_copy
@@ -134,11 +134,11 @@ def test_pivoted_stores_less_than_plain_at_one_rank() -> None:
     assert IDS.max() < VOCABULARY
 
 
-def test_columns_whose_norms_cancelled_are_measured_again() -> None:
-    """Taking off what lies along the first column leaves 0 of norms that differ in their last
-    digits; the second column kept is still the larger one."""
+def test_columns_that_differ_in_their_last_digits_are_told_apart() -> None:
+    """What is left of the others once the first column is taken off is small; the second column
+    kept is still the larger one."""
     basis = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1e-9, 3e-9]], dtype=torch.float64)
-    assert _pivoted_qr(basis).tolist() == [0, 2]
+    assert pivot(basis).kept_J.tolist() == [0, 2]
 
 
 def test_exchanges_of_columns_are_counted_and_end_within_the_bound() -> None:

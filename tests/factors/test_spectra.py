@@ -111,7 +111,9 @@ def test_a_singular_moment_keeps_tails_and_measurement_together() -> None:
     assert (tails[4:] == 0).all(), "two moments of rank 2 each: rounding is no loss"
     root = output_root(slices["0"].moment_OO)
     assert root.floored == 4
-    assert root.root_OO @ root.inverse_OO == pytest.approx(torch.eye(6).double(), abs=1e-6)
+    eye = torch.eye(6).double()
+    assert root.apply(root.undo(eye)) == pytest.approx(eye, abs=1e-6)
+    assert root.root @ root.root.T == pytest.approx(slices["0"].moment_OO, rel=1e-6, abs=1e-6)
 
 
 def test_a_weight_of_low_rank_loses_nothing_above_it() -> None:

@@ -1,0 +1,192 @@
+"""The decomposition of a group on its smaller side; one serves every rank.
+
+Legend: I input features, O outputs of all members, R rank, N the smaller of I and O.
+
+With ``A = R Rᵀ`` of the outputs and ``G = S Sᵀ`` of the inputs, any roots, the best ``Ŵ`` of rank r
+under ``tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` has two forms with the same eigenvalues Λ, whose tails are what
+is lost:
+
+* on the inputs: ``Sᵀ (Σ W_iᵀ A_i W_i) S = V Λ Vᵀ``, ``B = V_rᵀ S⁻¹``, ``C_i = W_i S V_r``. A needs
+  no root and is gone from the coefficients.
+* on the outputs: ``Rᵀ W G Wᵀ R = U Λ Uᵀ``, ``B = U_rᵀ Rᵀ W``, ``C_i = R_i⁻ᵀ U_i``. G needs no root.
+
+Squaring costs singular values below 1e-8 of the largest, far below anything worth storing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxshare.factors.damping import Damping
+from fxshare.factors.factorise import Factors, balance
+from fxshare.factors.metric import OutputRoot, SliceStatistics
+from fxshare.factors.triangles import add_lower_product, congruent
+
+# rows of a weight that are taken to float64 at a time: a vocabulary's are gigabytes
+_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class InputSide:
+    """A group decomposed over its inputs. ``product_II`` is the members' ``Σ W_iᵀ A_i W_i``."""
+
+    members: Sequence[SliceStatistics]
+    pooled: Damping
+    product_II: Tensor
+
+    @property
+    def features(self) -> int:
+        """``I``."""
+        return len(self.product_II)
+
+    @property
+    def excess(self) -> float:
+        """What damping the output moments adds to the eigenvalues' sum."""
+        return 0.0
+
+    def matrix(self) -> Tensor:
+        """What is decomposed, ``(I, I)``; only its lower triangle is meaningful."""
+        if self.pooled.largest <= 0:
+            return self.product_II
+        return congruent(self.product_II, self.pooled.root)
+
+    def factors(self, leading_IR: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The basis and the coefficients of eigenvectors."""
+        features, rank = leading_IR.shape
+        if rank == features:  # S S⁻¹ = 1 up to rounding only
+            basis_RI = torch.eye(features, dtype=torch.float64, device=leading_IR.device)
+            return basis_RI, [one.weight_OI.double().clone() for one in self.members]
+        if self.pooled.largest <= 0:
+            return leading_IR.T, [_times(one.weight_OI, leading_IR) for one in self.members]
+        root_II = self.pooled.root
+        basis_RI = torch.linalg.solve_triangular(root_II, leading_IR.T, upper=False, left=False)
+        to_rank_IR = root_II @ leading_IR
+        return basis_RI, [_times(one.weight_OI, to_rank_IR) for one in self.members]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputSide:
+    """A group decomposed over its outputs. ``added`` is what every eigenvalue of the input moment
+    is raised by."""
+
+    members: Sequence[SliceStatistics]
+    roots: Sequence[OutputRoot | None]
+    gram_II: Tensor
+    added: float = 0.0
+
+    @property
+    def features(self) -> int:
+        """``I``."""
+        return len(self.gram_II)
+
+    def matrix(self) -> Tensor:
+        """What is decomposed, ``(O, O)``; only its lower triangle is meaningful."""
+        rooted_OI = self._rooted()
+        image_OI = rooted_OI @ self.gram_II
+        if self.added:
+            image_OI = image_OI.add_(rooted_OI, alpha=self.added)
+        size = len(rooted_OI)
+        return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
+
+    @property
+    def excess(self) -> float:
+        """What damping the output moments adds to the eigenvalues' sum."""
+        found = 0.0
+        for one, root in zip(self.members, self.roots, strict=True):
+            if root is not None and root.added:
+                weight_OI = one.weight_OI.double()
+                found += root.added * float((weight_OI @ self.gram_II * weight_OI).sum())
+        return found
+
+    def factors(self, leading_OR: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The basis and the coefficients of eigenvectors."""
+        parts = torch.split(leading_OR, [len(one.weight_OI) for one in self.members])
+        coefficients = [
+            part.contiguous() if root is None else root.undo(part)
+            for part, root in zip(parts, self.roots, strict=True)
+        ]
+        return leading_OR.T @ self._rooted(), coefficients
+
+    def _rooted(self) -> Tensor:
+        """The stacked ``R_iᵀ W_i`` ``(O, I)``."""
+        both = zip(self.members, self.roots, strict=True)
+        weights = ((one.weight_OI.double(), root) for one, root in both)
+        return torch.cat([w if root is None else root.apply(w) for w, root in weights])
+
+
+Side = InputSide | OutputSide
+
+
+def is_wide(members: Sequence[SliceStatistics]) -> bool:
+    """Whether a group has fewer outputs than inputs, so that its smaller side are the outputs."""
+    return sum(len(one.weight_OI) for one in members) < members[0].weight_OI.shape[1]
+
+
+def weighted_product(one: SliceStatistics, added: float = 0.0) -> Tensor:
+    """``Wᵀ (A + added) W`` ``(I, I)`` of a slice."""
+    out, features = one.weight_OI.shape
+    device = one.gram_II.device
+    found = torch.zeros(features, features, dtype=torch.float64, device=device)
+    whole = None if one.moment_OO is None or one.moment_OO.ndim == 1 else one.weight_OI.double()
+    for first in range(0, out, _ROWS):
+        rows = slice(first, min(first + _ROWS, out))
+        weight_OI = one.weight_OI[rows].double()
+        if one.moment_OO is None:
+            left_OI = weight_OI
+        elif whole is None:
+            left_OI = one.moment_OO[rows, None].double() * weight_OI
+        else:
+            left_OI = one.moment_OO[rows].double() @ whole
+        if added:
+            left_OI = torch.add(left_OI, weight_OI, alpha=added)
+        found.addmm_(left_OI.T, weight_OI)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """All eigenvectors of a group's smaller side, and what they give at any rank."""
+
+    spectrum: Tensor
+    """Squared singular values ``(N,)`` of the weighted stack, descending."""
+    vectors: Tensor
+    """``(N, N)``, the last one the leading one."""
+    significant: int
+    """How many eigenvalues are more than rounding: directions beyond are arbitrary."""
+
+    def factors(self, side: Side, rank: int) -> Factors:
+        """The best factors of that rank of the side that was decomposed."""
+        basis_RI, coefficients = side.factors(self.vectors[:, -rank:].flip(1))
+        norm_R = torch.stack([c.pow(2).sum(0) for c in coefficients]).sum(0).sqrt()
+        scale_R = balance(basis_RI, norm_R)
+        return Factors(
+            basis_RI=basis_RI * scale_R[:, None],
+            coefficients=tuple(c / scale_R for c in coefficients),
+            spectrum=self.spectrum,
+            lost=float(self.spectrum[rank:].sum()),
+            total=float(self.spectrum.sum()),
+        )
+
+
+def decompose(side: Side) -> Decomposition:
+    """Decompose a group."""
+    values, vectors = torch.linalg.eigh(side.matrix())
+    spectrum = values.flip(0).clamp(min=0)
+    least = rounding(len(spectrum)) * float(spectrum.sum())
+    return Decomposition(spectrum, vectors, int((spectrum > least).sum()))
+
+
+def rounding(size: int) -> float:
+    """What rounding leaves of an eigenvalue that is 0, as a share of their sum."""
+    return size * torch.finfo(torch.float64).eps
+
+
+def _times(weight_OI: Tensor, right_IR: Tensor) -> Tensor:
+    found = right_IR.new_empty(len(weight_OI), right_IR.shape[1])
+    for part, rows in zip(torch.split(found, _ROWS), torch.split(weight_OI, _ROWS), strict=True):
+        torch.mm(rows.double(), right_IR, out=part)
+    return found

@@ -1,0 +1,36 @@
+"""What is kept of earlier computations, up to a number of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """Values by key; those that were not asked for longest go when there are too many. The value
+    asked for last is always kept."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable, make: Callable[[], Value], size: int) -> Value:
+        """The value of a key; made where it is not kept, and then kept as ``size`` bytes."""
+        if key not in self._values:
+            self._drop(size)  # before there is another
+            self._values[key] = make(), size
+            self._bytes += size
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def _drop(self, wanted: int) -> None:
+        while self._values and self._bytes + wanted > self.most_bytes:
+            _, (_, size) = self._values.popitem(last=False)
+            self._bytes -= size
