@@ -71,12 +71,13 @@ class InputSide:
 @dataclass(frozen=True, eq=False)
 class OutputSide:
     """A group decomposed over its outputs. ``added`` is what every eigenvalue of the input moment
-    is raised by."""
+    is raised by; ``known`` is :meth:`matrix` where it is at hand."""
 
     members: Sequence[SliceStatistics]
     roots: Sequence[OutputRoot | None]
     gram_II: Tensor
     added: float = 0.0
+    known: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -85,6 +86,8 @@ class OutputSide:
 
     def matrix(self) -> Tensor:
         """What is decomposed, ``(O, O)``; only its lower triangle is meaningful."""
+        if self.known is not None:
+            return self.known
         rooted_OI = self._rooted()
         image_OI = rooted_OI @ self.gram_II
         if self.added:

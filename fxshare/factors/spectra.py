@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,9 @@ _MOST_DECOMPOSED = 1 << 29
 _MOST_POOLED = 1 << 28
 _MOST_PRODUCTS = 1 << 28
 _MOST_ROOTS = 1 << 27
+_MOST_BLOCKS = 1 << 28
+# bytes of one matrix of all slices that read an input
+_MOST_BLOCK = 1 << 26
 
 
 @dataclass(eq=False)
@@ -66,6 +70,8 @@ class Spectra:
     _decompositions: Kept[Decomposition] = field(default_factory=lambda: Kept(_MOST_DECOMPOSED))
     _pooled: Kept[Damping] = field(default_factory=lambda: Kept(_MOST_POOLED))
     _roots: Kept[OutputRoot] = field(default_factory=lambda: Kept(_MOST_ROOTS))
+    _blocks: Kept[Tensor] = field(default_factory=lambda: Kept(_MOST_BLOCKS))
+    _readers: dict[object, list[str]] | None = None
     _products: Kept[Tensor] = field(default_factory=lambda: Kept(_MOST_PRODUCTS))
 
     def share_inputs(self, other: Spectra) -> None:
@@ -117,11 +123,51 @@ class Spectra:
         pooled = self.pooled(names)
         if is_wide(members):
             roots = [self._root(name) for name in names]
-            return OutputSide(members, roots, pooled.moment, pooled.floor if damped else 0.0)
+            if damped:
+                return OutputSide(members, roots, pooled.moment, pooled.floor)
+            return OutputSide(members, roots, pooled.moment, known=self._block(names))
         product = self._product(names[0], damped)
-        for name in names[1:]:
-            product = product + self._product(name, damped)
+        if len(names) > 1:
+            product = product.clone()
+            for name in names[1:]:
+                product += self._product(name, damped)
         return InputSide(members, pooled, product)
+
+    def _block(self, names: Sequence[str]) -> Tensor | None:
+        """The matrix of a wide group of slices that read one input: rows and columns of that of all
+        such slices, which heads are many of. None where there is one slice, or too many."""
+        inputs = {self.slices[name].input for name in names}
+        if len(inputs) > 1 or len(names) == 1:
+            return None
+        (read,) = inputs
+        every = self._reading(read)
+        rows = sum(len(self.slices[name].weight_OI) for name in every)
+        if len(every) == len(names) or 8 * rows * rows > _MOST_BLOCK:
+            return None
+        gram_II = self.slices[names[0]].gram_II
+
+        def make() -> Tensor:
+            members = [self.slices[name] for name in every]
+            side = OutputSide(members, [self._root(name) for name in every], gram_II)
+            return mirrored(side.matrix())
+
+        whole = self._blocks.get(read, make, 8 * rows * rows)
+        ends = dict(
+            zip(every, accumulate(len(self.slices[n].weight_OI) for n in every), strict=True)
+        )
+        at = torch.cat(
+            [torch.arange(ends[n] - len(self.slices[n].weight_OI), ends[n]) for n in names]
+        ).to(whole.device)
+        return whole[at[:, None], at]
+
+    def _reading(self, read: object) -> list[str]:
+        """The slices by themselves wide that read an input."""
+        if self._readers is None:
+            self._readers = {}
+            for name, one in self.slices.items():
+                if is_wide([one]):
+                    self._readers.setdefault(one.input, []).append(name)
+        return self._readers[read]
 
     def _root(self, name: str) -> OutputRoot | None:
         """The root of a slice's output statistics; None where there are none."""

@@ -229,3 +229,19 @@ def test_one_decomposition_of_the_smaller_side_serves_every_rank(
     # no root of the larger side
     assert roots
     assert set(roots) <= ({features} if features <= sum(outs) else set(outs))
+
+
+@pytest.mark.parametrize("names", [("s1", "s3"), ("s3", "s0", "s1"), ("s0", "s4")])
+def test_slices_of_one_input_are_priced_as_if_there_were_no_others(names: Any) -> None:
+    """Their matrices are blocks of one; ``s4`` reads another input, ``s2`` is not wide."""
+    slices = members_of((3, 5, 40, 4), 20)
+    slices["s4"] = slice_of(6, 20, 4, input="other", gram_II=gram(20, 60))
+    alone = {name: slices[name] for name in names}
+    spectra, expected = Spectra(slices), Spectra(alone)
+    tails = spectra.tails(frozenset(names))
+    total = float(tails[0])
+    assert tails == pytest.approx(expected.tails(frozenset(names)), abs=1e-12 * total)
+    for rank in (1, 5):
+        made, other = spectra.factors(names, rank), expected.factors(names, rank)
+        products = [c @ other.basis_RI for c in other.coefficients]
+        assert_same(made, products, alone, 1e-9)
