@@ -70,13 +70,11 @@ class InputSide:
 
 @dataclass(frozen=True, eq=False)
 class OutputSide:
-    """A group decomposed over its outputs. ``added`` is what every eigenvalue of the input moment
-    is raised by; ``known`` is :meth:`matrix` where it is at hand."""
+    """A group decomposed over its outputs. ``known`` is :meth:`matrix` where it is at hand."""
 
     members: Sequence[SliceStatistics]
     roots: Sequence[OutputRoot | None]
     gram_II: Tensor
-    added: float = 0.0
     known: Tensor | None = None
 
     @property
@@ -90,8 +88,6 @@ class OutputSide:
             return self.known
         rooted_OI = self._rooted()
         image_OI = rooted_OI @ self.gram_II
-        if self.added:
-            image_OI = image_OI.add_(rooted_OI, alpha=self.added)
         size = len(rooted_OI)
         return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
 
@@ -108,11 +104,14 @@ class OutputSide:
     def factors(self, leading_OR: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of eigenvectors."""
         parts = torch.split(leading_OR, [len(one.weight_OI) for one in self.members])
-        coefficients = [
-            part.contiguous() if root is None else root.undo(part)
-            for part, root in zip(parts, self.roots, strict=True)
-        ]
-        return leading_OR.T @ self._rooted(), coefficients
+        basis_RI = leading_OR.new_zeros(leading_OR.shape[1], self.features)
+        coefficients = []
+        for one, root, part_OR in zip(self.members, self.roots, parts, strict=True):
+            # (R U)ᵀ W: cheaper than Uᵀ of all of Rᵀ W
+            left_OR = part_OR if root is None else root.times(part_OR)
+            basis_RI.addmm_(left_OR.T, one.weight_OI.double())
+            coefficients.append(part_OR.contiguous() if root is None else root.undo(part_OR))
+        return basis_RI, coefficients
 
     def _rooted(self) -> Tensor:
         """The stacked ``R_iᵀ W_i`` ``(O, I)``."""

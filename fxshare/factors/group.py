@@ -111,8 +111,8 @@ def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
     for name, coefficient_OR in factors.coefficients.items():
         one = factors.spectra.slices[name]
         if one.mean_I is not None:
-            weight_OI = one.weight_OI.double()
-            shifts[name] = weight_OI @ one.mean_I - coefficient_OR @ (factors.basis_RI @ one.mean_I)
+            kept_R = factors.basis_RI @ one.mean_I
+            shifts[name] = one.image_of_mean - coefficient_OR @ kept_R
     return shifts
 
 

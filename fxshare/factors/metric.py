@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ class SliceStatistics:
     input: object
     mean_I: Tensor | None = None
 
+    @cached_property
+    def image_of_mean(self) -> Tensor:
+        """``W E[x]`` ``(O,)``."""
+        assert self.mean_I is not None
+        image: Tensor = self.weight_OI.double() @ self.mean_I
+        return image
+
     def times_moment(self, gap_OI: Tensor) -> Tensor:
         """``A gap`` ``(O, I)``."""
         return gap_OI if self.moment_OO is None else _times(self.moment_OO.double(), gap_OI)
@@ -96,6 +104,10 @@ class OutputRoot:
     def apply(self, weight_OI: Tensor) -> Tensor:
         """``Rᵀ weight`` ``(O, I)``."""
         return _times(self.root.T if self.root.ndim == 2 else self.root, weight_OI)
+
+    def times(self, left_OR: Tensor) -> Tensor:
+        """``R left`` ``(O, R)``."""
+        return _times(self.root, left_OR)
 
     def undo(self, weight_OI: Tensor) -> Tensor:
         """``R⁻ᵀ weight`` ``(O, I)``."""

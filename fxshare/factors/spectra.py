@@ -96,7 +96,8 @@ class Spectra:
         The decomposition of a group serves every rank, so that the plans of a search, which differ
         in ranks more than in groups, do not repeat it. Directions that no input and no gradient
         takes are as good as any other in the metric: where a rank goes beyond the others, both
-        moments are damped, and the weights decide.
+        moments are damped, and the weights decide. What the weights themselves lack is filled up
+        with rows that nothing reads, so that every basis has full rank.
         """
         members = [self.slices[name] for name in names]
         limit = min(members[0].weight_OI.shape[1], sum(len(one.weight_OI) for one in members))
@@ -105,33 +106,39 @@ class Spectra:
                 f"rank of {len(members)} weights: expected from 1 to {limit}, found {rank}"
             )
         whole = self.decomposition(names)
-        if rank <= whole.significant or rank == limit:
-            return whole.factors(self._side(names), rank)
-        return self.decomposition(names, damped=True).factors(self._side(names, damped=True), rank)
+        # at full rank either form gives back weights that have it
+        if rank > whole.significant and not (rank == limit and _have_rank(members, limit)):
+            damped = self.decomposition(names, damped=True)
+            return damped.factors(self._inputs(names, damped=True), rank)
+        return whole.factors(self._side(names), rank)
 
     def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
-        """The decomposition of a group; with ``damped`` of one whose moments are both damped."""
+        """The decomposition of a group on its smaller side; with ``damped`` over its inputs, with
+        both moments damped."""
         members = [self.slices[name] for name in names]
-        size = min(members[0].weight_OI.shape[1], sum(len(one.weight_OI) for one in members))
-        key = (names, damped)
-        return self._decompositions.get(
-            key, lambda: decompose(self._side(names, damped=damped)), 8 * size * size
-        )
+        size = members[0].weight_OI.shape[1]
+        if not damped and is_wide(members):
+            size = sum(len(one.weight_OI) for one in members)
 
-    def _side(self, names: Sequence[str], *, damped: bool = False) -> Side:
+        def make() -> Decomposition:
+            return decompose(self._inputs(names, damped=True) if damped else self._side(names))
+
+        return self._decompositions.get((names, damped), make, 8 * size * size)
+
+    def _side(self, names: Sequence[str]) -> Side:
         members = [self.slices[name] for name in names]
-        pooled = self.pooled(names)
-        if is_wide(members):
-            roots = [self._root(name) for name in names]
-            if damped:
-                return OutputSide(members, roots, pooled.moment, pooled.floor)
-            return OutputSide(members, roots, pooled.moment, known=self._block(names))
+        if not is_wide(members):
+            return self._inputs(names)
+        roots = [self._root(name) for name in names]
+        return OutputSide(members, roots, self.pooled(names).moment, self._block(names))
+
+    def _inputs(self, names: Sequence[str], *, damped: bool = False) -> InputSide:
         product = self._product(names[0], damped)
         if len(names) > 1:
             product = product.clone()
             for name in names[1:]:
                 product += self._product(name, damped)
-        return InputSide(members, pooled, product)
+        return InputSide([self.slices[name] for name in names], self.pooled(names), product)
 
     def _block(self, names: Sequence[str]) -> Tensor | None:
         """The matrix of a wide group of slices that read one input: rows and columns of that of all
@@ -259,6 +266,11 @@ class Spectra:
         if key is None or self.cache is None:
             return
         write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
+
+
+def _have_rank(members: Sequence[SliceStatistics], rank: int) -> bool:
+    stacked_OI = torch.cat([one.weight_OI.double() for one in members])
+    return int(torch.linalg.matrix_rank(stacked_OI)) >= rank
 
 
 def _leading(matrix: Tensor, count: int, seed: int) -> Tensor:

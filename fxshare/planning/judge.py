@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from torch import Tensor
 
@@ -38,17 +39,26 @@ class Judge:
         self._loss = loss
         self.tokens = tokens
         self._dense: dict[int, list[Tensor]] = {}
-        self.base = self._run(substituted(captured, (), {}, {}))
+
+    @cached_property
+    def base(self) -> float:
+        """The dense model's loss per token."""
+        return self._run(substituted(self._captured, (), {}, {}))
 
     @property
     def is_distance(self) -> bool:
         """Whether the loss is the distance to the dense output, which has no slope at zero."""
-        return bool(self._dense)
+        return self.base is not None and bool(self._dense)  # once the dense model has run
 
     def __call__(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
         """Loss per token above the dense model's; infinite where it is not finite."""
+        base = self.base  # first: a distance is one to what the dense model computes
+        return self.absolute(weights, biases) - base
+
+    def absolute(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> float:
+        """Loss per token, where it is no distance; infinite where it is not finite."""
         value = self._run(substituted(self._captured, self._sites, weights, biases))
-        return value - self.base if math.isfinite(value) else math.inf
+        return value if math.isfinite(value) else math.inf
 
     def _run(self, captured: Captured) -> float:
         for m in captured.module.modules():

@@ -50,7 +50,8 @@ def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) ->
         moved = []
         for new, old in ((weights, search.weights), (biases, search.biases)):
             moved.append({k: v.lerp(old[k].to(v), 1 - share) for k, v in new.items()})
-        return judge(moved[0], moved[1])
+        # of a difference of two losses the dense model's is no part
+        return judge.absolute(moved[0], moved[1])
 
     return (at(step) - at(-step)) / (2 * step)
 
@@ -202,9 +203,7 @@ class Search:
         for refit in (True, False) if undecided else (self.refit is not False,):
             factors = plain
             if refit:
-                factors = {
-                    name: refitted(f, bias=self.bias) for name, f in plain.items()
-                }
+                factors = {name: refitted(f, bias=self.bias) for name, f in plain.items()}
             measured = math.nan
             if self.judge is not None:
                 measured = self.judge(*self.dense(factors))

@@ -197,7 +197,20 @@ def test_a_basis_that_is_none_is_refused(basis: Tensor) -> None:
 
 
 def test_a_deficient_group_is_named() -> None:
-    one = slice_of(5, 7, 0)
-    zero = replace(one, weight_OI=one.weight_OI * 0)
+    made = factors({"a": slice_of(5, 7, 0)}, 2, storage="pivoted")
     with pytest.raises(FactoriseError, match="group 'g': pivoting"):
-        _ = factors({"a": zero}, 2, storage="pivoted").pivoted
+        _ = replace(made, basis_RI=made.basis_RI * 0).pivoted
+
+
+@pytest.mark.parametrize("storage", ["plain", "pivoted"])
+@pytest.mark.parametrize("rank", [2, 4, 5])
+@pytest.mark.parametrize("own", [0, 3])
+def test_a_rank_that_the_weights_lack_is_filled_up(rank: int, own: int, storage: str) -> None:
+    """A floor may ask for it; the basis has full rank, and what it computes is the weight."""
+    one = slice_of(5, 7, 0)
+    thin = replace(one, weight_OI=one.weight_OI[:, :own] @ one.weight_OI[:own])
+    made = factors({"a": thin}, rank, storage=storage)
+    assert int(torch.linalg.matrix_rank(made.basis_RI)) == rank
+    if rank >= own:
+        assert float((made.product("a") - thin.weight_OI).abs().max()) <= 1e-9
+    assert (made.pivoted is not None) == (storage == "pivoted")
