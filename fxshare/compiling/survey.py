@@ -12,8 +12,6 @@ from fxshare.calibration.losses import Loss
 from fxshare.compiling.stages import check_module, configuration, prepare, within_budget
 from fxshare.config import ConfigSource, load_config
 from fxshare.errors import PlanError
-from fxshare.factors.metric import slice_statistics
-from fxshare.factors.spectra import Spectra
 from fxshare.models.wrapped import unwrapped
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
@@ -105,9 +103,8 @@ def survey(
     plan, statistics = budgeted.plan, budgeted.statistics
     planner = config.planner
     options = options_of(config.budget, planner, model)
-    slices = slice_statistics(stages.sites, weights, statistics, centred=planner.bias)
-    spectra = Spectra(slices, config.calibration.relative_floor)
-    problem = make_problem(nodes_of(stages.sites, slices), spectra, options)
+    spectra = budgeted.spectra
+    problem = make_problem(nodes_of(stages.sites, spectra.slices), spectra, options)
     swept = None
     if shares:
         swept = sweep_budgets(

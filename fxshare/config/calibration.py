@@ -19,7 +19,7 @@ class Calibration(Section):
     )
     relative_floor: Annotated[float, BeforeValidator(as_floor)] = Field(
         default=1e-8,
-        description="Where an eigenvalue of a Gram matrix is below this fraction of the largest, "
-        "that much is added to all of them.",
+        description="Eigenvalues of the Gram matrix below this fraction of the largest are raised "
+        "to it.",
         json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1},
     )

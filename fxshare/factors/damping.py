@@ -1,10 +1,10 @@
 """Roots of moments that may be singular.
 
-A moment of few tokens, of dead units or of massive activations has no root, or a useless one. It is
-damped by ``floor = relative_floor · largest eigenvalue``: where an eigenvalue is below the floor,
-the floor is added to all of them, else the moment is left as it is. Whether one is below is what a
-Cholesky factorisation of ``moment − floor`` fails of, so that no eigenvalue but the largest is ever
-computed: a Cholesky factorisation of 3072 features takes a thirtieth of their eigenvectors.
+A moment of few tokens, of dead units or behind a LayerNorm has no root, or a useless one: its
+eigenvalues below ``floor = relative_floor · largest`` are raised to it. Whether any is below is
+what a Cholesky factorisation of ``moment − floor`` fails of. Where it does not, that of the moment
+is its root, and no eigenvalue but the largest is computed: of 3072 features it takes a tenth of the
+time of their eigenvectors.
 """
 
 from __future__ import annotations
@@ -47,11 +47,6 @@ class Damping:
         _, failed = torch.linalg.cholesky_ex(_shifted(self.moment, -self.floor))
         return bool(failed)
 
-    @property
-    def added(self) -> float:
-        """What is added to every eigenvalue."""
-        return self.floor if self.singular else 0.0
-
     @cached_property
     def floored(self) -> int:
         """How many eigenvalues are below the floor."""
@@ -68,26 +63,23 @@ class Damping:
         """Lower triangular ``(N, N)`` with ``root @ rootᵀ`` the damped moment, or the diagonal
         ``(N,)`` of one."""
         if self.moment.ndim == 1:
-            return (self.moment + self.added).sqrt()
-        damped = _shifted(self.moment, self.added) if self.added else self.moment
-        root: Tensor
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if failed:  # a floor so low that rounding is more
-            return _root_of_eigenvalues(self.moment, self.floor)
-        return root
+            return self.moment.clamp(min=self.floor).sqrt()
+        if not self.singular:
+            root: Tensor
+            root, failed = torch.linalg.cholesky_ex(self.moment)
+            if not failed:
+                return root
+        # G = V e Vᵀ = (V √e)(V √e)ᵀ, and with (V √e)ᵀ = Q R, G = Rᵀ R
+        values, vectors = torch.linalg.eigh(self.moment)
+        scaled = (vectors * values.clamp(min=self.floor).sqrt()).T
+        upper: Tensor = torch.linalg.qr(scaled, mode="r").R
+        return upper.T
 
 
 def _shifted(moment: Tensor, by: float) -> Tensor:
     shifted = moment.clone()
     shifted.diagonal().add_(by)
     return shifted
-
-
-def _root_of_eigenvalues(moment: Tensor, floor: float) -> Tensor:
-    """The root after raising eigenvalues to the floor: ``V e Vᵀ = Rᵀ R`` with ``(V √e)ᵀ = Q R``."""
-    values, vectors = torch.linalg.eigh(moment)
-    upper: Tensor = torch.linalg.qr((vectors * values.clamp(min=floor).sqrt()).T, mode="r").R
-    return upper.T
 
 
 def _negative(symmetric: Tensor) -> int:

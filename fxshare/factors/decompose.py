@@ -43,11 +43,6 @@ class InputSide:
         """``I``."""
         return len(self.product_II)
 
-    @property
-    def excess(self) -> float:
-        """What damping the output moments adds to the eigenvalues' sum."""
-        return 0.0
-
     def matrix(self) -> Tensor:
         """What is decomposed, ``(I, I)``; only its lower triangle is meaningful."""
         if self.pooled.largest <= 0:
@@ -90,16 +85,6 @@ class OutputSide:
         image_OI = rooted_OI @ self.gram_II
         size = len(rooted_OI)
         return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
-
-    @property
-    def excess(self) -> float:
-        """What damping the output moments adds to the eigenvalues' sum."""
-        found = 0.0
-        for one, root in zip(self.members, self.roots, strict=True):
-            if root is not None and root.added:
-                weight_OI = one.weight_OI.double()
-                found += root.added * float((weight_OI @ self.gram_II * weight_OI).sum())
-        return found
 
     def factors(self, leading_OR: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of eigenvectors."""

@@ -6,9 +6,10 @@ and the coefficients ``C_i`` minimise, over all ``B`` of ``rank`` rows,
     Σ_i E‖(W_i − C_i B) x‖² = Σ_i ‖(W_i − C_i B) S‖_F²
 
 Basis Sharing (arXiv 2410.03765) for several weights, SVD-LLM (arXiv 2403.07378) for one. Those take
-the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here G is damped first,
-since it is singular as a rule, and the SVD is replaced by an eigenproblem on the smaller side:
-squaring costs singular values below 1e-8 of the largest, far below anything worth storing.
+the SVD of the stacked ``[W_1 S; W_2 S; ...]`` with a Cholesky factor S. Here G's eigenvalues are
+raised to a floor first, since it is singular as a rule, and the SVD is replaced by an eigenproblem
+on the smaller side: squaring costs singular values below 1e-8 of the largest, far below anything
+worth storing.
 
 Shape suffixes: I in, O out stacked over the members, R rank. All results are float64.
 """
@@ -37,7 +38,7 @@ class Whitening:
     features: int
     root_II: Tensor | None
     floor: float  # in the unit of the Gram's eigenvalues, 0.0 for the identity
-    floored: int  # how many eigenvalues were below the floor
+    floored: int  # how many eigenvalues were raised to the floor
     largest: float  # the largest eigenvalue
     zero_gram: bool = False  # the Gram was all zero: identity, for want of any information
 
@@ -70,8 +71,8 @@ def identity_whitening(features: int) -> Whitening:
 
 @torch.no_grad()
 def whiten(gram_II: Tensor, *, relative_floor: float = 1e-8) -> Whitening:
-    """A root of ``gram_II: (in, in)``, of which ``relative_floor`` of its largest eigenvalue is
-    added to all of them where one is below (see :mod:`fxshare.factors.damping`).
+    """A root of ``gram_II: (in, in)`` after raising its eigenvalues to ``relative_floor · max``
+    (see :mod:`fxshare.factors.damping`).
 
     An all-zero Gram gives the identity with ``zero_gram`` set. Raises FactoriseError where the Gram
     is not square or not finite, or the floor is not in (0, 1).

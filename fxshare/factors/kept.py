@@ -30,6 +30,11 @@ class Kept(Generic[Value]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._values.clear()
+        self._bytes = 0
+
     def _drop(self, wanted: int) -> None:
         while self._values and self._bytes + wanted > self.most_bytes:
             _, (_, size) = self._values.popitem(last=False)

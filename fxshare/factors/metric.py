@@ -80,41 +80,54 @@ def _times(left: Tensor, right_OI: Tensor) -> Tensor:
 
 
 class OutputRoot:
-    """A root ``R Rᵀ = A`` of a damped output moment: lower triangular, or the diagonal ``(O,)`` of
-    that of a diagonal ``A``."""
+    """A root ``R Rᵀ = A`` of an output moment: Cholesky's, or of a singular one by its eigenvalues,
+    which count as they are in errors and raised to the floor in factors; a diagonal ``A``'s own."""
 
     def __init__(self, damping: Damping) -> None:
         self._damping = damping
 
+    @cached_property
+    def _parts(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """``Q``, and two roots of eigenvalues ``(O,)``: as they are, and raised to the floor."""
+        moment, vectors = self._damping.moment, None
+        values = moment
+        if moment.ndim == 2:
+            values, vectors = torch.linalg.eigh(moment)
+        return vectors, values.clamp(min=0).sqrt(), values.clamp(min=self._damping.floor).sqrt()
+
     @property
-    def root(self) -> Tensor:
-        """``R``."""
-        return self._damping.root
+    def _is_triangular(self) -> bool:
+        return self._damping.moment.ndim == 2 and not self._damping.singular
 
     @property
     def floored(self) -> int:
         """How many eigenvalues are below the floor."""
         return self._damping.floored
 
-    @property
-    def added(self) -> float:
-        """What damping added to every eigenvalue."""
-        return self._damping.added
-
     def apply(self, weight_OI: Tensor) -> Tensor:
-        """``Rᵀ weight`` ``(O, I)``."""
-        return _times(self.root.T if self.root.ndim == 2 else self.root, weight_OI)
+        """``Rᵀ weight`` ``(O, I)``, nothing raised."""
+        if self._is_triangular:
+            return self._damping.root.T @ weight_OI
+        vectors, scale_O, _ = self._parts
+        return scale_O[:, None] * (weight_OI if vectors is None else vectors.T @ weight_OI)
 
     def times(self, left_OR: Tensor) -> Tensor:
         """``R left`` ``(O, R)``."""
-        return _times(self.root, left_OR)
+        if self._is_triangular:
+            return self._damping.root @ left_OR
+        vectors, _, raised_O = self._parts
+        scaled = raised_O[:, None] * left_OR
+        return scaled if vectors is None else vectors @ scaled
 
-    def undo(self, weight_OI: Tensor) -> Tensor:
-        """``R⁻ᵀ weight`` ``(O, I)``."""
-        if self.root.ndim == 1:
-            return weight_OI / self.root[:, None]
-        solved: Tensor = torch.linalg.solve_triangular(self.root.T, weight_OI, upper=True)
-        return solved
+    def undo(self, left_OR: Tensor) -> Tensor:
+        """``R⁻ᵀ left`` ``(O, R)``."""
+        if self._is_triangular:
+            root = self._damping.root.T
+            solved: Tensor = torch.linalg.solve_triangular(root, left_OR, upper=True)
+            return solved
+        vectors, _, raised_O = self._parts
+        scaled = left_OR / raised_O[:, None]
+        return scaled if vectors is None else vectors @ scaled
 
 
 def output_root(moment_OO: Tensor, *, relative_floor: float = 1e-8) -> OutputRoot:

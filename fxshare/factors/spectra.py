@@ -78,6 +78,12 @@ class Spectra:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""
         self._pooled = other._pooled
 
+    def release(self) -> None:
+        """Give back the memory of all but the spectra themselves; what is asked for again is made
+        again."""
+        for kept in (self._decompositions, self._pooled, self._roots, self._blocks, self._products):
+            kept.clear()
+
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""
         grams = {self.slices[n].input: self.slices[n].gram_II for n in sorted(names)}
@@ -233,9 +239,8 @@ class Spectra:
         # beyond the sketch the tail is not known: it stays at its last value, and is 0 at full rank
         tail[len(values) + 1 : full] = tail[len(values)]
         tail[full] = 0.0
-        # what damping and rounding leave of the eigenvalues is no loss: a curve of it would make
-        # the planner pay for ranks that the weights do not have
-        tail -= side.excess
+        # what rounding leaves of the eigenvalues is no loss: a curve of it would make the planner
+        # pay for ranks that the weights do not have
         tail[tail < rounding(full) * total] = 0.0
         found: NDArray[np.float64] = 0.5 * np.minimum.accumulate(tail)
         self._write(key, found)

@@ -17,7 +17,7 @@ from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import PlanError
 from fxshare.factors.group import GroupFactors
-from fxshare.factors.metric import SliceStatistics, slice_statistics
+from fxshare.factors.metric import slice_statistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.held_back import hold_back
 from fxshare.planning.judge import Judge
@@ -43,6 +43,8 @@ class Budgeted:
     plan: Plan
     factors: Mapping[str, GroupFactors]
     statistics: Statistics
+    spectra: Spectra
+    """What was priced on the statistics."""
 
 
 def plan_within_budget(
@@ -82,7 +84,7 @@ def plan_within_budget(
         weights=weights,
         biases=site_biases(model, sites),
         options=options,
-        budget=_budget_in_unit(model, cfg, sites, slices, options),
+        budget=math.inf,
         judge=judge,
         refit=planner.refit,
         bias=planner.bias,
@@ -90,12 +92,14 @@ def plan_within_budget(
         cache=None if planner.cache is None else Path(planner.cache),
         sketch=planner.sketch,
     )
+    spectra = search.spectra(slices)
+    search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
         again = _remeasured(captured, search, best, spectra, number, gather)
         return search.spectra(slice_statistics(sites, weights, again, centred=planner.bias))
 
-    found = _searched(search, search.spectra(slices), cfg, remeasured)
+    found = _searched(search, spectra, cfg, remeasured)
     best = found.best
     along = 0.0
     if judge is not None and not judge.is_distance and best.factors:
@@ -110,7 +114,7 @@ def plan_within_budget(
         skipped=tuple(skipped),
         outlook=outlook,
     )
-    return Budgeted(plan, best.factors, statistics)
+    return Budgeted(plan, best.factors, statistics, spectra[True])
 
 
 def _gathering(
@@ -132,21 +136,15 @@ def _gathering(
     return gather
 
 
-def _budget_in_unit(
-    model: nn.Module,
-    cfg: ShareConfig,
-    sites: Sequence[Site],
-    slices: Mapping[str, SliceStatistics],
-    options: Options,
-) -> float:
+def _budget_in_unit(model: nn.Module, cfg: ShareConfig, search: Search, spectra: Spectra) -> float:
     """The budget in the options' unit; for a limit of the loss the least cost predicted to keep it,
     from which the search starts."""
     assert cfg.budget is not None
-    budget = limit_of(model, cfg.budget, sites, options)
+    budget = limit_of(model, cfg.budget, search.sites, search.options)
     if cfg.budget.max_loss_increase is None:
         return budget
-    spectra = Spectra(slices, cfg.calibration.relative_floor)
-    problem = make_problem(nodes_of(sites, slices), spectra, options)
+    nodes = nodes_of(search.sites, spectra.slices)
+    problem = make_problem(nodes, spectra, search.options)
     strategy = _strategy(cfg.planner)
     return float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
 
@@ -166,6 +164,8 @@ def _searched(
     best, tried = found.best, found.tried
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
+        for one in spectra.values():
+            one.release()
         rerun = search.run(spectra_again, todo, label=_label(number))
         tried += rerun.tried
         if rerun.best.measured < best.measured:

@@ -123,14 +123,14 @@ class Search:
             start = time.perf_counter()
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
-                twin = known.setdefault(_signature(one), one)
-                if twin is one:
+                twin = known.get(_signature(one))
+                if twin is None:
                     self._realise(one)
                     _price(one, spectra[True].slices)
-                else:  # the trial led to a plan that was tried already
-                    one.factors, one.refitted = twin.factors, twin.refitted
+                    known[_signature(one)] = one
+                else:  # the trial led to a plan that was tried already, and is no better
+                    one.refitted, one.groups = twin.refitted, twin.groups
                     one.measured, one.predicted = twin.measured, twin.predicted
-                    one.groups = twin.groups
             except (PlanError, FactoriseError) as error:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
@@ -146,8 +146,11 @@ class Search:
             if trial.loss_aware:
                 bounds = one.solution.bound, one.solution.priced_bound
             one.bound, one.priced_bound = bounds
+            worse: Planned | None = one
             if best is None or one.measured < best.measured:
-                best = one
+                worse, best = best, one
+            if worse is not None:  # the factors of all trials together are several models
+                worse.factors = {}
         if best is None:
             raise PlanError("; ".join(failures))
         return Found(best, tuple(tried))

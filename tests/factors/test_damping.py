@@ -22,7 +22,7 @@ def falling(size: int, power: float, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(("size", "power"), [(40, 3), (40, 11.5), (300, 3), (300, 11.5)])
 @pytest.mark.parametrize("relative_floor", [1e-8, 1e-4])
-def test_a_moment_is_damped_only_where_an_eigenvalue_is_below_the_floor(
+def test_eigenvalues_are_raised_to_the_floor_where_one_is_below(
     size: int, power: float, relative_floor: float
 ) -> None:
     moment = falling(size, power)
@@ -31,7 +31,8 @@ def test_a_moment_is_damped_only_where_an_eigenvalue_is_below_the_floor(
     assert damping.floor == pytest.approx(relative_floor, rel=1e-6)
     assert damping.floored == below
     assert damping.singular == (below > 0)
-    expected = moment + (damping.floor if below else 0.0) * torch.eye(size).double()
+    values, vectors = torch.linalg.eigh(moment)
+    expected = (vectors * values.clamp(min=damping.floor)) @ vectors.T
     torch.testing.assert_close(damping.root @ damping.root.T, expected, rtol=0, atol=1e-14)
     assert not bool(damping.root.triu(1).any())
 
@@ -50,7 +51,8 @@ def test_a_diagonal_is_the_matrix_with_that_diagonal(values: list[float]) -> Non
     diagonal = torch.tensor(values, dtype=torch.float64)
     one, whole = Damping(diagonal, 1e-8), Damping(diagonal.diag(), 1e-8)
     assert (one.largest, one.floored) == (whole.largest, whole.floored)
-    torch.testing.assert_close(one.root.diag(), whole.root, rtol=1e-12, atol=0)
+    square = whole.root @ whole.root.T
+    torch.testing.assert_close(one.root.square().diag(), square, rtol=1e-12, atol=1e-14)
 
 
 def test_a_floor_below_rounding_still_has_a_root() -> None:
