@@ -18,8 +18,8 @@ from fxshare.planning.solver.curve import Floats
 from fxshare.planning.solver.problem import Part, Problem
 
 _TIE = 1e-12
-_LEAST_SHARE = 0.2
-_LEAST_GAIN = 0.005
+LEAST_SHARE = 0.2
+LEAST_GAIN = 0.005
 """Of a run's value apart. Sharing nearly always saves the indices of one pivoted basis, about a
 five-hundredth; that says nothing of longer runs."""
 Run = tuple[int, int]
@@ -108,20 +108,23 @@ def _grow(problem: Problem, row: Sequence[Part], prices: Floats) -> Grown:
                 grown.least[run] = problem.least(part, grown.prices)
             else:
                 grown.values[run] = values
-                if length > 1 and bool((values < apart * (1 - _LEAST_GAIN))[counts].any()):
+                if length > 1 and bool((values < apart * (1 - LEAST_GAIN))[counts].any()):
                     growing.add(run)
             split[run] = apart if values is None else np.minimum(apart, values)
     return grown
 
 
 def _counts(problem: Problem, row: Sequence[Part], prices: Floats) -> NDArray[np.bool_]:
-    """The prices at which a gain makes runs grow: those at which single layers, best chosen, cost a
-    fifth of what they do dense or more. Where next to nothing is paid for, sharing always gains.
-    """
-    curves = [problem.candidate(part).curve for part in row]
+    """The prices at which a gain makes runs grow: where single layers cost :data:`LEAST_SHARE` of
+    what they do dense, or more. Where next to nothing is paid for, sharing always gains."""
+    return np.asarray([paid_share(problem, [row], float(p)) >= LEAST_SHARE for p in prices])
+
+
+def paid_share(problem: Problem, rows: Sequence[Sequence[Part]], price: float) -> float:
+    """What the parts of some rows cost at a price, best chosen, by their dense cost."""
+    curves = [problem.candidate(part).curve for row in rows for part in row]
     dense = sum(int(curve.cost[-1]) for curve in curves)
-    costs = [sum(int(c.cost[c.at_price(float(p))]) for c in curves) for p in prices]
-    return np.asarray(costs) >= _LEAST_SHARE * dense
+    return sum(int(c.cost[c.at_price(price)]) for c in curves) / max(dense, 1)
 
 
 def _best_apart(run: Run, split: dict[Run, Floats]) -> Floats:

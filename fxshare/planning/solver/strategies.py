@@ -12,12 +12,13 @@ Of partitions with parts that were not priced a strategy notes a bound
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import networkx as nx
 
 from fxshare.errors import PlanError
-from fxshare.planning.solver.grow import grow
+from fxshare.planning.solver.grow import LEAST_GAIN, LEAST_SHARE, grow, paid_share
 from fxshare.planning.solver.problem import Part, Problem
 
 Strategy = Callable[[Problem, float], list[Part]]
@@ -27,6 +28,8 @@ MOST_ENUMERATED = 13
 # agglomeration asks for the spectrum of every set it looks at, most of them not runs of layers: for
 # the 48 slices of the embedded model ten times as many as `layers` and `same_input` together
 _MOST_AGGLOMERATIVE = 24
+# heads; q, k, v and what else reads an activation are fewer
+_MANY_FAMILIES = 8
 _TIE = 1e-12
 
 
@@ -112,26 +115,39 @@ def pairs(problem: Problem, price: float) -> list[Part]:
 
 def same_input(problem: Problem, price: float) -> list[Part]:
     """First join slices that read one activation, family with family, where that pays over all
-    layers together; then runs of layers of the joined families."""
+    layers together; then runs of layers of the joined families.
+
+    Of many families, which heads are, each is joined with the next one only, and not where next to
+    nothing is paid for: candidates then grow with their number, not with its square.
+    """
     rows = _families(problem, problem.singletons())
+    many = Counter(map(_reading(problem), rows))
+    dear = paid_share(problem, rows, price) >= LEAST_SHARE
     merged = True
     while merged:
         merged = False
         options = []
         for a, b in itertools.combinations(range(len(rows)), 2):
+            read = _reading(problem)(rows[a])
+            if many[read] > _MANY_FAMILIES and (b > a + 1 or not dear):
+                continue
             both = _zip_rows(problem, rows[a], rows[b])
             if both is None:
                 continue
-            gain = sum(problem.value(p, price) for p in rows[a] + rows[b]) - sum(
-                problem.value(p, price) for p in both
-            )
-            if gain > 0:
+            apart = sum(problem.value(p, price) for p in rows[a] + rows[b])
+            gain = apart - sum(problem.value(p, price) for p in both)
+            if gain > (LEAST_GAIN * apart if many[read] > _MANY_FAMILIES else 0):
                 options.append((gain, a, b, both))
         if options:
             _, a, b, both = max(options, key=lambda option: option[0])
-            rows = [row for i, row in enumerate(rows) if i not in (a, b)] + [both]
+            rows = [both if i == a else row for i, row in enumerate(rows) if i != b]
             merged = True
     return _grown(problem, price, rows)
+
+
+def _reading(problem: Problem) -> Callable[[Sequence[Part]], Hashable]:
+    """What a row of parts reads, told by its first layer."""
+    return lambda row: problem.nodes[min(row[0])].input
 
 
 def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Part] | None:

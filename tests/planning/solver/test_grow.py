@@ -132,6 +132,18 @@ def test_equal_layers_share_one_basis_as_with_every_run_priced() -> None:
     assert max(len(c.candidate.slices) for c in grown.choices) > 1
 
 
+def test_heads_are_joined_with_the_next_one_only() -> None:
+    def priced(heads: int) -> int:
+        nodes = stack(2, heads=heads)
+        rng = np.random.default_rng(0)
+        weights = {name: rng.normal(size=(WIDE // 4, WIDE)) for name in nodes}
+        problem = Problem(nodes, lambda part: spectral_curve(weights, part))
+        dense = sum(w.size for w in weights.values())
+        return solve(problem, 0.6 * dense, strategy="same_input").priced
+
+    assert priced(32) <= 2.3 * priced(16)
+
+
 def test_without_a_bound_whatever_is_asked_for_is_priced() -> None:
     weights = random_weights(stack(5), 3)
     problem = Problem(stack(5), lambda part: spectral_curve(weights, part))
