@@ -12,7 +12,6 @@ Of partitions with parts that were not priced a strategy notes a bound
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import networkx as nx
@@ -117,37 +116,71 @@ def same_input(problem: Problem, price: float) -> list[Part]:
     """First join slices that read one activation, family with family, where that pays over all
     layers together; then runs of layers of the joined families.
 
-    Of many families, which heads are, each is joined with the next one only, and not where next to
-    nothing is paid for: candidates then grow with their number, not with its square.
+    Of many families, which heads are, blocks are joined two by two, first those of one projection,
+    and not where next to nothing is paid for: candidates then grow with their number, not with its
+    square.
     """
     rows = _families(problem, problem.singletons())
-    many = Counter(map(_reading(problem), rows))
+    blocks = [frozenset({at}) for at in range(len(rows))]
+    joint = _joint_blocks(problem, rows)
     dear = paid_share(problem, rows, price) >= LEAST_SHARE
     merged = True
     while merged:
         merged = False
         options = []
         for a, b in itertools.combinations(range(len(rows)), 2):
-            read = _reading(problem)(rows[a])
-            if many[read] > _MANY_FAMILIES and (b > a + 1 or not dear):
+            may = joint.get(_read(problem, rows[a]))
+            many = may is not None
+            if may is not None and not (dear and blocks[a] | blocks[b] in may):
                 continue
             both = _zip_rows(problem, rows[a], rows[b])
             if both is None:
                 continue
             apart = sum(problem.value(p, price) for p in rows[a] + rows[b])
             gain = apart - sum(problem.value(p, price) for p in both)
-            if gain > (LEAST_GAIN * apart if many[read] > _MANY_FAMILIES else 0):
+            if gain > (LEAST_GAIN * apart if many else 0):
                 options.append((gain, a, b, both))
         if options:
             _, a, b, both = max(options, key=lambda option: option[0])
             rows = [both if i == a else row for i, row in enumerate(rows) if i != b]
+            union = blocks[a] | blocks[b]
+            blocks = [union if i == a else one for i, one in enumerate(blocks) if i != b]
             merged = True
     return _grown(problem, price, rows)
 
 
-def _reading(problem: Problem) -> Callable[[Sequence[Part]], Hashable]:
+def _read(problem: Problem, row: Sequence[Part]) -> Hashable:
     """What a row of parts reads, told by its first layer."""
-    return lambda row: problem.nodes[min(row[0])].input
+    return problem.nodes[min(row[0])].input
+
+
+def _joint_blocks(
+    problem: Problem, rows: Sequence[Sequence[Part]]
+) -> dict[Hashable, set[frozenset[int]]]:
+    """Of every input that many rows read, the blocks that these may be joined in: a binary tree
+    over the rows of each projection (labels that differ in a number at the end), and one over
+    these trees."""
+    readers: dict[Hashable, dict[tuple[str, str], list[frozenset[int]]]] = {}
+    for at, row in enumerate(rows):
+        node = problem.nodes[min(row[0])]
+        projection = (node.type, node.label.rstrip("0123456789"))
+        readers.setdefault(node.input, {}).setdefault(projection, []).append(frozenset({at}))
+    found = {}
+    for read, projections in readers.items():
+        if sum(map(len, projections.values())) > _MANY_FAMILIES:
+            found[read] = set[frozenset[int]]()
+            _pair_up(
+                [_pair_up(leaves, found[read]) for leaves in projections.values()], found[read]
+            )
+    return found
+
+
+def _pair_up(blocks: list[frozenset[int]], joint: set[frozenset[int]]) -> frozenset[int]:
+    """Join neighbours two by two until one block is left; what was joined goes into ``joint``."""
+    while len(blocks) > 1:
+        blocks = [frozenset[int]().union(*blocks[at : at + 2]) for at in range(0, len(blocks), 2)]
+        joint.update(blocks)
+    return blocks[0]
 
 
 def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Part] | None:

@@ -132,7 +132,7 @@ def test_equal_layers_share_one_basis_as_with_every_run_priced() -> None:
     assert max(len(c.candidate.slices) for c in grown.choices) > 1
 
 
-def test_heads_are_joined_with_the_next_one_only() -> None:
+def test_candidates_grow_with_the_heads_and_not_with_their_square() -> None:
     def priced(heads: int) -> int:
         nodes = stack(2, heads=heads)
         rng = np.random.default_rng(0)
