@@ -160,6 +160,13 @@ def test_flops_kept_beside_another_limit_bounds_their_sum() -> None:
     assert plan.outlook.bound <= plan.outlook.predicted
 
 
+def _distance(model: nn.Module, gm: nn.Module, x: torch.Tensor) -> float:
+    """Half of the squared distance of the outputs, a token, normalised."""
+    with torch.no_grad():
+        y = model(x)
+        return float(((y - gm(x)).pow(2).sum(-1) / y.pow(2).sum(-1)).mean() / 2)
+
+
 @pytest.mark.parametrize("limit", [0.03, 0.1])
 def test_max_loss_increase_is_kept_as_measured(limit: float) -> None:
     model, data = plain_model(), features(4, rows=64)
@@ -168,11 +175,26 @@ def test_max_loss_increase_is_kept_as_measured(limit: float) -> None:
     plan = gm.fxshare.plan
     assert plan.groups
     assert plan.outlook.measured <= limit
-    with torch.no_grad():
-        y = model(data[-1])
-        gap = ((y - gm(data[-1])).pow(2).sum(-1) / y.pow(2).sum(-1)).mean() / 2
     # the judge ran in the float32 of the model too, with weights multiplied out
-    assert float(gap) == pytest.approx(plan.outlook.measured, rel=1e-4)
+    assert plan.outlook.measured == pytest.approx(_distance(model, gm, data[-1]), rel=1e-4)
+
+
+def test_a_limit_of_loss_without_a_search_is_kept_as_predicted() -> None:
+    plan = plan_of(plain_model(), PLAIN, {"max_loss_increase": 0.03}, calibration=features())
+    assert 0.0 < plan.outlook.predicted <= 0.03
+    assert plan.stored_numbers < plan.dense_numbers
+
+
+def test_what_a_site_loses_of_which_a_part_stays_dense_is_measured() -> None:
+    model, data = plain_model(), features(4, rows=64)
+    with torch.no_grad():
+        model.up.weight[:6] *= 0.2  # of the two halves the one that has less to lose
+    cfg = {"weight_types": {"up": {"pattern": "^up$", "split": "gate_up"}}}
+    planner = {"remeasure": 0, "strategy": "separate"}
+    gm = compiled(model, cfg, {"params_kept": 0.8}, planner, calibration=data)
+    plan = gm.fxshare.plan
+    assert [group.slices for group in plan.groups] == [("up.gate",)]
+    assert plan.outlook.measured == pytest.approx(_distance(model, gm, data[-1]), rel=1e-4)
 
 
 def test_more_loss_allowed_stores_less() -> None:

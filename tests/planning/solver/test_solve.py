@@ -245,6 +245,14 @@ def test_least_cost_takes_a_plan_that_loses_exactly_so_much() -> None:
     assert found.cost == 72
 
 
+def test_least_cost_takes_the_plan_whose_loss_is_the_limit() -> None:
+    problem = random_problem(stack(4), 0)
+    planned = solve(problem, dense_of(problem) // 2, strategy="separate")
+    found = least_cost(problem, planned.loss, strategy="separate")
+    assert found.loss == planned.loss > 0.0
+    assert found.cost == planned.cost < dense_of(problem)
+
+
 def test_least_cost_says_when_the_ceiling_is_in_the_way() -> None:
     problem = random_problem(stack(2), 0)
 

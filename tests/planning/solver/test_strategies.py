@@ -204,6 +204,18 @@ def test_same_input_joins_what_reads_one_activation_where_that_pays() -> None:
     assert set(STRATEGIES["same_input"](problem, 0.0)) == set(problem.singletons())
 
 
+def test_same_input_leaves_what_reads_two_activations_apart() -> None:
+    """However much they have in common, and although their types may share."""
+    nodes = {name: node(name, type=name) for name in "qo"}
+    weights = random_weights(nodes, 0)
+    weights["o"] = weights["q"]
+    may_share = [frozenset("qo")]
+    problem = Problem(nodes, lambda part: spectral_curve(weights, part), may_share=may_share)
+    apart = problem.singletons()
+    assert problem.value(frozenset("qo"), 0.05) < total(problem, apart, 0.05)
+    assert set(STRATEGIES["same_input"](problem, 0.05)) == set(apart)
+
+
 def test_a_piece_moves_to_the_group_that_it_has_something_in_common_with() -> None:
     nodes = stack(3)
     rng = np.random.default_rng(0)
