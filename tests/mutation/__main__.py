@@ -33,7 +33,7 @@ EQUIVALENT = Path(__file__).parent / "equivalent.txt"
 PARTS: dict[str, tuple[str, ...]] = {
     "passes": ("tests/passes", "tests/rewriting"),
     "fxshare/planning": ("tests/planning",),
-    "fxshare/plans": ("tests/plans", "tests/planning"),
+    "fxshare/plans": ("tests/plans", "tests/planning", "tests/views/test_table.py"),
     "fxshare/factors": ("tests/factors", "tests/planning"),
     "fxshare/store": ("tests/store", "tests/loading"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,33 @@ def test_ranks_are_few_and_reach_up_to_full_rank_by_default(features: int, out: 
     assert len(found) <= 512
     assert min(features, out) - step < found[-1] <= min(features, out)
     assert step == 1 or len(found) > 250
+
+
+def test_a_finer_choice_than_five_hundred_and_twelve_ranks_is_halved() -> None:
+    assert [len(ranks(Shape(size, 9000))) for size in (512, 513, 1024, 1026)] == [
+        512,
+        256,
+        512,
+        256,
+    ]
+
+
+def test_a_multiple_above_full_rank_leaves_full_rank() -> None:
+    assert ranks(Shape(5, 9), 8).tolist() == [5]
+    assert ranks(Shape(9, 8), 8).tolist() == [8]
+
+
+@given(shapes, storages, st.integers(0, 2), st.data())
+@settings(deadline=None, max_examples=30)
+def test_rows_that_are_looked_up_only_are_not_multiplied(
+    shape: Shape, storage: Storage, lookups: int, data: st.DataObject
+) -> None:
+    """A row that is looked up is multiplied by the whole basis, whatever the storage."""
+    rank = data.draw(st.integers(1, shape.full_rank))
+    idle = data.draw(st.integers(0, shape.out_features))
+    used = replace(shape, lookups=lookups, idle=idle)
+    basis, *_, coefficient = stored(shape, rank, storage, torch.float32)
+    products = shape.inputs * basis.numel() + lookups * rank * shape.in_features
+    expected = 2 * (products + coefficient[idle:].numel())
+    assert flops(used, np.array([rank]), storage).tolist() == [expected]
+    assert used.dense_flops == 2 * shape.in_features * (shape.out_features - idle)

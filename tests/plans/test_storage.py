@@ -77,6 +77,16 @@ def test_break_even_is_the_last_rank_that_saves(size: tuple[int, int], storage: 
         assert rank == dense // sum(size)
 
 
+@given(sizes, st.sampled_from(STORAGES), st.integers(0, 3000))
+@settings(deadline=None)
+def test_the_largest_rank_is_the_last_that_fits(
+    size: tuple[int, int], storage: Storage, most: int
+) -> None:
+    every = [r for r in range(1, min(size) + 1) if storage.numbers(r, *size) <= most]
+    assert storage.largest_rank(*size, numbers=most) == len(every)
+    assert storage.largest_rank(*size) == min(size)
+
+
 @given(sizes)
 @settings(deadline=None)
 def test_a_later_storage_stores_no_more_at_any_rank(size: tuple[int, int]) -> None:
@@ -105,6 +115,9 @@ def test_a_table_above_the_bound_is_a_fault() -> None:
     (said,) = PIVOTED.faults(table * 4 / table.abs().max())
     assert "the largest entry of the table of a pivoted basis is 4, expected at most 2" in said
     assert PLAIN.faults(table * 1000) == ()
+    assert PIVOTED.faults(torch.tensor([[-2.0]])) == ()
+    assert PIVOTED.faults(torch.tensor([[1.0, -2.001]]))
+    assert PIVOTED.faults(torch.zeros(8, 0)) == ()  # at full rank nothing is left to multiply
 
 
 def test_a_storage_names_its_passes() -> None:
