@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import pytest
@@ -116,6 +117,21 @@ def test_separate_readers_get_views_of_one_product() -> None:
     q, k, v = result(x_of(6))
     assert q.data_ptr() != k.data_ptr()
     assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert equal_outputs(gm, result, [x_of(6)], tolerance=1e-12)
+
+
+def test_one_that_is_read_beside_the_whole_gets_a_view_of_it() -> None:
+    class Beside(Three):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = self.attn.q(x), self.attn.k(x), self.attn.v(x)
+            return torch.tanh(torch.cat([q, k, v], dim=-1)), torch.exp(k)
+
+    gm = fx.symbolic_trace(Beside())
+    result, rewrites = fuse(product_shared(gm, whole_sites(gm)))
+    assert rewrites == 1
+    assert torch.cat not in targets(result)
+    (exp,) = (n for n in result.graph.nodes if n.target is torch.exp)
+    assert exp.args[0].target is operator.getitem
     assert equal_outputs(gm, result, [x_of(6)], tolerance=1e-12)
 
 
