@@ -15,11 +15,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fxshare.errors import StoreError
+from fxshare.models.source import EMBEDDED, TRANSFORMERS, USER
 from fxshare.plans.plan import Group, Plan
 from fxshare.result.inputs import InputSpec
 from fxshare.sites.site import Site, SliceSpec
 from fxshare.store.calls import decode_inputs, encode_inputs
-from fxshare.store.manifest import TensorEntry
+from fxshare.store.card import card
+from fxshare.store.manifest import SavedSource, TensorEntry
 from fxshare.store.pretrained import save_pretrained
 from fxshare.store.probe import Probe, distance
 from fxshare.store.sizes import (
@@ -29,6 +31,7 @@ from fxshare.store.sizes import (
     check_sizes,
     most_modules,
 )
+from fxshare.store.skeleton import skeleton
 from fxshare.store.tensors import fill, is_tensor_file, tensors_of, write_tensors
 
 HERE = Path("folder")
@@ -248,10 +251,25 @@ def test_tensors_come_back_as_they_were(limit: int, mapped: bool, tmp_path: Path
     for name, (kind, tensor) in ours.items():
         assert kind == theirs[name][0]
         assert torch.equal(tensor, theirs[name][1])
+        assert type(tensor) is type(theirs[name][1])
         assert tensor.stride() == theirs[name][1].stride()
         assert tensor.requires_grad is theirs[name][1].requires_grad
     assert after.b is after.a is not after.view
     assert after.view.data_ptr() == after.a.data_ptr()
+    assert _lie_in_file(tmp_path / files[0], ours) is mapped
+
+
+def _lie_in_file(path: Path, tensors: Mapping[str, tuple[str, Tensor]]) -> bool:
+    """Whether the contiguous tensors of a file lie in memory as they do in the file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    starts = {
+        tensors[name][1].data_ptr() - entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name in tensors and name != "turned" and tensors[name][1].numel()
+    }
+    return len(starts) == 1 and next(iter(starts)) % 4096 == (8 + size) % 4096
 
 
 @pytest.mark.parametrize(
@@ -290,6 +308,28 @@ def test_what_no_file_holds_is_named(tensor: Tensor, reason: str, tmp_path: Path
         write_tensors({"w": ("attribute", tensor)}, tmp_path, 10**9)
 
 
+def test_what_has_memory_of_its_own_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is saved in the memory that it has; a piece of something larger takes its own."""
+    saved: dict[str, Tensor] = {}
+    monkeypatch.setattr(
+        "fxshare.store.tensors.save_file", lambda named, *_, **__: saved.update(named)
+    )
+    module = _module()
+    write_tensors(tensors_of(module), tmp_path, 10**9)
+    for name in ("a", "inner.rows"):
+        assert saved[name].data_ptr() == tensors_of(module)[name][1].data_ptr()
+    assert saved["inner.plain"].untyped_storage().nbytes() == 12
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    entries, files = write_tensors(tensors_of(_module()), tmp_path, 10**9)
+    (tmp_path / files[0]).write_bytes((tmp_path / files[0]).read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"cannot read .*model\.safetensors: "):
+        fill(_module(), entries, tmp_path, files, CPU)
+
+
 # Probes --------------------------------------------------------------------------------------
 
 
@@ -309,6 +349,7 @@ def _probe(*values: float, scale: float = 4.0, **given: Any) -> Probe:
         (_probe(math.nan, 2.0), _probe(1.0, 2.0), math.inf),
         (_probe(1.0, 2.0), _probe(1.0, math.nan), math.inf),
         (_probe(math.inf, 2.0), _probe(math.inf, 2.0), 0.0),
+        (_probe(1.0, scale=0.5), _probe(1.5), 1.0),
         (_probe(0.0, scale=0.0), _probe(1.0), math.inf),
         (_probe(0.0, scale=0.0), _probe(0.0), 0.0),
         (_probe(1.0), _probe(1.0, shape=(1, 1)), math.inf),
@@ -363,3 +404,49 @@ def test_options_that_cannot_be_followed(
 def test_another_process_than_the_main_one_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxshare.store.save.save", lambda *_, **__: pytest.fail("it was saved"))
     save_pretrained(nn.Module(), "out", is_main_process=False)
+
+
+# The structure, and the card -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_experts_implementation"])
+def test_what_is_fetched_is_found_wherever_it_stands(key: str) -> None:
+    pytest.importorskip("transformers")
+    configs: list[dict[str, Any]] = [
+        {key: "kernels-community/evil"},
+        {key: {"": "sdpa", "text": "kernels-community/evil"}},
+        {"text_config": {key: "kernels-community/evil"}},
+        {"parts": [{}, {key: "kernels-community/evil"}]},
+    ]
+    for config in configs:
+        source = SavedSource(
+            kind="transformers",
+            class_name="transformers.models.gpt2.modeling_gpt2:GPT2LMHeadModel",
+            config=config,
+            generation_config=None,
+        )
+        with pytest.raises(StoreError, match=f"compiled with {key} .*may fetch from the network"):
+            skeleton(source, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes", "call"),
+    [
+        (TRANSFORMERS, (), 'fxshare.load("path/to/this/folder")'),
+        (USER, (), 'fxshare.load("path/to/this/folder", model=...)'),
+        (EMBEDDED, ("p", "q"), 'fxshare.load("path/to/this/folder", passes=[...])'),
+        (USER, ("p",), 'fxshare.load("path/to/this/folder", model=..., passes=[...])'),
+    ],
+)
+def test_the_card_says_what_loading_takes(kind: str, passes: tuple[str, ...], call: str) -> None:
+    numbers = {"params_kept": 0.5, "numbers_before": 1000, "numbers_after": 500}
+    names = {"model": "Net", "mode": "sharing", "front_end": "fx", "dtype": "float32"}
+    report = SimpleNamespace(**numbers, **names, to_markdown=lambda: "| a |")
+    source = SimpleNamespace(kind=kind, class_name="here:Net")
+    record: Any = SimpleNamespace(report=report, source=source, extra_passes=passes)
+    text = card(record)
+    assert f"model = {call}\n" in text
+    assert ("`model` is a `here:Net` of the original sizes" in text) is (kind == USER)
+    assert (f"`passes` are, in this order: {', '.join(passes)}." in text) is bool(passes)
+    assert "1,000 weights became 500 stored numbers" in text
+    assert text.endswith("## Report\n\n| a |")
