@@ -231,6 +231,31 @@ def test_the_files_of_a_tokenizer_are_copied_and_no_others(tmp_path: Path) -> No
         write_tokenizer(tmp_path / "nowhere", folder)
 
 
+@pytest.mark.parametrize("config", [None, {"x": 1}])
+def test_the_class_of_a_tokenizer_is_written_down(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It follows from the model's type otherwise, and that is ours."""
+    transformers = pytest.importorskip("transformers")
+    source, folder = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    folder.mkdir()
+    (source / "vocab.txt").write_text("a")
+    if config is not None:
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    asked: list[object] = []
+
+    def from_pretrained(path: Path, **options: Any) -> object:
+        asked.append((path, options))
+        return type("Theirs", (), {})()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    write_tokenizer(source, folder)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written == {**(config or {}), "tokenizer_class": "Theirs"}
+    assert asked == [(source, {"local_files_only": True, "trust_remote_code": False})]
+
+
 def test_a_tokenizer_writes_itself(tmp_path: Path) -> None:
     given: list[str] = []
     write_tokenizer(SimpleNamespace(save_pretrained=given.append), tmp_path)
