@@ -254,6 +254,10 @@ def test_the_class_of_a_tokenizer_is_written_down(
     written = json.loads((folder / "tokenizer_config.json").read_text())
     assert written == {**(config or {}), "tokenizer_class": "Theirs"}
     assert asked == [(source, {"local_files_only": True, "trust_remote_code": False})]
+    write_tokenizer(folder, source)  # it is known there
+    (tmp_path / "none").mkdir()
+    write_tokenizer(tmp_path / "none", tmp_path)
+    assert len(asked) == 1
 
 
 def test_a_tokenizer_writes_itself(tmp_path: Path) -> None:
@@ -414,7 +418,8 @@ def test_a_given_structure_is_taken() -> None:
 
 def _record(value: torch.Tensor, front_end: str = "fx") -> Any:
     """Of a module that was called with this."""
-    return SimpleNamespace(front_end=front_end, random_call=lambda *_, **__: {"input": value})
+    calls = [{"input": value}]
+    return SimpleNamespace(front_end=front_end, random_call=lambda at, **_: calls[at])
 
 
 def test_a_probe_has_values_from_the_first_to_the_last() -> None:

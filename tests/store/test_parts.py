@@ -208,6 +208,12 @@ def test_what_is_no_call_is_refused(value: object) -> None:
         decode_inputs([{"x": [{"tuple": [{"dict": {"key": value}}]}]}])
 
 
+def test_a_dtype_that_is_none_is_told_which_there_are() -> None:
+    for value in ("os", 3):
+        with pytest.raises(StoreError, match=r"cannot be read: .*expected one of float64, .*found"):
+            decode_inputs([{"x": {"dtype": value}}])
+
+
 # Tensors -------------------------------------------------------------------------------------
 
 
