@@ -36,6 +36,7 @@ from passes import (
 )
 from passes.dialect import RULES, STAGES, Stage, check, findings, stage_of, watch
 from passes.graph.modes import caller_modes, set_modes
+from passes.graph.origins import origins
 from passes.graph.slices import Slice, set_slices
 from passes.sharing.pivot_basis import PivotedGroup
 from tests.passes.build import captured, groups, pivoted, site_of, sites, whole_sites, x_of
@@ -465,6 +466,8 @@ def test_multiplying_out_puts_folded_rows_back(layers: tuple[int, ...]) -> None:
     result, (materialised,) = run(folded, [Materialise(margin=2.0)])
     assert materialised.rewrites == len(layers)
     check(result, "split")
+    assert "basis" in {origin.order for origin in origins(folded).values()}
+    assert {origin.order for origin in origins(result).values()} == {None}
     assert equal_outputs(folded, result, [x_of(6)], tolerance=1e-12)
     for name in slices(folded):
         torch.testing.assert_close(slice_weight(folded, name), slice_weight(result, name))
