@@ -116,6 +116,23 @@ def test_two_limits_are_both_kept(seed: int, kept: float, share: float, strategy
         )
 
 
+def test_the_price_of_the_second_limit_is_found_where_little_of_it_can_be_saved() -> None:
+    """One slice saves three of what the others save one each: from where all are cheap, taking
+    back the greatest loss first leaves nothing for the others."""
+    loss, saved = np.array([10.0, 8.0, 8.0, 8.0]), np.array([3, 1, 1, 1])
+
+    def curve(part: Part) -> Curve:
+        (name,) = part
+        at = list(nodes).index(name)
+        side = np.array([10**6 - saved[at], 10**6])
+        return Curve(np.array([5, 10]), np.array([loss[at], 0.0]), np.array([1, DENSE]), side)
+
+    nodes = stack(4)
+    problem = Problem(nodes, curve, side_limit=4 * 10**6 - 3)
+    found = solve(problem, 40, strategy="separate")
+    assert [choice.loss for choice in found.choices] == [10.0, 0.0, 0.0, 0.0]
+
+
 def test_a_second_limit_that_nothing_keeps() -> None:
     problem = with_side(smooth_problem(3, 0), 0, 10.0)
     with pytest.raises(PlanError, match="the second limit, 10, is below"):
