@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import get_origin
 
 from torch import Tensor
 
@@ -26,7 +27,9 @@ def named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
                 f"passes: cannot import {name!r}: {error}; expected 'package.module:Name' on the "
                 "Python path"
             ) from error
-        if isinstance(made, type) and issubclass(made, Pass):
+        # Python 3.10 takes dict[str, int] for an instance of type, but not for a class.
+        plain = get_origin(made) is None
+        if plain and isinstance(made, type) and issubclass(made, Pass):
             made = made()
         if not isinstance(made, Pass):
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -102,7 +102,9 @@ def _section_at(loc: Loc, model: type[Section]) -> type[Section]:
 
 def _sections_in(annotation: object) -> Iterator[type[Section]]:
     """The sections in a field's type: ``dict[str, WeightType]``, ``Budget | None``, ``Planner``."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    # Python 3.10 takes dict[str, WeightType] for an instance of type, but not for a class.
+    plain = get_origin(annotation) is None
+    if plain and isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in get_args(annotation):
         yield from _sections_in(inner)

@@ -238,8 +238,7 @@ def attack(original: Path, gm: Any, tmp_path: Path, name: str, chosen: Any, ever
             try:
                 found = outcome(folder, gm)
             except Exception as error:
-                error.add_note(f"{name}: {at}, key: {is_key}, payload: {label}")
-                raise
+                raise AssertionError(f"{name}: {at}, key: {is_key}, payload: {label}") from error
             assert len(found) < 2_000, (name, at, is_key, label)
             refused += found != "equal"
             assert not canary.exists(), (name, at, is_key, label)
