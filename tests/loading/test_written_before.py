@@ -22,6 +22,11 @@ FOLDERS = Path(__file__).parent / "written_before"
 
 @pytest.mark.parametrize("name", ["embedded", "mixtral"])
 def test_a_folder_written_before_the_move_loads_and_saves_again(name: str, tmp_path: Path) -> None:
+    if name == "mixtral":
+        transformers = pytest.importorskip("transformers")
+        # an older one makes another graph, and `load` asks for the one that wrote the folder
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            pytest.skip("written with transformers 5.23")
     folder = tmp_path / name
     shutil.copytree(FOLDERS / name, folder)
     gm = fxshare.load(folder)
