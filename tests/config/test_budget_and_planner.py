@@ -55,8 +55,8 @@ def test_a_budget_and_a_rate_contradict() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("strategy", "layer", "expected one of 'auto', 'layers', 'pairs'"),
-        ("strategy", "exhaustive", "expected one of 'auto', 'layers', 'pairs'"),
+        ("strategy", "layer", "expected one of 'auto', 'grown', 'layers', 'pairs'"),
+        ("strategy", "best", "expected one of 'auto', 'grown', 'layers', 'pairs'"),
         ("storage", "dense", "expected one of 'auto', 'plain' or 'pivoted'"),
         ("storag", "plain", "unknown key. Did you mean 'storage'?"),
         ("max_group", 0, "a whole number of at least 1"),

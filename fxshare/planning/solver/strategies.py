@@ -266,12 +266,14 @@ def exhaustive(problem: Problem, price: float) -> list[Part]:
             worth[mask] = (problem.value(part, price), part)
     best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
     for mask in range(1, whole + 1):
-        first = mask & -mask
-        best[mask] = min(
-            (worth[taken][0] + best[mask ^ taken][0], taken)
-            for taken in _submasks(mask)
-            if taken & first and taken in worth
-        )
+        first, least = mask & -mask, (float("inf"), 0)
+        # of equal values, up to rounding, the smaller part, whatever the losses are scaled by
+        for taken in sorted(_submasks(mask), key=int.bit_count):
+            if taken & first and taken in worth:
+                value = worth[taken][0] + best[mask ^ taken][0]
+                if value < least[0] * (1 - _TIE):
+                    least = value, taken
+        best[mask] = least
     parts = []
     mask = whole
     while mask:
