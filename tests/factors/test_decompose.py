@@ -75,14 +75,16 @@ def symmetric_root(moment: Tensor | None, out: int) -> tuple[Tensor, Tensor]:
 def published(slices: dict[str, SliceStatistics]) -> tuple[Tensor, Any]:
     """The squared singular values of the stacked ``A_i^½ W_i S``, and the products at a rank."""
     outs = [len(one.weight_OI) for one in slices.values()]
-    roots = [symmetric_root(one.moment_OO, out) for one, out in zip(slices.values(), outs)]  # noqa: B905
+    members = list(slices.values())
+    roots = [symmetric_root(one.moment_OO, len(one.weight_OI)) for one in members]
     root_II = symmetric_root(pooled_of(slices), next(iter(slices.values())).gram_II.shape[0])
-    stack = torch.cat([a @ one.weight_OI for (a, _), one in zip(roots, slices.values())])  # noqa: B905
+    stack = torch.cat([a @ one.weight_OI for (a, _), one in zip(roots, members, strict=True)])
     left, values, right = torch.linalg.svd(stack @ root_II[0], full_matrices=False)
 
     def products(rank: int) -> list[Tensor]:
         best = (left[:, :rank] * values[:rank]) @ right[:rank] @ root_II[1]
-        return [inverse @ part for (_, inverse), part in zip(roots, best.split(outs))]  # noqa: B905
+        parts = best.split(outs)
+        return [inverse @ part for (_, inverse), part in zip(roots, parts, strict=True)]
 
     return values.square(), products
 

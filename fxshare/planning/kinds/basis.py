@@ -88,11 +88,12 @@ def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) 
 class Covers:
     """Losses of groups over several layers, held above what their parts lose.
 
-    A basis for several layers loses at every rank at least what bases of that rank lose for two
-    layers each, and for one (Ky Fan: the tail of a sum of positive matrices is at least the sum of
-    the tails). Spectra of groups are taken under the mean of the members' input moments, where a
-    layer of small inputs counts for more than it loses and one of large inputs for less; so they
-    may fall below that, and are raised to it. What is left is a bound that costs no decomposition.
+    Under one input moment a basis for several layers loses at every rank at least what bases of
+    that rank lose for two layers each, and for one (Ky Fan: the tail of a sum of positive matrices
+    is at least the sum of the tails). A group's spectrum is taken under the mean of its layers'
+    moments, and may fall below that, because a layer of large inputs then counts for less than it
+    loses. Such curves are raised to it: of the raised ones it is a bound that costs no
+    decomposition.
     """
 
     nodes: Mapping[str, Node]

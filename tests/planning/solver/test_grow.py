@@ -89,20 +89,21 @@ def test_what_the_bound_rules_out_is_never_better() -> None:
             assert least[0] <= spectral_curve(weights, grown.part(run)).value(price) * (1 + 1e-12)
 
 
-def test_a_bound_above_the_part_would_be_caught() -> None:
-    """The check above fails for a bound that is none."""
-    weights = random_weights(stack(5), 1)
-    nodes = stack(5)
+def test_a_bound_above_the_part_is_caught() -> None:
+    """The checks above fail of a bound that is none: with it they find a partition below it."""
 
-    def false(part: Part) -> Curve:
-        curve = spectral_curve(weights, part)
-        return Curve(curve.cost * 3, curve.loss * 2 + 1, curve.label)
+    def caught(seed: int) -> bool:
+        weights = random_weights(stack(5), seed)
 
-    problem = Problem(nodes, lambda part: spectral_curve(weights, part), least_of=false)
-    found = STRATEGIES["grown"](problem, 0.3)
-    best = min(total(problem, parts, 0.3) for parts in runs(list(nodes)))
-    assert len(found) == 5
-    assert problem.bound(0.3) > best or best == pytest.approx(total(problem, found, 0.3))
+        def false(part: Part) -> Curve:
+            curve = spectral_curve(weights, part)
+            return Curve(curve.cost, curve.loss + 1, curve.label)
+
+        problem = Problem(stack(5), lambda part: spectral_curve(weights, part), least_of=false)
+        STRATEGIES["grown"](problem, 0.3)
+        return problem.bound(0.3) > min(total(problem, p, 0.3) for p in runs(list(problem.nodes)))
+
+    assert any(caught(seed) for seed in range(40))
 
 
 WIDE = 24
@@ -147,11 +148,9 @@ def test_candidates_grow_with_the_heads_and_not_with_their_square() -> None:
 def test_without_a_bound_whatever_is_asked_for_is_priced() -> None:
     weights = random_weights(stack(5), 3)
     problem = Problem(stack(5), lambda part: spectral_curve(weights, part))
-    found = STRATEGIES["grown"](problem, 0.1)
+    STRATEGIES["grown"](problem, 0.1)
     assert problem.unpriced == 0
-    assert total(problem, found, 0.1) == pytest.approx(
-        min(total(problem, parts, 0.1) for parts in runs(list(problem.nodes))), rel=0.2
-    )
+    assert len(list(problem.seen())) == 5 * 6 // 2  # every run
 
 
 def test_too_many_slices_to_enumerate() -> None:
