@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxshare.base.progress import stage, track
 from fxshare.calibration.backward import Backward
-from fxshare.calibration.gradients import Moment, is_diagonal
+from fxshare.calibration.gradients import Moment, is_diagonal, is_projected
 from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.lookups import LookedUpSite
@@ -27,6 +27,7 @@ from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Call, Captured, quiet
 from fxshare.errors import CalibrationError, FxShareWarning
 from fxshare.sites.site import Site, SliceSpec
+from fxshare.sites.tensors import dense_weights
 from passes import ObserveInputs, run
 from passes.errors import FxShareError
 
@@ -45,12 +46,16 @@ def calibrate(
     loss: Loss | None = None,
     labels: Labels = "data",
     seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Stream ``batches`` through the captured graph and gather the Gram of every site's input.
 
     With ``gradients`` one backward pass a batch gathers the second moments of the gradients at the
     sites' outputs as well; ``loss(output, batch)`` is summed over tokens and defaults to
     :func:`fxshare.calibration.losses.default_loss`. Weights and their ``.grad`` stay as they are.
+
+    ``weights`` ``(out, in)`` are those whose errors are to be priced, by site, where they are not
+    those of what was captured.
 
     A batch is a tensor, a tuple, or a mapping (an ``attention_mask`` leaves padding out). Nothing
     of a batch is kept. Products are float32 (float64 for float64 models), sums float64.
@@ -59,10 +64,12 @@ def calibrate(
     (:class:`FxShareWarning`) when a site saw fewer tokens than it has features.
     """
     start = time.perf_counter()
+    if weights is None:
+        weights = dense_weights(captured.model, tuple(sites)) if gradients else {}
     running: GraphStage | HookStage = (
-        HookStage(captured.model, sites, gradients=gradients)
+        HookStage(captured.model, sites, weights, gradients=gradients)
         if captured.side_by_side
-        else GraphStage(captured, sites, gradients=gradients)
+        else GraphStage(captured, sites, weights, gradients=gradients)
     )
     backward = Backward(running, loss, labels, seed)
     needed = bytes_needed(captured, sites, gradients=gradients)
@@ -151,6 +158,8 @@ def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool =
 def _moment_bytes(site: Site, s: SliceSpec) -> int:
     if is_diagonal(site, s):
         return DiagonalAccumulator(s.out_features).nbytes
+    if is_projected(site, s):
+        return GramAccumulator.bytes_needed(site.in_features)
     return GramAccumulator.bytes_needed(s.out_features)
 
 

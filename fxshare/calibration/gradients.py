@@ -7,17 +7,20 @@ site is on one scale.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
+from fxshare.calibration.projected import ProjectedAccumulator
 from fxshare.sites.site import Site, SliceSpec
 
-Moment: TypeAlias = GramAccumulator | DiagonalAccumulator
-"""What sums up a slice's gradients, whole or its diagonal."""
+Moment: TypeAlias = GramAccumulator | DiagonalAccumulator | ProjectedAccumulator
+"""What sums up a slice's gradients: whole, its diagonal, or seen from the inputs."""
+PROJECTED_ABOVE = 1024
+"""Outputs of a slice above which ``Wᵀ A W`` is kept instead of ``A`` where that is smaller."""
 DIAGONAL_ABOVE = 16384
 """Outputs of a slice above which only the diagonal of its moment is kept: half of a whole one is a
 gigabyte here."""
@@ -29,19 +32,33 @@ def is_diagonal(site: Site, s: SliceSpec) -> bool:
     return bool(site.lookups) or s.out_features > DIAGONAL_ABOVE
 
 
+def is_projected(site: Site, s: SliceSpec) -> bool:
+    """Whether ``Wᵀ A W`` is kept of a slice and not ``A``: which of the two its errors are priced
+    with (:mod:`fxshare.factors.decompose`) depends on the smaller side."""
+    return s.out_features > max(site.in_features, PROJECTED_ABOVE) and not is_diagonal(site, s)
+
+
 class GradientTap(nn.Module):
     """The identity; in the backward pass it adds the gradient's rows to one Gram per slice, or to
-    its diagonal alone for the slices named in ``diagonal``."""
+    its diagonal alone for the slices named in ``diagonal``; those in ``projected`` are seen through
+    these weights ``(out, in)``."""
 
-    def __init__(self, slices: Sequence[SliceSpec], diagonal: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        slices: Sequence[SliceSpec],
+        diagonal: Container[str] = (),
+        projected: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.slices = tuple(slices)
-        self.grams: dict[str, Moment] = {
-            s.name: DiagonalAccumulator(s.out_features)
-            if s.name in diagonal
-            else GramAccumulator(s.out_features)
-            for s in slices
-        }
+        self.grams: dict[str, Moment] = {}
+        for s in slices:
+            if projected and s.name in projected:
+                self.grams[s.name] = ProjectedAccumulator(projected[s.name])
+            elif s.name in diagonal:
+                self.grams[s.name] = DiagonalAccumulator(s.out_features)
+            else:
+                self.grams[s.name] = GramAccumulator(s.out_features)
         # what makes the tap part of the backward graph although every weight may be frozen
         self.probe = torch.zeros((), requires_grad=True)
         self.finite = True

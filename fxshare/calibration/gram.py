@@ -164,6 +164,13 @@ class GramAccumulator:
             gram_II[first:end, first:end] = (block + block.T) / 2
         return gram_II.div_(self.tokens)
 
+    def trace(self) -> float:
+        """The trace of :meth:`gram`, without making it. Raises CalibrationError where no token was
+        added."""
+        self._checked_sum()
+        diagonals = (products.diagonal() for products in self._products)
+        return float(torch.cat([one.clone() for one in diagonals]).sum()) / self.tokens
+
     def mean(self) -> Tensor:
         """``E[x]: (features,)``, float64. Raises CalibrationError like :meth:`check_finite`."""
         return self._checked_sum() / self.tokens
@@ -201,6 +208,10 @@ class DiagonalAccumulator:
         if self._sum is None or not self.tokens:
             raise CalibrationError(f"{self.features} features: expected at least 1 row, found 0")
         return self._sum / self.tokens
+
+    def trace(self) -> float:
+        """The sum of :meth:`gram`."""
+        return float(self.gram().sum())
 
 
 def pooled_gram(grams: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +22,15 @@ class HookStage:
         self,
         model: nn.Module,
         sites: Sequence[Site],
+        weights: Mapping[str, Tensor],
         *,
         gradients: bool,
     ) -> None:
         self.model = structure_copy(model).eval()
         called = {name: site for site in sites for name in site.calls}
-        self.taps = {name: tap_of(site) for name, site in called.items()} if gradients else {}
+        self.taps = {}
+        if gradients:
+            self.taps = {name: tap_of(site, weights[site.name]) for name, site in called.items()}
         self.tapped = {name: (name,) for name in self.taps}
         # at this granularity embeddings are no sites
         self.looked_up: dict[str, tuple[LookupStatistics, ...]] = {}

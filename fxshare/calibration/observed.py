@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxshare.calibration.gradients import GradientTap, is_diagonal
+from fxshare.calibration.gradients import GradientTap, is_diagonal, is_projected
 from fxshare.calibration.gram import GramAccumulator
 from fxshare.calibration.lookups import LookupStatistics, RowCounter
 from fxshare.capture import Captured
@@ -69,17 +69,25 @@ def _lookup_tap(width: int) -> GradientTap:
     return GradientTap([SliceSpec(name=_ROWS, start=0, stop=width)])
 
 
-def tap_of(site: Site) -> GradientTap:
-    """The tap for the gradients at a site's output: per slice a Gram, or its diagonal where
-    :func:`is_diagonal` says so."""
+def tap_of(site: Site, weight_OI: Tensor) -> GradientTap:
+    """The tap for the gradients at a site's output: per slice a Gram, its diagonal where
+    :func:`is_diagonal` says so, or seen through the weight where :func:`is_projected` does."""
     diagonal = {s.name for s in site.slices if is_diagonal(site, s)}
-    return GradientTap(site.slices, diagonal)
+    projected = {s.name: weight_OI[s.start : s.stop] for s in site.slices if is_projected(site, s)}
+    return GradientTap(site.slices, diagonal, projected)
 
 
 class GraphStage:
     """The captured graph with observers in it."""
 
-    def __init__(self, captured: Captured, sites: Sequence[Site], *, gradients: bool) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        sites: Sequence[Site],
+        weights: Mapping[str, Tensor],
+        *,
+        gradients: bool,
+    ) -> None:
         called = {name: site for site in sites for name in site.calls}
         looked_up = tuple(name for site in sites for name in site.lookups)
         nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
@@ -95,10 +103,11 @@ class GraphStage:
             ),
         ]
         if gradients:
-            tap = ObserveGradients(
-                sites=tuple(called), new_tap=lambda name: tap_of(called[name]), mask=mask
-            )
-            stages.append(tap)
+
+            def new_tap(name: str) -> GradientTap:
+                return tap_of(called[name], weights[called[name].name])
+
+            stages.append(ObserveGradients(sites=tuple(called), new_tap=new_tap, mask=mask))
         self.contract = captured.contract
         self.gm, _ = run(captured.graph, stages)
         set_training(self.gm, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fxshare.calibration.gradients import Moment
 from fxshare.calibration.gram import GramAccumulator
 from fxshare.calibration.lookups import LookedUpSite, Metric, gram_without_gradients, metric
+from fxshare.calibration.projected import ProjectedAccumulator
 from fxshare.errors import CalibrationError
 
 
@@ -42,29 +44,54 @@ class Statistics:
 
     def moment(self, slice_name: str, site: str) -> Tensor:
         """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token; its
-        diagonal ``(out,)`` where no more was kept (:func:`is_diagonal`)."""
+        diagonal ``(out,)`` where no more was kept (:func:`is_diagonal`), and ``Wᵀ A W``
+        ``(in, in)`` where that was kept instead (:meth:`is_projected`)."""
         if site in self.lookups:
             return self._metric(site).rows_V
         return self._moment(slice_name, self.tokens_of(site))
 
+    def is_projected(self, slice_name: str) -> bool:
+        """Whether :meth:`moment` of a slice is ``Wᵀ A W``."""
+        parts = self.gradients.get(slice_name, ())
+        return any(isinstance(part, ProjectedAccumulator) for part in parts)
+
+    def trace(self, slice_name: str, site: str) -> float:
+        """The trace of ``A``, whichever form of it was kept."""
+        if site in self.lookups:
+            return float(self._metric(site).rows_V.sum())
+        return self._trace(slice_name, self.tokens_of(site))
+
+    def check(self, site: str, slices: Sequence[str]) -> None:
+        """Raise :class:`CalibrationError` where a site saw no tokens, or a slice of it, in case
+        there are gradients, got none."""
+        if site in self.lookups:
+            self.gram(site)
+            return
+        self._seen(site)
+        for name in slices if self.gradients else ():
+            self._trace(name, self.tokens_of(site))
+
     def _moment(self, slice_name: str, tokens: int) -> Tensor:
-        parts = self.gradients[slice_name]
-        seen = [part for part in parts if part.tokens]
+        self._trace(slice_name, tokens)
+        seen = [part for part in self.gradients[slice_name] if part.tokens]
+        moments = [part.gram() * (part.tokens / tokens) for part in seen]
+        return moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
+
+    def _trace(self, slice_name: str, tokens: int) -> float:
+        seen = [part for part in self.gradients[slice_name] if part.tokens]
         if not seen or tokens == 0:
             raise CalibrationError(
                 f"slice {slice_name!r} gets no gradient: the loss does not depend on it for this "
                 "data, or the model computes it under no_grad; leave it out of the patterns or "
                 "give another loss"
             )
-        moments = [part.gram() * (part.tokens / tokens) for part in seen]
-        moment = moments[0] if len(moments) == 1 else torch.stack(moments).sum(0)
-        diagonal = moment if moment.ndim == 1 else moment.diagonal()
-        if float(diagonal.sum()) <= 0:
+        total = sum(part.trace() * (part.tokens / tokens) for part in seen)
+        if total <= 0:
             raise CalibrationError(
                 f"slice {slice_name!r} gets no gradient: it is zero at every token of the "
                 "calibration data; leave it out of the patterns or give another loss"
             )
-        return moment
+        return total
 
     def mean(self, site: str) -> Tensor:
         """``E[x]`` ``(in,)`` float64 over all inputs of the site."""
@@ -120,7 +147,17 @@ class Statistics:
             return self.tokens
         return sum(part.tokens for part in self.inputs[site])
 
-    def key(self, sites: Sequence[str]) -> tuple[int, ...]:
+    def key(self, sites: Sequence[str]) -> tuple[str, ...]:
         """Equal for sets of sites that have the same statistics."""
-        looked_up = tuple(id(self.lookups[site]) for site in sites if site in self.lookups)
-        return looked_up + tuple(id(part) for site in sites for part in self.inputs[site])
+        looked_up = tuple(f"rows of {site}" for site in sites if site in self.lookups)
+        parts = (part for site in sites for part in self.inputs[site])
+        return looked_up + tuple(self._names[id(part)] for part in parts)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Of every input's statistics the name of who reads it first."""
+        found: dict[int, str] = {}
+        for site, parts in self.inputs.items():
+            for at, part in enumerate(parts):
+                found.setdefault(id(part), f"input {at} of {site}")
+        return found

@@ -116,22 +116,27 @@ def is_wide(members: Sequence[SliceStatistics]) -> bool:
 def weighted_product(one: SliceStatistics, added: float = 0.0) -> Tensor:
     """``Wᵀ (A + added) W`` ``(I, I)`` of a slice."""
     out, features = one.weight_OI.shape
-    device = one.gram_II.device
+    product_II, moment = one.product_II, one.moment_OO
+    if product_II is not None and not added:
+        return product_II
+    device = one.weight_OI.device
     found = torch.zeros(features, features, dtype=torch.float64, device=device)
-    whole = None if one.moment_OO is None or one.moment_OO.ndim == 1 else one.weight_OI.double()
+    whole = None if moment is None or moment.ndim == 1 else one.weight_OI.double()
     for first in range(0, out, _ROWS):
         rows = slice(first, min(first + _ROWS, out))
         weight_OI = one.weight_OI[rows].double()
-        if one.moment_OO is None:
+        if product_II is not None:
+            left_OI = added * weight_OI
+        elif moment is None:
             left_OI = weight_OI
         elif whole is None:
-            left_OI = one.moment_OO[rows, None].double() * weight_OI
+            left_OI = moment[rows, None].double() * weight_OI
         else:
-            left_OI = one.moment_OO[rows].double() @ whole
-        if added:
+            left_OI = moment[rows].double() @ whole
+        if added and product_II is None:
             left_OI = torch.add(left_OI, weight_OI, alpha=added)
         found.addmm_(left_OI.T, weight_OI)
-    return found
+    return found if product_II is None else found.add_(product_II)
 
 
 @dataclass(frozen=True, eq=False)

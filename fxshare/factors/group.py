@@ -82,13 +82,6 @@ def factorise_group(
     return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
-def quadratic_loss(one: SliceStatistics, product_OI: Tensor) -> float:
-    """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of one slice under its own statistics."""
-    gap = one.weight_OI.double() - product_OI
-    left = one.times_moment(gap)
-    return 0.5 * float((left @ one.gram_II.double() * gap).sum())
-
-
 def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
     """The factors with every coefficient fitted to its own slice's Gram. With one input there is
     nothing to do: that is what they are factorised in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fxshare.calibration.statistics import Statistics
 from fxshare.errors import FactoriseError
 from fxshare.factors.damping import Damping
+from fxshare.factors.kept import Kept
 from fxshare.sites.site import Site
 
 
@@ -21,31 +22,25 @@ def slice_statistics(
     statistics: Statistics,
     *,
     centred: bool = True,
+    most_bytes: int = 1 << 28,
 ) -> dict[str, SliceStatistics]:
     """Statistics per slice. With ``centred`` a site that has a bias is judged by the covariance of
-    its input: the mean's part of the error goes into the bias."""
-    found = {}
-    grams: dict[object, Tensor] = {}
+    its input: the mean's part of the error goes into the bias.
+
+    Moments are expanded from what calibration keeps when they are asked for, and up to
+    ``most_bytes`` of them are kept so. Raises :class:`CalibrationError` for a site that saw no
+    tokens or a slice that got no gradient.
+    """
+    found: dict[str, SliceStatistics] = {}
+    kept: Kept[Tensor] = Kept(most_bytes)
     for site in sites:
         # what is looked up gets no bias that could take up a mean
         biased = centred and site.bias and not site.lookups
-        key = (statistics.key([site.name]), biased)
+        statistics.check(site.name, [s.name for s in site.slices])
         mean = statistics.mean(site.name) if biased else None
-        if key not in grams:
-            gram = statistics.gram(site.name)
-            grams[key] = gram if mean is None else gram - torch.outer(mean, mean)
-        # losses are per token: a linear called twice a token counts twice, an expert that sees a
-        # tenth of the tokens a tenth
-        rows = statistics.tokens_of(site.name) / max(statistics.tokens, 1)
         for s in site.slices:
-            moment = statistics.moment(s.name, site.name) if statistics.gradients else None
-            found[s.name] = SliceStatistics(
-                weight_OI=weights[site.name][s.start : s.stop],
-                gram_II=grams[key],
-                moment_OO=None if moment is None else moment if rows == 1 else moment * rows,
-                input=key,
-                mean_I=mean,
-            )
+            rows_OI = weights[site.name][s.start : s.stop]
+            found[s.name] = _Measured(statistics, site.name, s.name, rows_OI, mean, kept)
     return found
 
 
@@ -54,7 +49,8 @@ class SliceStatistics:
     """Everything about one slice that planning and factorising need, in float64.
 
     ``gram_II`` is shared by slices of the same input. ``moment_OO`` is ``A``, or ``(O,)`` its
-    diagonal; None means the identity (activation error alone).
+    diagonal; None means the identity (activation error alone), unless ``Wᵀ A W`` was kept instead
+    of it, which is ``product_II`` then, with the ``trace`` of ``A``.
     """
 
     weight_OI: Tensor
@@ -62,6 +58,17 @@ class SliceStatistics:
     moment_OO: Tensor | None
     input: object
     mean_I: Tensor | None = None
+    product_II: Tensor | None = None
+    trace: float = 0.0
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether ``Wᵀ A W`` was kept instead of ``A``."""
+        return self.product_II is not None
+
+    def unweighted(self) -> SliceStatistics:
+        """The same slice by its activation error alone."""
+        return replace(self, moment_OO=None, product_II=None, trace=0.0)
 
     @cached_property
     def image_of_mean(self) -> Tensor:
@@ -70,9 +77,108 @@ class SliceStatistics:
         image: Tensor = self.weight_OI.double() @ self.mean_I
         return image
 
-    def times_moment(self, gap_OI: Tensor) -> Tensor:
-        """``A gap`` ``(O, I)``."""
-        return gap_OI if self.moment_OO is None else _times(self.moment_OO.double(), gap_OI)
+    def quadratic_loss(self, product_OI: Tensor) -> float:
+        """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of another weight Ŵ; where ``A`` was not kept, of one that
+        is ``W X`` for some X, as are all that have a basis of the inputs."""
+        gap_OI = self.weight_OI.double() - product_OI
+        product_II = self.product_II
+        if product_II is not None:
+            through_II = _solved(self.weight_OI.double(), gap_OI)
+            return 0.5 * float((product_II @ through_II @ self.gram_II * through_II).sum())
+        moment = self.moment_OO
+        left_OI = gap_OI if moment is None else _times(moment.double(), gap_OI)
+        return 0.5 * float((left_OI @ self.gram_II.double() * gap_OI).sum())
+
+
+class _Measured(SliceStatistics):
+    """Of a calibration: moments are expanded when they are asked for, and kept among others."""
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        site: str,
+        name: str,
+        weight_OI: Tensor,
+        mean_I: Tensor | None,
+        kept: Kept[Tensor],
+        weighted: bool = True,
+    ) -> None:
+        set_ = object.__setattr__  # the fields of a frozen dataclass
+        set_(self, "weight_OI", weight_OI)
+        set_(self, "mean_I", mean_I)
+        set_(self, "input", (statistics.key([site]), mean_I is not None))
+        set_(self, "_of", (statistics, site, name))
+        set_(self, "_kept", kept)
+        set_(self, "_weighted", weighted and bool(statistics.gradients))
+
+    _of: tuple[Statistics, str, str]
+    _kept: Kept[Tensor]
+    _weighted: bool
+
+    @property
+    def _share(self) -> float:
+        """How often a token reaches the site: losses are per token, so a linear called twice a
+        token counts twice, an expert that sees a tenth of the tokens a tenth."""
+        statistics, site, _ = self._of
+        return statistics.tokens_of(site) / max(statistics.tokens, 1)
+
+    @property
+    def gram_II(self) -> Tensor:
+        """``(I, I)``."""
+        statistics, site, _ = self._of
+
+        def make() -> Tensor:
+            gram_II = statistics.gram(site)
+            return gram_II if self.mean_I is None else gram_II - self.mean_I.outer(self.mean_I)
+
+        return self._kept.get(self.input, make, 8 * self.weight_OI.shape[1] ** 2)
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether ``Wᵀ A W`` was kept instead of ``A``."""
+        statistics, _, name = self._of
+        return self._weighted and statistics.is_projected(name)
+
+    @property
+    def moment_OO(self) -> Tensor | None:
+        """``A``."""
+        return self._moment() if self._weighted and not self.is_projected else None
+
+    @property
+    def product_II(self) -> Tensor | None:
+        """``Wᵀ A W``."""
+        return self._moment() if self.is_projected else None
+
+    @property
+    def trace(self) -> float:
+        """Of ``A``."""
+        statistics, site, name = self._of
+        return self._share * statistics.trace(name, site) if self._weighted else 0.0
+
+    def _moment(self) -> Tensor:
+        statistics, site, name = self._of
+        share = self._share
+
+        def make() -> Tensor:
+            moment = statistics.moment(name, site)
+            return moment if share == 1 else moment * share
+
+        side = min(self.weight_OI.shape) if self.is_projected else len(self.weight_OI)
+        return self._kept.get(("moment", name), make, 8 * side * side)
+
+    def unweighted(self) -> SliceStatistics:
+        """The same slice by its activation error alone."""
+        return _Measured(*self._of, self.weight_OI, self.mean_I, self._kept, weighted=False)
+
+
+def _solved(weight_OI: Tensor, gap_OI: Tensor) -> Tensor:
+    """The X ``(I, I)`` with ``W X`` closest to the gap."""
+    root, failed = torch.linalg.cholesky_ex(weight_OI.T @ weight_OI)
+    if not failed:
+        solved: Tensor = torch.cholesky_solve(weight_OI.T @ gap_OI, root)
+        return solved
+    inverse_IO: Tensor = torch.linalg.pinv(weight_OI)
+    return inverse_IO @ gap_OI
 
 
 def _times(left: Tensor, right_OI: Tensor) -> Tensor:

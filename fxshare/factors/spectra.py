@@ -86,15 +86,15 @@ class Spectra:
 
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""
-        grams = {self.slices[n].input: self.slices[n].gram_II for n in sorted(names)}
-        size = 16 * next(iter(grams.values())).numel()
+        inputs = {self.slices[name].input: self.slices[name] for name in sorted(names)}
+        size = 16 * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Damping:
-            parts = list(grams.values())
+            parts = [one.gram_II for one in inputs.values()]
             one = parts[0] if len(parts) == 1 else pooled_gram(parts)
             return Damping(one, self.relative_floor)
 
-        return self._pooled.get(tuple(sorted(map(id, grams.values()))), make, size)
+        return self._pooled.get(frozenset(inputs), make, size)
 
     def factors(self, names: tuple[str, ...], rank: int) -> Factors:
         """The best factors of a group at a rank.
@@ -157,10 +157,10 @@ class Spectra:
         rows = sum(len(self.slices[name].weight_OI) for name in every)
         if len(every) == len(names) or 8 * rows * rows > _MOST_BLOCK:
             return None
-        gram_II = self.slices[names[0]].gram_II
 
         def make() -> Tensor:
             members = [self.slices[name] for name in every]
+            gram_II = members[0].gram_II
             side = OutputSide(members, [self._root(name) for name in every], gram_II)
             return mirrored(side.matrix())
 
@@ -199,11 +199,14 @@ class Spectra:
 
         def make() -> Tensor:
             added = 0.0
-            if damped and one.moment_OO is not None:
+            if damped and one.is_projected:
+                # what is added decides between directions that nothing takes: its size is free
+                added = self.relative_floor * one.trace
+            elif damped and one.moment_OO is not None:
                 added = Damping(one.moment_OO, self.relative_floor).floor
             return weighted_product(one, added)
 
-        return self._products.get((name, damped), make, 8 * one.gram_II.numel())
+        return self._products.get((name, damped), make, 8 * one.weight_OI.shape[1] ** 2)
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
@@ -255,8 +258,9 @@ class Spectra:
             one = self.slices[name]
             # the Gram is pooled over distinct inputs: which members have the same one counts too
             shape, number = tuple(one.weight_OI.shape), inputs.index(one.input)
-            digest.update(f"{shape} {number} {one.moment_OO is None}".encode())
-            for t in (one.weight_OI, one.gram_II, one.moment_OO):
+            kinds = f"{one.moment_OO is None} {one.is_projected}"
+            digest.update(f"{shape} {number} {kinds}".encode())
+            for t in (one.weight_OI, one.gram_II, one.moment_OO, one.product_II):
                 if t is not None:
                     digest.update(t.detach().double().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

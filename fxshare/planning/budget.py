@@ -70,7 +70,7 @@ def plan_within_budget(
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
     data = hold_back(captured, batches, planner.search)
-    gather = _gathering(data.fit, sites, cfg, loss, seed)
+    gather = _gathering(data.fit, sites, weights, cfg, loss, seed)
     statistics = gather(captured)
     slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
     options = options_of(cfg.budget, planner, model)
@@ -118,7 +118,12 @@ def plan_within_budget(
 
 
 def _gathering(
-    batches: list[object], sites: Sequence[Site], cfg: ShareConfig, loss: Loss | None, seed: int
+    batches: list[object],
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    cfg: ShareConfig,
+    loss: Loss | None,
+    seed: int,
 ) -> Gather:
     def gather(on: Captured) -> Statistics:
         return calibrate(
@@ -131,6 +136,7 @@ def _gathering(
             loss=loss,
             labels=cfg.planner.labels,
             seed=seed,
+            weights=weights,
         )
 
     return gather

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxshare.base.progress import stage, track
 from fxshare.errors import FactoriseError, PlanError
-from fxshare.factors.group import GroupFactors, factorise_group, quadratic_loss, refitted
+from fxshare.factors.group import GroupFactors, factorise_group, refitted
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
@@ -158,7 +158,7 @@ class Search:
     def spectra(self, slices: Mapping[str, SliceStatistics]) -> SpectraByMetric:
         """Spectra of these statistics, to give to every :meth:`run` on them: they keep what they
         have computed, which is most of what planning costs."""
-        plain = {name: replace(one, moment_OO=None) for name, one in slices.items()}
+        plain = {name: one.unweighted() for name, one in slices.items()}
         both = {
             aware: Spectra(
                 slices if aware else plain,
@@ -253,7 +253,7 @@ def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
     groups = []
     for group in one.groups:
         factors = one.factors[group.name]
-        lost = sum(quadratic_loss(slices[name], factors.product(name)) for name in group.slices)
+        lost = sum(slices[name].quadratic_loss(factors.product(name)) for name in group.slices)
         groups.append(group.model_copy(update={"loss": lost}))
     one.groups = tuple(groups)
     one.predicted = sum(group.loss or 0.0 for group in groups)

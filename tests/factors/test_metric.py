@@ -23,6 +23,8 @@ def made(*, tokens: int = 8, seen: int = 8, bias: bool = True, **given: Any) -> 
         key=lambda names: tuple(names),
         mean=lambda site: torch.ones(4, dtype=torch.float64),
         gram=lambda site: gram(4, 1),
+        check=lambda site, names: None,
+        is_projected=lambda name: False,
     )
     one = SimpleNamespace(name="s", start=1, stop=3)
     site: Site = SimpleNamespace(name="w", bias=bias, lookups=(), slices=[one])  # type: ignore[assignment]
