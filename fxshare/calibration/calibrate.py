@@ -10,28 +10,32 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxshare.base.progress import stage, track
 from fxshare.calibration.backward import Backward
-from fxshare.calibration.gradients import Moment, is_diagonal, is_projected
-from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
+from fxshare.calibration.blocks import blocks_of, bytes_needed
+from fxshare.calibration.gram import Summed, SummedRows
 from fxshare.calibration.hooked import HookStage
+from fxshare.calibration.keeping import IN_MEMORY, Keeping
 from fxshare.calibration.lookups import LookedUpSite
 from fxshare.calibration.losses import Labels, Loss, first_ids
-from fxshare.calibration.observed import GraphStage, Width
+from fxshare.calibration.observed import GraphStage
 from fxshare.calibration.statistics import Statistics
+from fxshare.calibration.stored import Part, read_part, write_part
 from fxshare.capture import Call, Captured, quiet
 from fxshare.errors import CalibrationError, FxShareWarning
-from fxshare.sites.site import Site, SliceSpec
+from fxshare.sites.site import Site
 from fxshare.sites.tensors import dense_weights
-from passes import ObserveInputs, run
 from passes.errors import FxShareError
 
 _LOG = logging.getLogger(__name__)
+Rows = tuple[SummedRows, ...]
+"""The sums of a site's inputs."""
 
 
 @stage("calibrate", _LOG)
@@ -41,12 +45,12 @@ def calibrate(
     sites: Sequence[Site],
     *,
     max_tokens: int | None = None,
-    total: int | None = None,
     gradients: bool = False,
     loss: Loss | None = None,
     labels: Labels = "data",
     seed: int = 0,
     weights: Mapping[str, Tensor] | None = None,
+    keeping: Keeping = IN_MEMORY,
 ) -> Statistics:
     """Stream ``batches`` through the captured graph and gather the Gram of every site's input.
 
@@ -55,7 +59,9 @@ def calibrate(
     :func:`fxshare.calibration.losses.default_loss`. Weights and their ``.grad`` stay as they are.
 
     ``weights`` ``(out, in)`` are those whose errors are to be priced, by site, where they are not
-    those of what was captured.
+    those of what was captured. ``keeping`` says how much is summed up at a time and where the sums
+    go; the data is then gone through once for each block of sites, and has to be a list or another
+    iterable that can be.
 
     A batch is a tensor, a tuple, or a mapping (an ``attention_mask`` leaves padding out). Nothing
     of a batch is kept. Products are float32 (float64 for float64 models), sums float64.
@@ -64,20 +70,67 @@ def calibrate(
     (:class:`FxShareWarning`) when a site saw fewer tokens than it has features.
     """
     start = time.perf_counter()
+    total = len(batches) if isinstance(batches, Sized) else None
     if weights is None:
         weights = dense_weights(captured.model, tuple(sites)) if gradients else {}
-    running: GraphStage | HookStage = (
-        HookStage(captured.model, sites, weights, gradients=gradients)
-        if captured.side_by_side
-        else GraphStage(captured, sites, weights, gradients=gradients)
-    )
-    backward = Backward(running, loss, labels, seed)
+    blocks = blocks_of(captured, sites, gradients=gradients, most_bytes=keeping.most_bytes)
     needed = bytes_needed(captured, sites, gradients=gradients)
-    _LOG.debug("statistics of %d sites will hold at most %s bytes", len(sites), f"{needed:,}")
-    tracked = track(batches, "calibrating", total=total)
+    _LOG.info("%s", keeping.told(needed, len(blocks)))
+    if len(blocks) > 1 and iter(batches) is batches:
+        batches = list(batches)
+    parts: list[Part] = []
+    for number, block in enumerate(blocks):
+        folder = keeping.folder and keeping.folder / f"part-{number}"
+        if folder and folder.exists():
+            parts.append(read_part(folder))
+            continue
+        observing = _Observing(captured, block, weights, gradients, loss, labels, seed)
+        limits = _Limits(max_tokens, None, ()) if not parts else _Limits(None, parts[0].batches, ())
+        if not parts:
+            limits = replace(limits, counted=tuple(s for b in blocks[1:] for s in b))
+        what = "calibrating" if len(blocks) == 1 else f"calibrating {number + 1}/{len(blocks)}"
+        part = _gather(observing, track(batches, what, total=total), limits)
+        parts.append(write_part(folder, part) if folder else part)
+    return _merged(parts, sites, gradients, time.perf_counter() - start, keeping)
+
+
+@dataclass(frozen=True)
+class _Observing:
+    """What one pass over the data observes."""
+
+    captured: Captured
+    sites: tuple[Site, ...]
+    weights: Mapping[str, Tensor]
+    gradients: bool
+    loss: Loss | None
+    labels: Labels
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """When a pass ends: after so many tokens of the busiest linear, those of sites that are only
+    ``counted`` included, or after so many batches."""
+
+    max_tokens: int | None
+    batches: int | None
+    counted: tuple[Site, ...]
+
+
+def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -> Part:
+    """One pass over the data."""
+    captured, sites, gradients = observing.captured, observing.sites, observing.gradients
+    running: GraphStage | HookStage = (
+        HookStage(captured.model, sites, observing.weights, gradients=gradients)
+        if captured.side_by_side
+        else GraphStage(
+            captured, sites, observing.weights, gradients=gradients, counted=limits.counted
+        )
+    )
+    backward = Backward(running, observing.loss, observing.labels, observing.seed)
     observe = backward if gradients else lambda call, batch: running(call)
     try:
-        count, tokens, starts = _stream(captured, tracked, running, observe, max_tokens)
+        count, tokens, starts = _stream(captured, batches, running, observe, limits)
     finally:
         running.close()
     if count == 0:
@@ -87,24 +140,72 @@ def calibrate(
         )
     inputs = _by_site(sites, running)
     _check_sums(inputs)
-    accumulators = {id(g): g for parts in inputs.values() for g in parts}
-    notes = _notes(sites, inputs, running)
-    held = sum(g.nbytes for g in accumulators.values())
-    moments = _by_slice(sites, running) if gradients else {}
-    held += sum(g.nbytes for parts in moments.values() for g in parts)
+    return Part(
+        inputs=inputs,
+        batches=count,
+        tokens=tokens,
+        gradients=_by_slice(sites, running) if gradients else {},
+        lookups=_by_lookup(sites, running),
+        unmasked=sum(o.unmasked for o in running.observers.values()),
+        loss=backward.name,
+        total_loss=backward.total,
+        starts=tuple(sorted(starts)),
+    )
+
+
+def _merged(
+    parts: Sequence[Part],
+    sites: Sequence[Site],
+    gradients: bool,
+    seconds: float,
+    keeping: Keeping,
+) -> Statistics:
+    """What all passes gathered."""
+    inputs, moments, lookups = _joined(parts, sites)
+    first = parts[0]
+    tokens, starts = first.tokens, first.starts
     return Statistics(
         inputs,
-        count,
+        first.batches,
         tokens,
-        held,
-        time.perf_counter() - start,
-        notes,
+        sum(one.nbytes for one in _sums(inputs, moments)),
+        seconds,
+        _notes(sites, inputs, sum(part.unmasked for part in parts)),
         moments,
-        _by_lookup(sites, running),
-        loss=backward.name,
-        mean_loss=backward.total / max(tokens, 1) if gradients else math.nan,
-        starts_with=next(iter(starts)) if len(starts) == 1 else None,
+        lookups,
+        loss=first.loss,
+        mean_loss=first.total_loss / max(tokens, 1) if gradients else math.nan,
+        starts_with=starts[0] if len(starts) == 1 else None,
+        folder=keeping.owner,
     )
+
+
+def _joined(
+    parts: Sequence[Part], sites: Sequence[Site]
+) -> tuple[dict[str, Rows], dict[str, tuple[Summed, ...]], dict[str, LookedUpSite]]:
+    """The sums of all parts, in the order of the sites."""
+    inputs: dict[str, Rows] = {}
+    moments: dict[str, tuple[Summed, ...]] = {}
+    lookups: dict[str, LookedUpSite] = {}
+    for part in parts:
+        inputs |= part.inputs
+        moments |= part.gradients
+        lookups |= part.lookups
+    names = [s.name for site in sites for s in site.slices]
+    return (
+        {site.name: inputs[site.name] for site in sites},
+        {name: moments[name] for name in names if name in moments},
+        {site.name: lookups[site.name] for site in sites if site.name in lookups},
+    )
+
+
+def _sums(
+    inputs: Mapping[str, Rows], moments: Mapping[str, tuple[Summed, ...]]
+) -> Iterable[Summed]:
+    found: dict[int, Summed] = {}
+    for several in (*inputs.values(), *moments.values()):
+        found |= {id(one): one for one in several}
+    return found.values()
 
 
 def _stream(
@@ -112,9 +213,9 @@ def _stream(
     batches: Iterable[object],
     running: GraphStage | HookStage,
     observe: Callable[[Call, object], object],
-    max_tokens: int | None,
+    limits: _Limits,
 ) -> tuple[int, int, set[int]]:
-    """Run batches until ``max_tokens`` were seen; how many batches and tokens that were, and the
+    """Run batches until the limits are reached; how many batches and tokens that were, and the
     ids that samples started with."""
     count = tokens = 0
     starts: set[int] = set()
@@ -135,32 +236,11 @@ def _stream(
         count += 1
         starts |= first_ids(call)
         tokens = max((o.tokens for o in running.counting), default=0)
-        if max_tokens is not None and tokens >= max_tokens:
+        if count == limits.batches:
+            break
+        if limits.max_tokens is not None and tokens >= limits.max_tokens:
             break
     return count, tokens, starts
-
-
-def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:
-    """Bytes that :func:`calibrate` will hold: one half Gram in float64 per distinct input, and
-    with ``gradients`` one per slice; diagonals and counts where rows are looked up."""
-    names = {name for site in sites for name in site.calls}
-    gm, _ = run(captured.graph, [ObserveInputs(sites=tuple(names), new_observer=Width)])
-    widths = (m.features for m in gm.children() if isinstance(m, Width))
-    held = sum(GramAccumulator.bytes_needed(width) for width in widths)
-    for site in sites:
-        held += 8 * site.out_features * len(site.lookups)
-        if gradients:
-            held += GramAccumulator.bytes_needed(site.in_features) * len(site.lookups)
-            held += sum(_moment_bytes(site, s) for s in site.slices if site.calls)
-    return held
-
-
-def _moment_bytes(site: Site, s: SliceSpec) -> int:
-    if is_diagonal(site, s):
-        return DiagonalAccumulator(s.out_features).nbytes
-    if is_projected(site, s):
-        return GramAccumulator.bytes_needed(site.in_features)
-    return GramAccumulator.bytes_needed(s.out_features)
 
 
 def _check_finite(call: Call, number: int) -> None:
@@ -178,7 +258,7 @@ def _check_finite(call: Call, number: int) -> None:
             )
 
 
-def _check_sums(inputs: Mapping[str, tuple[GramAccumulator, ...]]) -> None:
+def _check_sums(inputs: Mapping[str, Rows]) -> None:
     for name, parts in inputs.items():
         for part in parts:
             if part.tokens:
@@ -188,10 +268,8 @@ def _check_sums(inputs: Mapping[str, tuple[GramAccumulator, ...]]) -> None:
                     raise CalibrationError(f"the input of {name!r}: {error}") from error
 
 
-def _by_site(
-    sites: Sequence[Site], running: GraphStage | HookStage
-) -> dict[str, tuple[GramAccumulator, ...]]:
-    inputs = {}
+def _by_site(sites: Sequence[Site], running: GraphStage | HookStage) -> dict[str, Rows]:
+    inputs: dict[str, Rows] = {}
     for site in sites:
         names = dict.fromkeys(o for call in site.calls for o in running.seen.get(call, ()))
         inputs[site.name] = tuple(running.observers[name].gram for name in names)
@@ -200,7 +278,7 @@ def _by_site(
 
 def _by_slice(
     sites: Sequence[Site], running: GraphStage | HookStage
-) -> dict[str, tuple[Moment, ...]]:
+) -> dict[str, tuple[Summed, ...]]:
     return {
         s.name: tuple(
             running.taps[tap].grams[s.name]
@@ -226,8 +304,8 @@ def _by_lookup(sites: Sequence[Site], running: GraphStage | HookStage) -> dict[s
 
 def _notes(
     sites: Sequence[Site],
-    inputs: Mapping[str, tuple[GramAccumulator, ...]],
-    running: GraphStage | HookStage,
+    inputs: Mapping[str, Rows],
+    unmasked: int,
 ) -> tuple[str, ...]:
     notes = []
     short = [
@@ -242,11 +320,10 @@ def _notes(
             f"{site.name} has {site.in_features} features and saw {count} tokens; directions that "
             "no token took are treated as nearly free. Give more calibration data"
         )
-        warnings.warn(text, FxShareWarning, stacklevel=5)
+        warnings.warn(text, FxShareWarning, stacklevel=6)
         notes.append(text)
-    unmasked = [name for name, o in running.observers.items() if o.unmasked]
     if unmasked:
         notes.append(
-            f"{len(unmasked)} inputs do not have one row a token; the mask was not applied there"
+            f"{unmasked} inputs do not have one row a token; the mask was not applied there"
         )
     return tuple(notes)

@@ -8,7 +8,7 @@ site is on one scale.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
 from fxshare.calibration.projected import ProjectedAccumulator
 from fxshare.sites.site import Site, SliceSpec
 
-Moment: TypeAlias = GramAccumulator | DiagonalAccumulator | ProjectedAccumulator
+Moment = GramAccumulator | DiagonalAccumulator | ProjectedAccumulator
 """What sums up a slice's gradients: whole, its diagonal, or seen from the inputs."""
 PROJECTED_ABOVE = 1024
 """Outputs of a slice above which ``Wᵀ A W`` is kept instead of ``A`` where that is smaller."""

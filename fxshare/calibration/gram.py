@@ -10,7 +10,8 @@ Letters: I features in, T rows (tokens) of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,42 @@ from fxshare.errors import CalibrationError
 _MAX_ROWS = 8192
 # Rows of a vocabulary's width that are upcast at a time.
 _MAX_DIAGONAL_ROWS = 512
+
+
+class Summed(Protocol):
+    """Second moments, summed up: in memory, or in a file."""
+
+    @property
+    def kind(self) -> str:
+        """``whole``, ``diagonal``, or ``projected`` (seen from the inputs)."""
+
+    @property
+    def features(self) -> int:
+        """Of a row of what is kept."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows that were added."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+
+    def gram(self) -> Tensor:
+        """The moment, float64."""
+
+    def trace(self) -> float:
+        """Its trace."""
+
+
+class SummedRows(Summed, Protocol):
+    """Second moments with the sum of the rows."""
+
+    def mean(self) -> Tensor:
+        """The mean row, float64."""
+
+    def check_finite(self) -> None:
+        """Raises :class:`CalibrationError` where a sum is not finite."""
 
 
 def _strips(features: int) -> list[tuple[int, int]]:
@@ -46,6 +83,8 @@ class GramAccumulator:
     elsewhere are moved there. No row and no autograd graph is kept.
     """
 
+    kind = "whole"
+
     def __init__(self, features: int, *, device: torch.device | str | None = None) -> None:
         if features < 1:
             raise CalibrationError(f"a Gram matrix needs at least 1 feature, found {features}")
@@ -54,6 +93,22 @@ class GramAccumulator:
         self._device = None if device is None else torch.device(device)
         self._products: list[Tensor] = []  # upper strips: (width, features - first), float64
         self._sum: Tensor | None = None  # (features,) float64
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, to be written; nothing before the first rows."""
+        if self._sum is None:
+            return {}
+        return {"sum": self._sum} | {str(at): part for at, part in enumerate(self._products)}
+
+    @classmethod
+    def restored(cls, features: int, tokens: int, state: Mapping[str, Tensor]) -> GramAccumulator:
+        """What had this :meth:`state`."""
+        made = cls(features)
+        made.tokens = tokens
+        if state:
+            made._sum = state["sum"]
+            made._products = [state[str(at)] for at in range(len(_strips(features)))]
+        return made
 
     @staticmethod
     def bytes_needed(features: int) -> int:
@@ -180,6 +235,8 @@ class DiagonalAccumulator:
     """Sums ``x²`` over the rows it is given, in float64: the diagonal of a Gram matrix, for
     features as many as a vocabulary's, of which the whole would be gigabytes."""
 
+    kind = "diagonal"
+
     def __init__(self, features: int) -> None:
         self.features = features
         self.tokens = 0
@@ -208,6 +265,19 @@ class DiagonalAccumulator:
         if self._sum is None or not self.tokens:
             raise CalibrationError(f"{self.features} features: expected at least 1 row, found 0")
         return self._sum / self.tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, to be written; nothing before the first rows."""
+        return {} if self._sum is None else {"sum": self._sum}
+
+    @classmethod
+    def restored(
+        cls, features: int, tokens: int, state: Mapping[str, Tensor]
+    ) -> DiagonalAccumulator:
+        """What had this :meth:`state`."""
+        made = cls(features)
+        made.tokens, made._sum = tokens, state.get("sum")
+        return made
 
     def trace(self) -> float:
         """The sum of :meth:`gram`."""

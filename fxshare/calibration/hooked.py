@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxshare.calibration.lookups import LookupStatistics, RowCounter
-from fxshare.calibration.observed import InputObserver, tap_of
+from fxshare.calibration.lookups import LookupStatistics
+from fxshare.calibration.observed import Counting, InputObserver, tap_of
 from fxshare.capture.call import MASK, Call, as_called
 from fxshare.sites.site import Site
 from passes import is_linear, structure_copy
@@ -72,7 +72,7 @@ class HookStage:
         return look
 
     @property
-    def counting(self) -> list[InputObserver | RowCounter]:
+    def counting(self) -> list[Counting]:
         """What counts tokens."""
         return list(self.observers.values())
 

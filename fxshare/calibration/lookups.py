@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.gram import Summed
 
 
 class RowCounter(nn.Module):
@@ -51,7 +51,7 @@ class LookupStatistics:
     gradients were gathered)."""
 
     counter: RowCounter
-    gradient: GramAccumulator | None
+    gradient: Summed | None
 
     @property
     def tokens(self) -> int:

@@ -51,6 +51,25 @@ class InputObserver(nn.Module):
         self.gram.add(x, None if mask is None else mask.bool())
 
 
+class TokenCounter(nn.Module):
+    """Counts the rows that an :class:`InputObserver` in its place would take in."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.tokens = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """See ``x`` ``(..., features)``, of which rows where ``mask`` is 0 do not count."""
+        rows = x.numel() // max(x.shape[-1], 1)
+        masked = mask is not None and mask.numel() == rows
+        self.tokens += int(mask.bool().sum()) if masked and mask is not None else rows
+
+
+Counting = InputObserver | TokenCounter | RowCounter
+"""What counts tokens."""
+
+
 class Width(nn.Module):
     """Stands where an observer of inputs would, to tell how wide they are."""
 
@@ -87,13 +106,17 @@ class GraphStage:
         weights: Mapping[str, Tensor],
         *,
         gradients: bool,
+        counted: Sequence[Site] = (),
     ) -> None:
         called = {name: site for site in sites for name in site.calls}
         looked_up = tuple(name for site in sites for name in site.lookups)
         nodes = {str(n.target): n.name for n in captured.graph.graph.nodes if n.op == "placeholder"}
         filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
         mask = filled[0] if filled else nodes.get(MASK)
+        also = tuple(name for site in counted for name in site.calls)
         stages: list[Pass] = [
+            # who is only counted first: the graph tells of the last that observed
+            ObserveInputs(sites=also, new_observer=TokenCounter, mask=mask),
             ObserveInputs(sites=tuple(called), new_observer=InputObserver, mask=mask),
             ObserveLookups(
                 sites=looked_up,
@@ -118,8 +141,8 @@ class GraphStage:
         self.observers = {
             name: m for name, m in self.gm.named_children() if isinstance(m, InputObserver)
         }
-        counters = [m for m in self.gm.children() if isinstance(m, RowCounter)]
-        self.counting: list[InputObserver | RowCounter] = [*self.observers.values(), *counters]
+        counters = [m for m in self.gm.children() if isinstance(m, (RowCounter, TokenCounter))]
+        self.counting: list[Counting] = [*self.observers.values(), *counters]
         self.looked_up = {
             name: tuple(self._lookup(*both) for both in found)
             for name, found in observed_lookups(self.gm).items()

@@ -25,11 +25,18 @@ class ProjectedAccumulator:
     has in its place. Products are float32, or float64 where the gradients are.
     """
 
+    kind = "projected"
+
     def __init__(self, weight_OI: Tensor) -> None:
         self.weight_OI = weight_OI.detach()
         self.projected = GramAccumulator(weight_OI.shape[1])
         self.square = 0.0
         """``Σ δᵀ δ``."""
+
+    @property
+    def features(self) -> int:
+        """``I``."""
+        return self.projected.features
 
     @property
     def tokens(self) -> int:
@@ -54,6 +61,10 @@ class ProjectedAccumulator:
                 wide_TO = part_TO.to(dtype)
                 self.square += float(wide_TO.double().square().sum())
                 self.projected.add(wide_TO @ weight_OI)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, to be written, but for ``δᵀ δ``."""
+        return self.projected.state()
 
     def gram(self) -> Tensor:
         """``Wᵀ A W`` ``(I, I)``, float64, exactly symmetric."""

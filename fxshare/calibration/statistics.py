@@ -10,10 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxshare.calibration.gradients import Moment
-from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.gram import Summed, SummedRows
 from fxshare.calibration.lookups import LookedUpSite, Metric, gram_without_gradients, metric
-from fxshare.calibration.projected import ProjectedAccumulator
 from fxshare.errors import CalibrationError
 
 
@@ -25,13 +23,13 @@ class Statistics:
     called more than once); sites that read the same activation share the same accumulator.
     """
 
-    inputs: Mapping[str, tuple[GramAccumulator, ...]]
+    inputs: Mapping[str, tuple[SummedRows, ...]]
     batches: int
     tokens: int
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
-    gradients: Mapping[str, tuple[Moment, ...]] = field(default_factory=dict)
+    gradients: Mapping[str, tuple[Summed, ...]] = field(default_factory=dict)
     """Per slice the second moments of its output's gradient, one for each call of its module."""
     lookups: Mapping[str, LookedUpSite] = field(default_factory=dict)
     """Of the sites whose rows are looked up."""
@@ -41,6 +39,8 @@ class Statistics:
     """That loss per token on the calibration data."""
     starts_with: int | None = None
     """The token that every sample of ids started with; None where they differ, or for no ids."""
+    folder: object = None
+    """What has the files that sums are in, for as long as they are needed."""
 
     def moment(self, slice_name: str, site: str) -> Tensor:
         """``A = E[δ δᵀ]`` ``(out, out)`` float64, δ the summed loss' gradient at one token; its
@@ -53,7 +53,7 @@ class Statistics:
     def is_projected(self, slice_name: str) -> bool:
         """Whether :meth:`moment` of a slice is ``Wᵀ A W``."""
         parts = self.gradients.get(slice_name, ())
-        return any(isinstance(part, ProjectedAccumulator) for part in parts)
+        return any(part.kind == "projected" for part in parts)
 
     def trace(self, slice_name: str, site: str) -> float:
         """The trace of ``A``, whichever form of it was kept."""
@@ -113,7 +113,7 @@ class Statistics:
         weighted = [part.gram() * (part.tokens / total) for part in parts]
         return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
-    def _seen(self, site: str) -> tuple[list[GramAccumulator], int]:
+    def _seen(self, site: str) -> tuple[list[SummedRows], int]:
         """What the site read wherever it was called, and how many tokens in all."""
         parts = [part for part in self.inputs[site] if part.tokens]
         total = sum(part.tokens for part in parts)

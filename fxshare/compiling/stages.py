@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -85,13 +85,11 @@ class Stages:
     ) -> Statistics | None:
         if self.batches is None:
             return None
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
         return calibrate(
             self.captured,
             self.batches,
             self.sites,
             max_tokens=self.cfg.calibration.max_tokens,
-            total=total,
             gradients=gradients,
             loss=loss,
             labels=self.cfg.planner.labels,

@@ -131,7 +131,6 @@ def _gathering(
             batches,
             sites,
             max_tokens=cfg.calibration.max_tokens,
-            total=len(batches),
             gradients=True,
             loss=loss,
             labels=cfg.planner.labels,

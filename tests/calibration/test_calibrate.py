@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fxshare
 from fxshare import FxShareWarning
 from fxshare.base.numerics import worst
-from fxshare.calibration.calibrate import bytes_needed, calibrate
+from fxshare.calibration.blocks import bytes_needed
+from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, capture
 from fxshare.config import load_config

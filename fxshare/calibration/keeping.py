@@ -1,0 +1,54 @@
+"""How much is summed up at a time, and where the sums go."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxshare.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where statistics are kept.
+
+    ``most_bytes`` bounds the sums that are in memory at a time; ``folder`` is where they are
+    written, or None for memory. ``owner`` is what the folder's life hangs on.
+    """
+
+    most_bytes: int | None = None
+    folder: Path | None = None
+    owner: object = None
+
+    def told(self, needed: int, passes: int) -> str:
+        """What is about to be done, in a line."""
+        where = "in memory" if self.folder is None else "on disk"
+        times = "one pass" if passes == 1 else f"{passes} passes"
+        return f"statistics of {needed / 1e9:.2f} GB {where}, {times} over the data"
+
+
+IN_MEMORY = Keeping()
+
+
+class Scratch:
+    """A folder for as long as it is needed, in the system's place for temporary ones (``TMPDIR``).
+
+    Raises :class:`CalibrationError` where fewer than ``needed`` bytes are free there.
+    """
+
+    def __init__(self, needed: int) -> None:
+        at = tempfile.gettempdir()
+        free = shutil.disk_usage(at).free
+        if free < needed:
+            raise CalibrationError(
+                f"{needed / 1e9:.2f} GB of statistics go to disk to keep to max_memory, and {at} "
+                f"has {free / 1e9:.2f} GB free; set TMPDIR to a larger one, or raise max_memory"
+            )
+        self.path = Path(tempfile.mkdtemp(prefix="fxshare-"))
+        self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+__all__ = ["IN_MEMORY", "Keeping", "Scratch"]
