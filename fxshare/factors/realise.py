@@ -16,8 +16,9 @@ from fxshare.calibration.gram import pooled_gram
 from fxshare.calibration.statistics import Statistics
 from fxshare.config import ShareConfig
 from fxshare.errors import FactoriseError, FxShareWarning, PlanError
+from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
-from fxshare.factors.group import GroupFactors, factorise_group
+from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
@@ -110,15 +111,13 @@ def planned_factors(
 ) -> Factorised:
     """The factors that a search has already made."""
     rows = _rows(plan, weights)
-    shifts = {
-        name: _bias_rows(plan, name, biases) + shift
-        for one in made.values()
-        for name, shift in one.bias_shift.items()
-    }
     result = Factorised()
-    for group in plan.groups:
-        one = made[group.name]
-        moved = {n: shifts[n].to(rows[n].dtype) for n in group.slices if n in shifts}
+    for group in track(plan.groups, "factorising", total=len(plan.groups)):
+        one = made[group.name]  # which may be made only now: one after the other, then
+        moved = {
+            name: (_bias_rows(plan, name, biases) + shift).to(rows[name].dtype)
+            for name, shift in one.bias_shift.items()
+        }
         for name, bias in moved.items():
             gap = bias.double() - _bias_rows(plan, name, biases)
             result.bias_shifts[name] = float(gap.norm())
@@ -130,7 +129,7 @@ def planned_factors(
 
 def remade_factors(
     plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics, cfg: ShareConfig
-) -> dict[str, GroupFactors]:
+) -> Factored:
     """Factors of a planned plan that was read from a file, from fresh statistics."""
     if not statistics.gradients:
         raise PlanError("a planned plan needs gradient statistics to be carried out")
@@ -139,10 +138,7 @@ def remade_factors(
     refit = cfg.planner.refit
     if refit is None:
         refit = plan.outlook.refit if plan.outlook is not None else True
-    return {
-        group.name: factorise_group(group, spectra, refit=refit, bias=cfg.planner.bias)
-        for group in track(plan.groups, "factorising", total=len(plan.groups))
-    }
+    return Factored(plan.groups, spectra, refit, cfg.planner.bias)
 
 
 def _rows(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

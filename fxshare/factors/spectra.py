@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ _MOST_POOLED = 1 << 28
 _MOST_PRODUCTS = 1 << 28
 _MOST_ROOTS = 1 << 27
 _MOST_BLOCKS = 1 << 28
+_MOST_MADE = 1 << 29
 # bytes of one matrix of all slices that read an input
 _MOST_BLOCK = 1 << 26
 
@@ -66,6 +68,8 @@ class Spectra:
     sketch: int | None = None
     seed: int = 0
     computed: int = 0
+    made: Kept[Any] = field(default_factory=lambda: Kept(_MOST_MADE))
+    """What was made of these spectra and is kept with them."""
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     _decompositions: Kept[Decomposition] = field(default_factory=lambda: Kept(_MOST_DECOMPOSED))
     _pooled: Kept[Damping] = field(default_factory=lambda: Kept(_MOST_POOLED))
@@ -81,8 +85,10 @@ class Spectra:
     def release(self) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
         again."""
-        for kept in (self._decompositions, self._pooled, self._roots, self._blocks, self._products):
+        for kept in (self._decompositions, self._pooled, self._roots, self._blocks):
             kept.clear()
+        self._products.clear()
+        self.made.clear()
 
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""

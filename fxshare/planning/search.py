@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxshare.base.lazily import Lazily
 from fxshare.base.progress import stage, track
 from fxshare.errors import FactoriseError, PlanError
-from fxshare.factors.group import GroupFactors, factorise_group, refitted
+from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
@@ -47,11 +48,16 @@ def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) ->
     weights, biases = search.dense(plan.factors)
 
     def at(share: float) -> float:
-        moved = []
-        for new, old in ((weights, search.weights), (biases, search.biases)):
-            moved.append({k: v.lerp(old[k].to(v), 1 - share) for k, v in new.items()})
+        def between(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            def made(name: str) -> Tensor:
+                moved = new[name]
+                found: Tensor = moved.lerp(old[name].to(moved), 1 - share)
+                return found
+
+            return Lazily(tuple(new), made)
+
         # of a difference of two losses the dense model's is no part
-        return judge.absolute(moved[0], moved[1])
+        return judge.absolute(between(weights, search.weights), between(biases, search.biases))
 
     return (at(step) - at(-step)) / (2 * step)
 
@@ -62,7 +68,7 @@ class Planned:
 
     solution: Solution
     groups: tuple[Group, ...]
-    factors: dict[str, GroupFactors]
+    factors: Factored
     trial: Trial
     refitted: bool
     measured: float = math.nan
@@ -149,8 +155,8 @@ class Search:
             worse: Planned | None = one
             if best is None or one.measured < best.measured:
                 worse, best = best, one
-            if worse is not None:  # the factors of all trials together are several models
-                worse.factors = {}
+            if worse is not None:
+                worse.factors = replace(worse.factors, groups=())
         if best is None:
             raise PlanError("; ".join(failures))
         return Found(best, tuple(tried))
@@ -185,7 +191,8 @@ class Search:
         if trial.blend:
             solution = blend(solution, problem, trial.blend, share, options)
         groups = groups_of(solution, nodes)
-        return Planned(solution, groups, {}, trial, False, spectra=spectra)
+        nothing = Factored((), spectra, refit=False, bias=self.bias)
+        return Planned(solution, groups, nothing, trial, False, spectra=spectra)
 
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""
@@ -196,17 +203,12 @@ class Search:
     def _realise(self, one: Planned) -> None:
         """Factorise, with and without the refits that are left to measurement, and measure."""
         assert one.spectra is not None
-        plain = {
-            g.name: factorise_group(g, one.spectra, refit=False, bias=self.bias) for g in one.groups
-        }
-        best = math.inf
         # with one input a coefficient is fitted to it already
         several = any(_inputs(g, one.spectra) > 1 for g in one.groups)
         undecided = self.refit is None and self.judge is not None and several
+        best = math.inf
         for refit in (True, False) if undecided else (self.refit is not False,):
-            factors = plain
-            if refit:
-                factors = {name: refitted(f, bias=self.bias) for name, f in plain.items()}
+            factors = Factored(one.groups, one.spectra, refit, self.bias)
             measured = math.nan
             if self.judge is not None:
                 measured = self.judge(*self.dense(factors))
@@ -214,30 +216,37 @@ class Search:
                 one.factors, one.measured, one.refitted = factors, measured, refit
                 best = measured
 
-    def dense(
-        self, factors: Mapping[str, GroupFactors]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The sites' weights multiplied out, in float32 at least, and their shifted biases."""
-        found = {name: f for f in factors.values() for name in f.group.slices}
-        weights: dict[str, Tensor] = {}
-        shifts: dict[str, Tensor] = {}
-        for site in self.sites:
-            if not any(s.name in found for s in site.slices):
-                continue
-            whole = self.weights[site.name]
+    def dense(self, factors: Factored) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The sites' weights multiplied out, in float32 at least, and their shifted biases; each is
+        computed when it is asked for."""
+        group_of = {name: group.name for group in factors.groups for name in group.slices}
+        sites = {x.name: x for x in self.sites if any(s.name in group_of for s in x.slices)}
+
+        def weight(site: str) -> Tensor:
+            whole, rows = self.weights[site], []
             # the model's own matrix products are no finer
             dtype = torch.promote_types(whole.dtype, torch.float32)
-            rows, moved = [], []
-            for s in site.slices:
-                own, made = whole[s.start : s.stop], found.get(s.name)
-                rows.append(own.to(dtype) if made is None else made.product(s.name, dtype))
+            for s in sites[site].slices:
+                if s.name in group_of:
+                    rows.append(factors[group_of[s.name]].product(s.name, dtype))
+                else:
+                    rows.append(whole[s.start : s.stop].to(dtype))
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+        def bias(site: str) -> Tensor:
+            shifts = []
+            for s in sites[site].slices:
+                made = factors[group_of[s.name]] if s.name in group_of else None
                 shift = None if made is None else made.bias_shift.get(s.name)
-                still = torch.zeros(s.out_features, dtype=torch.float64, device=own.device)
-                moved.append(still if shift is None else shift)
-            weights[site.name] = rows[0] if len(rows) == 1 else torch.cat(rows)
-            if any(s.name in found and s.name in found[s.name].bias_shift for s in site.slices):
-                shifts[site.name] = self.biases[site.name].double() + torch.cat(moved)
-        return weights, shifts
+                device = self.weights[site].device
+                still = torch.zeros(s.out_features, dtype=torch.float64, device=device)
+                shifts.append(still if shift is None else shift)
+            return self.biases[site].double() + torch.cat(shifts)
+
+        shifted = tuple(
+            site.name for site in sites.values() if any(factors.shifts(s.name) for s in site.slices)
+        )
+        return Lazily(tuple(sites), weight), Lazily(shifted, bias)
 
 
 def _inputs(group: Group, spectra: Spectra) -> int:
