@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from fxshare.calibration.distance import DISTANCE
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.losses import Labels, Loss, default_loss
 from fxshare.calibration.observed import GraphStage
+from fxshare.calibration.offload import offloaded
 from fxshare.capture.call import Call
 from fxshare.errors import CalibrationError
 
@@ -17,17 +20,24 @@ class Backward:
     """Runs a batch forward and backward; only the taps ask for gradients."""
 
     def __init__(
-        self, running: GraphStage | HookStage, loss: Loss | None, labels: Labels, seed: int
+        self,
+        running: GraphStage | HookStage,
+        loss: Loss | None,
+        labels: Labels,
+        seed: int,
+        *,
+        offload: bool = False,
     ) -> None:
         self.running = running
         self.loss = loss
         self.labels: Labels = labels
         self.generator = torch.Generator().manual_seed(seed)
+        self.offload = offload
         self.name = ""
         self.total = 0.0
 
     def __call__(self, call: Call, batch: object) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), self._saving():
             output = self.running(call)
             if self.loss is None:
                 value, self.name = default_loss(
@@ -46,6 +56,9 @@ class Backward:
                     f"the gradient at {tap.slices[0].name!r} ({name}) has NaN or infinite values; "
                     "leave such batches out, or calibrate in float32"
                 )
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return offloaded(self.running.module) if self.offload else nullcontext()
 
 
 def _check_loss(value: object) -> None:

@@ -84,7 +84,9 @@ def calibrate(
         if folder and folder.exists():
             parts.append(read_part(folder))
             continue
-        observing = _Observing(captured, block, weights, gradients, loss, labels, seed)
+        observing = _Observing(
+            captured, block, weights, gradients, loss, labels, seed, keeping.offload
+        )
         limits = _Limits(max_tokens, None, ()) if not parts else _Limits(None, parts[0].batches, ())
         if not parts:
             limits = replace(limits, counted=tuple(s for b in blocks[1:] for s in b))
@@ -105,6 +107,7 @@ class _Observing:
     loss: Loss | None
     labels: Labels
     seed: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -
             captured, sites, observing.weights, gradients=gradients, counted=limits.counted
         )
     )
-    backward = Backward(running, observing.loss, observing.labels, observing.seed)
+    backward = Backward(
+        running, observing.loss, observing.labels, observing.seed, offload=observing.offload
+    )
     observe = backward if gradients else lambda call, batch: running(call)
     try:
         count, tokens, starts = _stream(captured, batches, running, observe, limits)

@@ -72,6 +72,11 @@ class HookStage:
         return look
 
     @property
+    def module(self) -> nn.Module:
+        """What is run."""
+        return self.model
+
+    @property
     def counting(self) -> list[Counting]:
         """What counts tokens."""
         return list(self.observers.values())

@@ -16,12 +16,14 @@ class Keeping:
     """Where statistics are kept.
 
     ``most_bytes`` bounds the sums that are in memory at a time; ``folder`` is where they are
-    written, or None for memory. ``owner`` is what the folder's life hangs on.
+    written, or None for memory. ``owner`` is what the folder's life hangs on. With ``offload`` the
+    activations that a backward pass needs are in a file until then.
     """
 
     most_bytes: int | None = None
     folder: Path | None = None
     owner: object = None
+    offload: bool = False
 
     def told(self, needed: int, passes: int) -> str:
         """What is about to be done, in a line."""

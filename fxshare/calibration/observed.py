@@ -157,6 +157,11 @@ class GraphStage:
         assert isinstance(gradient, GramAccumulator)
         return LookupStatistics(counted, gradient)
 
+    @property
+    def module(self) -> nn.Module:
+        """What is run."""
+        return self.gm
+
     def __call__(self, call: Call) -> Any:
         unknown = sorted(set(call) - self.names)
         if unknown:

@@ -21,6 +21,7 @@ from fxshare.cli.options import (
     Length,
     MaxBytes,
     MaxLoss,
+    MaxMemory,
     NoBos,
     Padded,
     Samples,
@@ -97,6 +98,7 @@ class Wanted:
     keep: Keep = None
     max_bytes: MaxBytes = None
     max_loss: MaxLoss = None
+    max_memory: MaxMemory = None
 
     @property
     def overrides(self) -> list[str]:
@@ -107,7 +109,8 @@ class Wanted:
             "max_loss_increase": self.max_loss,
         }
         budget = [f"budget.{key}={value}" for key, value in given.items() if value is not None]
-        return [*(self.set_ or ()), *budget]
+        memory = [] if self.max_memory is None else [f"calibration.max_memory={self.max_memory}"]
+        return [*(self.set_ or ()), *budget, *memory]
 
     def from_files(self) -> ShareConfig | None:
         """The configuration, where files of it were given."""

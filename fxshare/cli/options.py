@@ -61,6 +61,14 @@ MaxLoss = Annotated[
         "budget.max_loss_increase=NATS.",
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most resident memory while calibrating and planning, the model included (8GB); what "
+        "does not fit goes to disk: --set calibration.max_memory=SIZE.",
+    ),
+]
 Draw = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Draw the plan: .svg, .png or .pdf. Needs 'fxshare[viz]'."),

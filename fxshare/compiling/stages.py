@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxshare.base.progress import stage
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.losses import Loss
+from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.compiling.given import check_values
@@ -24,6 +25,7 @@ from fxshare.proposing.propose import init
 from fxshare.sites.match import match
 from fxshare.sites.refusals import refuse_quantised
 from fxshare.sites.site import Site, Skipped
+from fxshare.sites.tensors import dense_weights
 from fxshare.sites.visible import seen
 
 _LOG = logging.getLogger(__name__)
@@ -85,15 +87,27 @@ class Stages:
     ) -> Statistics | None:
         if self.batches is None:
             return None
+        first, batches = _peek(self.batches)
+        weights = dense_weights(self.model, self.sites) if gradients else {}
+        room = make_room(
+            self.captured,
+            self.sites,
+            weights,
+            self.captured.caller(first),
+            limit=self.cfg.calibration.max_memory,
+            gradients=gradients,
+        )
+        _LOG.info("%s", room.told())
         return calibrate(
             self.captured,
-            self.batches,
+            batches if batches is not None else (),
             self.sites,
             max_tokens=self.cfg.calibration.max_tokens,
             gradients=gradients,
             loss=loss,
             labels=self.cfg.planner.labels,
             seed=seed,
+            keeping=room.keeping,
         )
 
 

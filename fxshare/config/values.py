@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 
 from fxshare.config.wording import SHORT, nearest, one_line, shown
 
@@ -191,6 +191,22 @@ def as_list(value: object) -> object:
     if not isinstance(value, list | tuple):
         raise ValueError(f"expected a list, such as [a, b]; found {shown(value)}")
     return value
+
+
+def as_size(value: object) -> int | None:
+    """Bytes above 0, as a whole number or with a unit."""
+    if value is None:
+        return None
+    expected = "bytes, as a whole number above 0 or with a unit, such as 8GB or 512MiB"
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValueError:  # pydantic's is one
+        raise ValueError(f"expected {expected}; found {shown(value)}") from None
+    if size <= 0:
+        raise ValueError(f"expected {expected}; found {shown(value)}")
+    return size
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]

@@ -41,13 +41,8 @@ from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
 from fxshare.factors.triangles import mirrored
 
-# bytes kept of each kind, by each metric of a search
-_MOST_DECOMPOSED = 1 << 29
-_MOST_POOLED = 1 << 28
-_MOST_PRODUCTS = 1 << 28
-_MOST_ROOTS = 1 << 27
-_MOST_BLOCKS = 1 << 28
-_MOST_MADE = 1 << 29
+# of the room for what is kept, by kind
+_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _BLOCKS, _ROOTS = 0.35, 0.25, 0.15, 0.1, 0.1, 0.05
 # bytes of one matrix of all slices that read an input
 _MOST_BLOCK = 1 << 26
 
@@ -68,15 +63,25 @@ class Spectra:
     sketch: int | None = None
     seed: int = 0
     computed: int = 0
-    made: Kept[Any] = field(default_factory=lambda: Kept(_MOST_MADE))
+    room: int = 1 << 30
+    """Bytes for what is computed and may be asked for again."""
+    made: Kept[Any] = field(init=False)
     """What was made of these spectra and is kept with them."""
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
-    _decompositions: Kept[Decomposition] = field(default_factory=lambda: Kept(_MOST_DECOMPOSED))
-    _pooled: Kept[Damping] = field(default_factory=lambda: Kept(_MOST_POOLED))
-    _roots: Kept[OutputRoot] = field(default_factory=lambda: Kept(_MOST_ROOTS))
-    _blocks: Kept[Tensor] = field(default_factory=lambda: Kept(_MOST_BLOCKS))
+    _decompositions: Kept[Decomposition] = field(init=False)
+    _pooled: Kept[Damping] = field(init=False)
+    _roots: Kept[OutputRoot] = field(init=False)
+    _blocks: Kept[Tensor] = field(init=False)
     _readers: dict[object, list[str]] | None = None
-    _products: Kept[Tensor] = field(default_factory=lambda: Kept(_MOST_PRODUCTS))
+    _products: Kept[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.made = Kept(int(_MADE * self.room))
+        self._decompositions = Kept(int(_DECOMPOSED * self.room))
+        self._pooled = Kept(int(_POOLED * self.room))
+        self._products = Kept(int(_PRODUCTS * self.room))
+        self._blocks = Kept(int(_BLOCKS * self.room))
+        self._roots = Kept(int(_ROOTS * self.room))
 
     def share_inputs(self, other: Spectra) -> None:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""

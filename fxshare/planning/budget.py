@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.keeping import Keeping
 from fxshare.calibration.losses import Loss
+from fxshare.calibration.room import Room, make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
@@ -33,7 +36,9 @@ from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
-Gather = Callable[[Captured], Statistics]
+_LOG = logging.getLogger(__name__)
+Gather = Callable[[Captured, int], Statistics]
+"""Statistics on what was captured, of a round."""
 
 
 @dataclass(eq=False)
@@ -70,9 +75,13 @@ def plan_within_budget(
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
     data = hold_back(captured, batches, planner.search)
-    gather = _gathering(data.fit, sites, weights, cfg, loss, seed)
-    statistics = gather(captured)
-    slices = slice_statistics(sites, weights, statistics, centred=planner.bias)
+    room = _room(captured, sites, weights, data.fit[0], cfg)
+    gather = _gathering(data.fit, sites, weights, cfg, loss, seed, room.keeping)
+    statistics = gather(captured, 0)
+    most_bytes = room.kept // 4
+    slices = slice_statistics(
+        sites, weights, statistics, centred=planner.bias, most_bytes=most_bytes
+    )
     options = options_of(cfg.budget, planner, model)
     check_layers(planner, sites)
     judge = None
@@ -91,13 +100,16 @@ def plan_within_budget(
         relative_floor=cfg.calibration.relative_floor,
         cache=None if planner.cache is None else Path(planner.cache),
         sketch=planner.sketch,
+        room=room.kept - most_bytes,
     )
     spectra = search.spectra(slices)
     search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
         again = _remeasured(captured, search, best, spectra, number, gather)
-        return search.spectra(slice_statistics(sites, weights, again, centred=planner.bias))
+        return search.spectra(
+            slice_statistics(sites, weights, again, centred=planner.bias, most_bytes=most_bytes)
+        )
 
     found = _searched(search, spectra, cfg, remeasured)
     best = found.best
@@ -117,6 +129,28 @@ def plan_within_budget(
     return Budgeted(plan, best.factors, statistics, spectra[True])
 
 
+def _room(
+    captured: Captured,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    batch: object,
+    cfg: ShareConfig,
+) -> Room:
+    """How memory is divided, said before anything is measured."""
+    again = cfg.planner.search != "off" and cfg.planner.remeasure > 0
+    room = make_room(
+        captured,
+        sites,
+        weights,
+        captured.caller(batch),
+        limit=cfg.calibration.max_memory,
+        gradients=True,
+        rounds=2 if again else 1,
+    )
+    _LOG.info("%s", room.told())
+    return room
+
+
 def _gathering(
     batches: list[object],
     sites: Sequence[Site],
@@ -124,8 +158,10 @@ def _gathering(
     cfg: ShareConfig,
     loss: Loss | None,
     seed: int,
+    keeping: Keeping,
 ) -> Gather:
-    def gather(on: Captured) -> Statistics:
+    def gather(on: Captured, number: int) -> Statistics:
+        folder = keeping.folder and keeping.folder / f"round-{number}"
         return calibrate(
             on,
             batches,
@@ -136,6 +172,7 @@ def _gathering(
             labels=cfg.planner.labels,
             seed=seed,
             weights=weights,
+            keeping=replace(keeping, folder=folder),
         )
 
     return gather
@@ -169,8 +206,6 @@ def _searched(
     best, tried = found.best, found.tried
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
-        for one in spectra.values():
-            one.release()
         rerun = search.run(spectra_again, todo, label=_label(number))
         tried += rerun.tried
         if rerun.best.measured < best.measured:
@@ -213,7 +248,9 @@ def _remeasured(
         half = replace(search, budget=(search.budget + dense) / 2, judge=None)
         middle = half.run(spectra, [best.trial], label=" halfway").best
     weights, biases = search.dense(middle.factors)
-    return gather(substituted(captured, search.sites, weights, biases))
+    for one in spectra.values():
+        one.release()
+    return gather(substituted(captured, search.sites, weights, biases), number + 1)
 
 
 def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit: float) -> Found:

@@ -106,6 +106,8 @@ class Search:
     relative_floor: float = 1e-8
     cache: Path | None = None
     sketch: int | None = None
+    room: int = 1 << 30
+    """Bytes for what is computed and may be asked for again."""
 
     def run(self, spectra: SpectraByMetric, todo: Sequence[Trial], *, label: str = "") -> Found:
         """Try every trial on the statistics of these spectra.
@@ -171,6 +173,8 @@ class Search:
                 relative_floor=self.relative_floor,
                 cache=self.cache,
                 sketch=self.sketch,
+                # plans by activation error are one or two of a search
+                room=self.room * 3 // 4 if aware else self.room // 4,
             )
             for aware in (True, False)
         }

@@ -1,0 +1,92 @@
+"""What a batch's activations take while its loss is differentiated, without computing anything."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxshare.base.fakes import failures_unsaid
+from fxshare.capture import Call, Captured, tensors
+
+_NUMBERS = 4
+"""Numbers that are kept per output of a weight and token: of what follows it, too."""
+
+
+def at_most(captured: Captured, call: Call) -> int:
+    """A quick bound in bytes: what every matrix of the model writes for every token, several times.
+
+    Attention over long sequences may exceed it, which :func:`activation_bytes` sees.
+    """
+    rows = max((t.shape[0] * t.shape[1] for t in tensors(call) if t.ndim >= 2), default=1)
+    outputs = sum(sum(p.shape) for p in captured.module.parameters() if p.ndim >= 2)
+    return 4 * _NUMBERS * rows * outputs
+
+
+def activation_bytes(captured: Captured, call: Call, *, gradients: bool) -> int:
+    """Bytes that are alive at once while a call runs, weights apart: with ``gradients`` what the
+    backward pass needs, and three times the largest of it, the logits, for the loss and that pass.
+
+    Runs on fake tensors; where the model cannot, the answer is :func:`at_most`.
+    """
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_call = pytree.tree_map_only(Tensor, fakes.from_tensor, dict(call))
+    alive = _Alive()
+    try:
+        with torch.set_grad_enabled(gradients), failures_unsaid(), fakes, alive:
+            output = captured.run(fake_call)
+            del output
+    except Exception:
+        return at_most(captured, call)
+    return alive.most + (3 * alive.largest if gradients else 0)
+
+
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of results that something still refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self.largest = 0
+        self._now = 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for result in pytree.tree_leaves(out):
+            if isinstance(result, Tensor):
+                self._count(result)
+        return out
+
+    def _count(self, result: Tensor) -> None:
+        storage = result.untyped_storage()
+        key = storage._cdata
+        size = math.prod(result.shape) * result.element_size()
+        if key not in self._holders:
+            self._holders[key] = 0
+            size = storage.nbytes()
+            self._now += size
+            self.most = max(self.most, self._now)
+            self.largest = max(self.largest, size)
+        self._holders[key] += 1
+        weakref.finalize(result, self._dropped, key, storage.nbytes()).atexit = False
+
+    def _dropped(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self._now -= size
+
+
+__all__ = ["activation_bytes", "at_most"]
