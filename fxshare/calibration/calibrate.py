@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxshare.base.memory import give_back
 from fxshare.base.progress import stage, track
 from fxshare.calibration.backward import Backward
 from fxshare.calibration.blocks import blocks_of, bytes_needed
@@ -93,6 +94,9 @@ def calibrate(
         what = "calibrating" if len(blocks) == 1 else f"calibrating {number + 1}/{len(blocks)}"
         part = _gather(observing, track(batches, what, total=total), limits)
         parts.append(write_part(folder, part) if folder else part)
+        if folder:
+            del part, observing  # before there is another
+            give_back()
     return _merged(parts, sites, gradients, time.perf_counter() - start, keeping)
 
 
