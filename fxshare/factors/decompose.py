@@ -65,24 +65,27 @@ class InputSide:
 
 @dataclass(frozen=True, eq=False)
 class OutputSide:
-    """A group decomposed over its outputs. ``known`` is :meth:`matrix` where it is at hand."""
+    """A group decomposed over its outputs. ``images`` are the members' ``R_iᵀ W_i G``, where they
+    are at hand; ``gram_II`` is not needed then."""
 
     members: Sequence[SliceStatistics]
     roots: Sequence[OutputRoot | None]
-    gram_II: Tensor
-    known: Tensor | None = None
+    gram_II: Tensor | None = None
+    images: Sequence[Tensor] | None = None
 
     @property
     def features(self) -> int:
         """``I``."""
-        return len(self.gram_II)
+        return self.members[0].weight_OI.shape[1]
 
     def matrix(self) -> Tensor:
         """What is decomposed, ``(O, O)``; only its lower triangle is meaningful."""
-        if self.known is not None:
-            return self.known
         rooted_OI = self._rooted()
-        image_OI = rooted_OI @ self.gram_II
+        if self.images is not None:
+            image_OI = torch.cat(list(self.images))
+        else:
+            assert self.gram_II is not None
+            image_OI = rooted_OI @ self.gram_II
         size = len(rooted_OI)
         return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
 

@@ -11,9 +11,9 @@ stacked ``A_i^½ W_i S``: one eigenproblem of the smaller side per candidate
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,7 @@ from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
 from fxshare.factors.triangles import mirrored
 
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _BLOCKS, _ROOTS = 0.35, 0.25, 0.15, 0.1, 0.1, 0.05
-# bytes of one matrix of all slices that read an input
-_MOST_BLOCK = 1 << 26
+_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.3, 0.2, 0.15, 0.15, 0.15, 0.05
 
 
 @dataclass(eq=False)
@@ -71,8 +69,8 @@ class Spectra:
     _decompositions: Kept[Decomposition] = field(init=False)
     _pooled: Kept[Damping] = field(init=False)
     _roots: Kept[OutputRoot] = field(init=False)
-    _blocks: Kept[Tensor] = field(init=False)
-    _readers: dict[object, list[str]] | None = None
+    _images: Kept[Tensor] = field(init=False)
+    _readers: Counter[object] | None = None
     _products: Kept[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +78,7 @@ class Spectra:
         self._decompositions = Kept(int(_DECOMPOSED * self.room))
         self._pooled = Kept(int(_POOLED * self.room))
         self._products = Kept(int(_PRODUCTS * self.room))
-        self._blocks = Kept(int(_BLOCKS * self.room))
+        self._images = Kept(int(_IMAGES * self.room))
         self._roots = Kept(int(_ROOTS * self.room))
 
     def share_inputs(self, other: Spectra) -> None:
@@ -90,7 +88,7 @@ class Spectra:
     def release(self) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
         again."""
-        for kept in (self._decompositions, self._pooled, self._roots, self._blocks):
+        for kept in (self._decompositions, self._pooled, self._roots, self._images):
             kept.clear()
         self._products.clear()
         self.made.clear()
@@ -147,51 +145,36 @@ class Spectra:
         if not is_wide(members):
             return self._inputs(names)
         roots = [self._root(name) for name in names]
-        return OutputSide(members, roots, self.pooled(names).moment, self._block(names))
+        if len({one.input for one in members}) == 1 and self._readers_of(members[0].input) > 1:
+            images = [self._image(name, root) for name, root in zip(names, roots, strict=True)]
+            return OutputSide(members, roots, images=images)
+        return OutputSide(members, roots, self.pooled(names).moment)
 
     def _inputs(self, names: Sequence[str], *, damped: bool = False) -> InputSide:
-        product = self._product(names[0], damped)
-        if len(names) > 1:
-            product = product.clone()
-            for name in names[1:]:
-                product += self._product(name, damped)
-        return InputSide([self.slices[name] for name in names], self.pooled(names), product)
+        together: dict[object, list[str]] = {}
+        for name in names:
+            together.setdefault(self.slices[name].input, []).append(name)
+        products = [self._product(tuple(part), damped) for part in together.values()]
+        product_II = _total(products)
+        return InputSide([self.slices[name] for name in names], self.pooled(names), product_II)
 
-    def _block(self, names: Sequence[str]) -> Tensor | None:
-        """The matrix of a wide group of slices that read one input: rows and columns of that of all
-        such slices, which heads are many of. None where there is one slice, or too many."""
-        inputs = {self.slices[name].input for name in names}
-        if len(inputs) > 1 or len(names) == 1:
-            return None
-        (read,) = inputs
-        every = self._reading(read)
-        rows = sum(len(self.slices[name].weight_OI) for name in every)
-        if len(every) == len(names) or 8 * rows * rows > _MOST_BLOCK:
-            return None
+    def _readers_of(self, read: object) -> int:
+        """How many slices that are by themselves wide read an input: heads are many."""
+        if self._readers is None:
+            self._readers = Counter(one.input for one in self.slices.values() if is_wide([one]))
+        return self._readers[read]
+
+    def _image(self, name: str, root: OutputRoot | None) -> Tensor:
+        """``Rᵀ W G`` ``(O, I)`` of a slice. With it a group of slices that read one input takes no
+        product over that input's moment."""
+        one = self.slices[name]
 
         def make() -> Tensor:
-            members = [self.slices[name] for name in every]
-            gram_II = members[0].gram_II
-            side = OutputSide(members, [self._root(name) for name in every], gram_II)
-            return mirrored(side.matrix())
+            weight_OI = one.weight_OI.double()
+            rooted_OI = weight_OI if root is None else root.apply(weight_OI)
+            return rooted_OI @ self.pooled([name]).moment
 
-        whole = self._blocks.get(read, make, 8 * rows * rows)
-        ends = dict(
-            zip(every, accumulate(len(self.slices[n].weight_OI) for n in every), strict=True)
-        )
-        at = torch.cat(
-            [torch.arange(ends[n] - len(self.slices[n].weight_OI), ends[n]) for n in names]
-        ).to(whole.device)
-        return whole[at[:, None], at]
-
-    def _reading(self, read: object) -> list[str]:
-        """The slices by themselves wide that read an input."""
-        if self._readers is None:
-            self._readers = {}
-            for name, one in self.slices.items():
-                if is_wide([one]):
-                    self._readers.setdefault(one.input, []).append(name)
-        return self._readers[read]
+        return self._images.get(name, make, 8 * one.weight_OI.numel())
 
     def _root(self, name: str) -> OutputRoot | None:
         """The root of a slice's output statistics; None where there are none."""
@@ -204,20 +187,23 @@ class Spectra:
 
         return self._roots.get(name, make, 16 * moment.numel())
 
-    def _product(self, name: str, damped: bool) -> Tensor:
-        """``Wᵀ A W`` ``(I, I)``."""
-        one = self.slices[name]
+    def _product(self, names: tuple[str, ...], damped: bool) -> Tensor:
+        """``Σ Wᵀ A W`` ``(I, I)`` of slices that read one input."""
+        size = 8 * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Tensor:
-            added = 0.0
-            if damped and one.is_projected:
-                # what is added decides between directions that nothing takes: its size is free
-                added = self.relative_floor * one.trace
-            elif damped and one.moment_OO is not None:
-                added = Damping(one.moment_OO, self.relative_floor).floor
-            return weighted_product(one, added)
+            return _total(self._weighted(name, damped) for name in names)
 
-        return self._products.get((name, damped), make, 8 * one.weight_OI.shape[1] ** 2)
+        return self._products.get((names, damped), make, size)
+
+    def _weighted(self, name: str, damped: bool) -> Tensor:
+        one, added = self.slices[name], 0.0
+        if damped and one.is_projected:
+            # what is added decides between directions that nothing takes: its size is free
+            added = self.relative_floor * one.trace
+        elif damped and one.moment_OO is not None:
+            added = Damping(one.moment_OO, self.relative_floor).floor
+        return weighted_product(one, added)
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
@@ -286,6 +272,19 @@ class Spectra:
         if key is None or self.cache is None:
             return
         write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
+
+
+def _total(products: Iterable[Tensor]) -> Tensor:
+    """The sum; the products themselves stay as they are, and one alone is not copied."""
+    found: Tensor | None = None
+    own = False
+    for one in products:
+        if found is None:
+            found = one
+        else:
+            found, own = (found.add_(one) if own else found + one), True
+    assert found is not None
+    return found
 
 
 def _have_rank(members: Sequence[SliceStatistics], rank: int) -> bool:
