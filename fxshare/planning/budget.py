@@ -22,13 +22,14 @@ from fxshare.errors import PlanError
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.spectra import Spectra
-from fxshare.planning.held_back import hold_back
+from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, limit_of, options_of
 from fxshare.planning.rules import check_layers
-from fxshare.planning.search import Found, Planned, Search, SpectraByMetric, slope
+from fxshare.planning.search import Found, Planned, Search, SpectraByMetric
+from fxshare.planning.slope import Slope, slope
 from fxshare.planning.solver.solve import least_cost
 from fxshare.planning.trials import Trial, Tried, trials
 from fxshare.plans.outlook import Outlook, TrialResult
@@ -86,8 +87,7 @@ def plan_within_budget(
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
-        tokens = data.held_back_tokens(statistics)
-        judge = Judge(captured, sites, data.held_back, tokens=tokens, loss=loss)
+        judge = Judge(captured, sites, data.judged(captured, statistics, loss), loss=loss)
     search = Search(
         sites=tuple(sites),
         weights=weights,
@@ -113,11 +113,12 @@ def plan_within_budget(
 
     found = _searched(search, spectra, cfg, remeasured)
     best = found.best
-    along = 0.0
+    along = Slope(0.0, 0.0, 0)
     if judge is not None and not judge.is_distance and best.factors:
         some, tokens = data.some_to_fit(captured, statistics)
-        fit = Judge(captured, sites, some, tokens=tokens, loss=loss)
-        along = slope(search, best, fit)
+        fit = Judge(captured, sites, Judged(some, 0, len(some), 0), loss=loss)
+        new, old = search.dense(best.factors), (search.weights, search.biases)
+        along = slope(fit, tokens, old, new, predicted=best.predicted)
     outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
     plan = Plan(
         mode="planned",
@@ -199,23 +200,24 @@ def _searched(
 ) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
-    todo = _trials(cfg.planner, search.options)
-    found = search.run(spectra, todo)
+    found = search.run(spectra, _trials(cfg.planner, search.options))
     if search.judge is None:
         return found
-    best, tried = found.best, found.tried
+    best, tried, kept = found.best, found.tried, found.kept
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
-        rerun = search.run(spectra_again, todo, label=_label(number))
-        tried += rerun.tried
+        search.problems.clear()
+        # what was not worth all of the held-back data is not tried again
+        rerun = search.run(spectra_again, kept, label=_label(number))
+        tried, kept = tried + rerun.tried, rerun.kept
         if rerun.best.measured < best.measured:
             best, spectra = rerun.best, spectra_again
     assert cfg.budget is not None
     limit = cfg.budget.max_loss_increase
     if limit is not None:
-        kept = _within_loss(search, best, spectra, limit)
-        best, tried = kept.best, tried + kept.tried
-    return Found(best, tried)
+        within = _within_loss(search, best, spectra, limit)
+        best, tried = within.best, tried + within.tried
+    return Found(best, tried, kept)
 
 
 def _label(number: int) -> str:
@@ -280,11 +282,11 @@ def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit:
             f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
             f"{best.measured:.3g}. Raise it, or match fewer weights"
         )
-    return Found(kept, tuple(tried))
+    return Found(kept, tuple(tried), (kept.trial,))
 
 
 def _outlook(
-    found: Found, search: Search, statistics: Statistics, along: float, seconds: float
+    found: Found, search: Search, statistics: Statistics, along: Slope, seconds: float
 ) -> Outlook:
     best, solution = found.best, found.best.solution
     return Outlook(
@@ -293,8 +295,9 @@ def _outlook(
         budget=solution.budget,
         cost=solution.cost,
         price=solution.price,
-        predicted=best.predicted + along,
-        slope=along,
+        predicted=best.predicted + along.value,
+        slope=along.value,
+        slope_tokens=along.tokens,
         bound=best.bound,
         priced_bound=best.priced_bound,
         priced=solution.priced,
@@ -309,6 +312,7 @@ def _outlook(
                 name=t.trial,
                 predicted=t.predicted,
                 measured=t.measured if math.isfinite(t.measured) else None,
+                tokens=t.tokens,
                 cost=t.cost,
                 groups=t.groups,
                 seconds=t.seconds,

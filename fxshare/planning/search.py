@@ -3,7 +3,8 @@
 Far from dense a quadratic model says little, and by how much is not known beforehand. So a few
 plans are made (with a floor under every rank, blended with uniform ranks, with same-input types
 merged, with statistics measured again on a half-compressed model), each is tried on data that the
-statistics have not seen, and the best is kept.
+statistics have not seen, and the best is kept. All are tried on a part of that data, the better
+half of them on all of it (successive halving, Jamieson & Talwalkar 2016).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,46 +21,23 @@ from torch import Tensor
 
 from fxshare.base.lazily import Lazily
 from fxshare.base.progress import stage, track
+from fxshare.capture import Captured
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
-from fxshare.planning.judge import Judge
+from fxshare.planning.judge import Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
-from fxshare.planning.solver.problem import Node
+from fxshare.planning.solver.problem import Node, Problem
 from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
 from fxshare.plans.plan import Group
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
-
-
-def slope(search: Search, plan: Planned, judge: Judge, *, step: float = 0.25) -> float:
-    """The first-order part of a plan's loss increase: the mean gradient along its change of the
-    weights, as a central difference at ``± step`` of that change.
-
-    The planner's quadratic model has no such part, since it vanishes where training has converged
-    on the calibration data. Where the plan changes little, the slope is most of what it loses.
-    """
-    weights, biases = search.dense(plan.factors)
-
-    def at(share: float) -> float:
-        def between(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            def made(name: str) -> Tensor:
-                moved = new[name]
-                found: Tensor = moved.lerp(old[name].to(moved), 1 - share)
-                return found
-
-            return Lazily(tuple(new), made)
-
-        # of a difference of two losses the dense model's is no part
-        return judge.absolute(between(weights, search.weights), between(biases, search.biases))
-
-    return (at(step) - at(-step)) / (2 * step)
 
 
 @dataclass(eq=False)
@@ -71,12 +49,24 @@ class Planned:
     factors: Factored
     trial: Trial
     refitted: bool
-    measured: float = math.nan
+    seconds: float = 0.0
     predicted: float = math.nan
     """In the model's loss, whatever the ranks were chosen by."""
     bound: float = 0.0
     priced_bound: float = 0.0
     spectra: Spectra | None = None
+    lost: Lost = field(default_factory=lambda: Lost(math.nan, 0))
+    """On held-back data."""
+
+    @property
+    def measured(self) -> float:
+        """The loss increase per token."""
+        return self.lost.per_token
+
+    def take(self, twin: Planned) -> None:
+        """Take over what was found of an equal plan."""
+        self.refitted, self.groups = twin.refitted, twin.groups
+        self.lost, self.predicted = twin.lost, twin.predicted
 
 
 SpectraByMetric = Mapping[bool, Spectra]
@@ -85,10 +75,12 @@ SpectraByMetric = Mapping[bool, Spectra]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best plan of some trials, and the outcomes of all that could be carried out."""
+    """The best plan of some trials, the outcomes of all that could be carried out, and the trials
+    of the better half, which were judged on everything."""
 
     best: Planned
     tried: tuple[Tried, ...]
+    kept: tuple[Trial, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +100,8 @@ class Search:
     sketch: int | None = None
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
+    problems: dict[object, Problem] = field(default_factory=dict, repr=False)
+    """What was solved on the spectra at hand, by strategy."""
 
     def run(self, spectra: SpectraByMetric, todo: Sequence[Trial], *, label: str = "") -> Found:
         """Try every trial on the statistics of these spectra.
@@ -120,10 +114,10 @@ class Search:
         return found
 
     def _run(self, spectra: SpectraByMetric, todo: Sequence[Trial], label: str) -> Found:
-        best: Planned | None = None
-        tried: list[Tried] = []
-        failures: list[str] = []
+        found: list[Planned] = []
+        twins: dict[int, Planned] = {}
         known: dict[object, Planned] = {}
+        failures: list[str] = []
         bounds = 0.0, 0.0
         trials = track(list(todo), f"searching{label}", total=len(todo))
         for number, trial in enumerate(trials, 1):
@@ -131,37 +125,75 @@ class Search:
             start = time.perf_counter()
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
+                # a trial that led to a plan that was tried already is no better
                 twin = known.get(_signature(one))
                 if twin is None:
-                    self._realise(one)
-                    _price(one, spectra[True].slices)
-                    known[_signature(one)] = one
-                else:  # the trial led to a plan that was tried already, and is no better
-                    one.refitted, one.groups = twin.refitted, twin.groups
-                    one.measured, one.predicted = twin.measured, twin.predicted
+                    self._try(one, spectra[True])
+                    twin = known[_signature(one)] = one
             except (PlanError, FactoriseError) as error:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
                 _LOG.info("%s: no plan, %s", which, error)
                 continue
-            seconds = time.perf_counter() - start
-            name, cost, groups = trial.name + label, one.solution.cost, len(one.groups)
-            tried.append(Tried(name, one.predicted, one.measured, cost, groups, seconds))
-            measured = "" if math.isnan(one.measured) else f", measured {one.measured:+.4g}"
-            losses = f"predicted loss {one.predicted:+.4g}{measured}"
-            _LOG.info("%s: %s, in %.1f s", which, losses, seconds)
+            if twin is not one:
+                twins[len(found)] = twin
+            found.append(one)
+            one.seconds = time.perf_counter() - start
+            _LOG.info("%s: %s, in %.1f s", which, _said(twin), one.seconds)
             # ranks chosen by activation error have no bound in the model's loss: the last one holds
             if trial.loss_aware:
                 bounds = one.solution.bound, one.solution.priced_bound
             one.bound, one.priced_bound = bounds
-            worse: Planned | None = one
-            if best is None or one.measured < best.measured:
-                worse, best = best, one
-            if worse is not None:
-                worse.factors = replace(worse.factors, groups=())
-        if best is None:
+        if not found:
             raise PlanError("; ".join(failures))
-        return Found(best, tuple(tried))
+        plans = [one for at, one in enumerate(found) if at not in twins]
+        better = _better_half(plans)
+        best = self._best(better, spectra[True])
+        for at, twin in twins.items():
+            found[at].take(twin)
+        kept = [one for at, one in enumerate(found) if twins.get(at, one) in better]
+        tried = tuple(_outcome(one, label) for one in found)
+        return Found(best, tried, tuple(one.trial for one in kept))
+
+    def _try(self, one: Planned, aware: Spectra) -> None:
+        """Realise a plan, without the refit that is left to measurement, and measure it on the
+        first share of the held-back data."""
+        self._realise(one, refit=self.refit is not False and not self._is_undecided(one))
+        if self.judge is not None:
+            one.lost = self.judge.first(self._judged(one, self.judge))
+        _price(one, aware.slices)
+
+    def _best(self, plans: Sequence[Planned], aware: Spectra) -> Planned:
+        """The best of some plans that were tried, measured on all of the held-back data, with the
+        refit where that is better on the first share."""
+        if self.judge is None:
+            return plans[0]
+        for one in plans:
+            start = time.perf_counter()
+            refit, on = self._refit(one, self.judge) if self._is_undecided(one) else (None, None)
+            if refit is not None:
+                one.lost = refit
+                _price(one, aware.slices)
+            if not self.judge.is_whole(one.lost):
+                on = on or self._judged(one, self.judge)
+                one.lost = self.judge.whole(on, one.lost)
+            one.seconds += time.perf_counter() - start
+            _LOG.info("plan: %s: %s", one.trial.name, _said(one))
+        return min(plans, key=lambda one: one.measured)
+
+    def _refit(self, one: Planned, judge: Judge) -> tuple[Lost | None, Captured | None]:
+        """Refit a plan where that is better on the first share: what it loses then, and the model
+        with its weights; else None, twice."""
+        self._realise(one, refit=True)
+        on = self._judged(one, judge)
+        lost = judge.first(on)
+        if lost.per_token <= one.measured:
+            return lost, on
+        self._realise(one, refit=False)
+        return None, None
+
+    def _judged(self, one: Planned, judge: Judge) -> Captured:
+        return judge.substituted(*self.dense(one.factors))
 
     def spectra(self, slices: Mapping[str, SliceStatistics]) -> SpectraByMetric:
         """Spectra of these statistics, to give to every :meth:`run` on them: they keep what they
@@ -190,7 +222,7 @@ class Search:
             floor=max(self.options.floor, trial.floor * share),
             may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
         )
-        problem = make_problem(nodes, spectra, options)
+        problem = self._problem(spectra, options, trial.strategy)
         solution = solve(problem, self.budget, strategy=trial.strategy)
         if trial.blend:
             solution = blend(solution, problem, trial.blend, share, options)
@@ -198,27 +230,34 @@ class Search:
         nothing = Factored((), spectra, refit=False, bias=self.bias)
         return Planned(solution, groups, nothing, trial, False, spectra=spectra)
 
+    def _problem(self, spectra: Spectra, options: Options, strategy: str) -> Problem:
+        """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
+        collected: trials that differ in blending only, and other budgets, solve it once."""
+        nodes = nodes_of(self.sites, spectra.slices)
+        if options != self.options:
+            return make_problem(nodes, spectra, options)
+        key = id(spectra), strategy
+        if key not in self.problems:
+            self.problems[key] = make_problem(nodes, spectra, options)
+        return self.problems[key]
+
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""
         assert planned.spectra is not None
         nodes = nodes_of(self.sites, planned.spectra.slices)
         return sum(dense_cost(nodes, name, self.options) for name in nodes)
 
-    def _realise(self, one: Planned) -> None:
-        """Factorise, with and without the refits that are left to measurement, and measure."""
+    def _is_undecided(self, one: Planned) -> bool:
+        """Whether measurement decides on the refit; with one input a coefficient is fitted to it
+        already."""
         assert one.spectra is not None
-        # with one input a coefficient is fitted to it already
-        several = any(_inputs(g, one.spectra) > 1 for g in one.groups)
-        undecided = self.refit is None and self.judge is not None and several
-        best = math.inf
-        for refit in (True, False) if undecided else (self.refit is not False,):
-            factors = Factored(one.groups, one.spectra, refit, self.bias)
-            measured = math.nan
-            if self.judge is not None:
-                measured = self.judge(*self.dense(factors))
-            if not one.factors or measured < best:
-                one.factors, one.measured, one.refitted = factors, measured, refit
-                best = measured
+        several = any(_inputs(group, one.spectra) > 1 for group in one.groups)
+        return self.refit is None and self.judge is not None and several
+
+    def _realise(self, one: Planned, *, refit: bool) -> None:
+        assert one.spectra is not None
+        one.factors = Factored(one.groups, one.spectra, refit, self.bias)
+        one.refitted = refit
 
     def dense(self, factors: Factored) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The sites' weights multiplied out, in float32 at least, and their shifted biases; each is
@@ -251,6 +290,31 @@ class Search:
             site.name for site in sites.values() if any(factors.shifts(s.name) for s in site.slices)
         )
         return Lazily(tuple(sites), weight), Lazily(shifted, bias)
+
+
+def _better_half(plans: Sequence[Planned]) -> list[Planned]:
+    """Of plans that were tried those that are measured on everything, the first of equal ones."""
+    ranked = sorted(plans, key=lambda one: one.measured)
+    return ranked[: -(-len(ranked) // 2)]
+
+
+def _outcome(one: Planned, label: str) -> Tried:
+    return Tried(
+        trial=one.trial.name + label,
+        predicted=one.predicted,
+        measured=one.measured,
+        tokens=one.lost.tokens,
+        cost=one.solution.cost,
+        groups=len(one.groups),
+        seconds=one.seconds,
+    )
+
+
+def _said(one: Planned) -> str:
+    text = f"predicted loss {one.predicted:+.4g}"
+    if not math.isnan(one.measured):
+        text += f", measured {one.measured:+.4g} on {one.lost.tokens:,} tokens"
+    return text
 
 
 def _inputs(group: Group, spectra: Spectra) -> int:

@@ -26,11 +26,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial's outcome. ``measured`` is the loss increase per token on the held-back data."""
+    """A trial's outcome. ``measured`` is the loss increase per token on ``tokens`` of the held-back
+    data: all of it, or the first share for a trial that went no further."""
 
     trial: str
     predicted: float
     measured: float
+    tokens: int
     cost: int
     groups: int
     seconds: float

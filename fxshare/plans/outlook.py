@@ -8,11 +8,13 @@ from fxshare.sites.site import Frozen
 
 
 class TrialResult(Frozen):
-    """One plan of the search, as it turned out on held-back calibration data."""
+    """One plan of the search, as it turned out on ``tokens`` of the held-back calibration data: all
+    of them, or fewer where it was dropped after these."""
 
     name: str
     predicted: float
     measured: float | None
+    tokens: int = 0
     cost: int
     groups: int
     seconds: float
@@ -38,6 +40,8 @@ class Outlook(Frozen):
     slope: float = 0.0
     """The first-order part: the mean gradient along the change of the weights, on the calibration
     data; 0 without a search, and for a loss that is a distance to the dense output."""
+    slope_tokens: int = 0
+    """On how many tokens: as few as brought its standard error to a tenth of what is predicted."""
     bound: float
     gap: float
     priced_bound: float | None = None

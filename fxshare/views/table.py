@@ -202,7 +202,8 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
         )
     if o.slope:
         lines.append(
-            f"of which {o.slope:.4g} is the gradient along the change, which ranks do not follow"
+            f"of which {o.slope:.4g} is the gradient along the change, which ranks do not follow; "
+            f"measured on {o.slope_tokens:,} tokens"
         )
     if o.measured is not None:
         lines.append(
@@ -254,17 +255,18 @@ def slower_than_dense(found: Sequence[Forecast]) -> str | None:
 
 def trials_table(plan: Plan) -> Table:
     """The plans that the search tried; a star marks the one that was kept."""
-    header = ["trial", "chosen", "predicted", "measured", "cost", "groups", "s"]
+    header = ["trial", "chosen", "predicted", "measured", "on tokens", "cost", "groups", "s"]
     o = plan.outlook
     if o is None:
         return header, []
-    best = None if o.measured is None else (o.measured, o.cost)
+    best = None if o.measured is None else (o.measured, o.held_back_tokens, o.cost)
     rows = [
         [
             t.name,
-            "*" if (t.measured, t.cost) == best and t.name.startswith(o.trial) else "",
+            "*" if (t.measured, t.tokens, t.cost) == best and t.name.startswith(o.trial) else "",
             f"{t.predicted:.4g}",
             "–" if t.measured is None else f"{t.measured:.4g}",
+            "–" if t.measured is None else f"{t.tokens:,}",
             f"{t.cost:,}",
             str(t.groups),
             f"{t.seconds:.1f}",

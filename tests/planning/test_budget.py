@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from tests.planning.models import (
     stored_bytes,
 )
 from tests.strategies import GPT, Sizes, gpt_config, no_warnings_of_ours, token_batches
-from tests.toys import GPT2, LLAMA_LIKE, same_tensors, tensors_of
+from tests.toys import GPT2, LLAMA_LIKE, VOCABULARY, same_tensors, tensors_of
 
 OFF = {"search": "off"}
 HALF = {"params_kept": 0.5}
@@ -463,9 +464,10 @@ def test_arguments_that_are_no_tensors_reach_the_judge(capture: Any) -> None:
 def test_what_was_tried_is_told_and_the_best_is_kept() -> None:
     plan = plan_of(llama(), FEW, HALF, {"search": "quick", "remeasure": 1})
     outlook = plan.outlook
-    measured = [trial.measured for trial in outlook.trials]
-    assert outlook.measured == min(measured)
-    assert sum(trial.name.endswith("remeasured") for trial in outlook.trials) * 2 == len(measured)
+    whole = [trial for trial in outlook.trials if trial.tokens == outlook.held_back_tokens]
+    assert outlook.measured == min(trial.measured for trial in whole)
+    again = [trial for trial in outlook.trials if trial.name.endswith("remeasured")]
+    assert 0 < len(again) < len(outlook.trials) - len(again)
     assert all(trial.cost <= outlook.budget for trial in outlook.trials)
     assert outlook.bound >= 0
     assert all(a.name != b.name for a, b in itertools.combinations(plan.groups, 2))
@@ -483,4 +485,7 @@ def test_a_conv1d_is_judged_the_right_way_round() -> None:
         for mode in ("fx", "modules")
     }
     measured = [gm.fxshare.plan.outlook.measured for gm in plans.values()]
-    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+    # of one the rows were judged in two parts: two sums of losses, each rounded
+    rounding = 4 * torch.finfo(torch.float32).eps * math.log(VOCABULARY)
+    assert measured[0] == pytest.approx(measured[1], abs=rounding)
+    assert abs(measured[0]) > 4 * rounding

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from torch import Tensor
 
 from fxshare.planning.trials import Effort, trials
+from fxshare.plans.outlook import Outlook
 from tests.planning.models import PLAIN, compiled, features, plain_model
 
 
@@ -28,24 +32,46 @@ def test_more_effort_tries_more_and_starts_with_the_plain_optimum(
     assert (first.floor, first.blend, first.merge, first.loss_aware) == (0.0, 0.0, False, True)
 
 
+def outlook_of(budget: dict[str, float], remeasure: int, **keys: Any) -> Outlook:
+    data = keys.pop("calibration", features(4, rows=64))
+    planner = {"remeasure": remeasure}
+    found: Outlook = compiled(
+        plain_model(), PLAIN, budget, planner, calibration=data, **keys
+    ).fxshare.plan.outlook
+    return found
+
+
 def test_the_report_has_every_trial_of_every_round() -> None:
-    """Those on statistics measured again too, and what a limit of the loss made of the best."""
-    counts = [
-        len(
-            compiled(
-                plain_model(),
-                PLAIN,
-                budget,
-                {"remeasure": remeasure},
-                calibration=features(4, rows=64),
-            ).fxshare.plan.outlook.trials
-        )
-        for budget, remeasure in (
-            ({"params_kept": 0.5}, 0),
-            ({"params_kept": 0.5}, 1),
-            ({"max_loss_increase": 0.1}, 0),
-        )
-    ]
-    assert counts[0] > 0
-    assert counts[1] == 2 * counts[0]
-    assert counts[2] > counts[0]
+    """Those on statistics measured again too, which are those that were judged on everything, and
+    what a limit of the loss made of the best."""
+    once, twice = (outlook_of({"params_kept": 0.5}, rounds) for rounds in (0, 1))
+    names = [trial.name for trial in once.trials]
+    again = [t.name for t in once.trials if t.tokens == once.held_back_tokens]
+    assert 1 < len(again) < len(names)
+    assert [trial.name for trial in twice.trials] == names + [f"{n}, remeasured" for n in again]
+    assert len(outlook_of({"max_loss_increase": 0.1}, 0).trials) > len(names)
+
+
+@pytest.mark.parametrize(("count", "first"), [(4, 22), (20, 64), (40, 2 * 64), (70, 3 * 64)])
+def test_the_better_half_is_judged_on_everything(count: int, first: int) -> None:
+    """The others on the first third of the calls held back, or of the rows of one alone."""
+    held = max(count // 10, 1) * 64
+    outlook = outlook_of({"params_kept": 0.5}, 0, calibration=features(count, rows=64))
+    assert outlook.held_back_tokens == held
+    assert {trial.tokens for trial in outlook.trials} == {first, held}
+    plans = {(t.cost, t.predicted): t for t in outlook.trials}.values()
+    whole = [t for t in plans if t.tokens == held]
+    assert len(whole) == -(-len(plans) // 2)
+    assert outlook.measured == min(t.measured for t in whole if t.measured is not None)
+
+
+def test_what_cannot_be_cut_is_judged_whole() -> None:
+    """A given loss reads the batch; captures of modules have not seen that rows may be fewer."""
+
+    def energy(output: Tensor, batch: Tensor) -> Tensor:
+        assert len(output) == len(batch)
+        return output.pow(2).sum()
+
+    for keys in ({"loss": energy}, {"capture": "modules"}):
+        outlook = outlook_of({"params_kept": 0.5}, 0, **keys)
+        assert {trial.tokens for trial in outlook.trials} == {outlook.held_back_tokens} == {64}

@@ -71,7 +71,15 @@ OUTLOOK = Outlook(
     trial="planned",
     refit=True,
     trials=(
-        TrialResult(name="planned", predicted=0.25, measured=0.3, cost=199, groups=1, seconds=0.5),
+        TrialResult(
+            name="planned",
+            predicted=0.25,
+            measured=0.3,
+            tokens=640,
+            cost=199,
+            groups=1,
+            seconds=0.5,
+        ),
         TrialResult(name="floor 0.3", predicted=0.3, measured=None, cost=180, groups=2, seconds=1),
     ),
     held_back_tokens=640,
@@ -177,7 +185,7 @@ def test_the_outlook_and_its_search() -> None:
     assert lines[3].startswith("search: thorough, 2 plans, 2.0 s; kept: planned")
     _, rows = trials_table(planned())
     assert [row[1] for row in rows] == ["*", ""]
-    assert rows[1][3] == "–"
+    assert (rows[0][3:5], rows[1][3:5]) == (["0.3", "640"], ["–", "–"])
     assert trials_table(planned(None))[1] == []
     assert "losses are not known" in outlook_lines(planned(None))[0]
     assert outlook_lines(exact_plan(planned().sites)) == []

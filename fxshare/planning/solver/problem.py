@@ -87,6 +87,8 @@ class Problem:
     _bounded: set[Part] = field(init=False, default_factory=set)
     grown: dict[tuple[Part, ...], Any] = field(init=False, default_factory=dict)
     """What :mod:`fxshare.planning.solver.grow` found for rows of layers, at the fixed prices."""
+    collected: dict[str, Any] = field(init=False, default_factory=dict)
+    """What :mod:`fxshare.planning.solver.solve` collected with each strategy, for all budgets."""
     prices: Floats = field(init=False, default_factory=lambda: np.zeros(0))
     """The prices that were fixed; see :meth:`fix_prices`."""
 

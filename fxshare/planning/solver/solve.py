@@ -196,6 +196,28 @@ def _sweep(problem: Problem, budgets: Sequence[float], strategy: str) -> list[So
         raise PlanError(f"no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if not problem.nodes:
         raise PlanError("there is nothing to plan: no slices")
+    if strategy not in problem.collected:
+        problem.collected[strategy] = _collect(problem, strategy)
+    collected: _Collected = problem.collected[strategy]
+    priced, unpriced = len(list(problem.seen())), problem.unpriced
+    return [
+        replace(_best(collected, budget, strategy), priced=priced, unpriced=unpriced)
+        for budget in budgets
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Collected:
+    """The partitions that a strategy finds at all prices, and the least values and bounds there:
+    no budget has a part in it."""
+
+    prices: Sequence[float]
+    values: Sequence[float]
+    bounds: Sequence[float]
+    paths: Sequence[_Path]
+
+
+def _collect(problem: Problem, strategy: str) -> _Collected:
     prices = _grid(problem)
     problem.fix_prices(prices)
     position = {name: at for at, name in enumerate(problem.nodes)}
@@ -213,9 +235,7 @@ def _sweep(problem: Problem, budgets: Sequence[float], strategy: str) -> list[So
     ]
     bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
-    found = [_best(paths, prices, values, bounds, budget, strategy) for budget in budgets]
-    priced, unpriced = len(list(problem.seen())), problem.unpriced
-    return [replace(one, priced=priced, unpriced=unpriced) for one in found]
+    return _Collected(prices, values, bounds, paths)
 
 
 def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
@@ -306,17 +326,10 @@ def _between(curve: Curve, option: int, left: float) -> int:
     return best if curve.loss[best] < curve.loss[option] else option
 
 
-def _best(
-    paths: Sequence[_Path],
-    prices: Sequence[float],
-    values: Sequence[float],
-    bounds: Sequence[float],
-    budget: float,
-    strategy: str,
-) -> Solution:
-    feasible = [path for path in paths if path.least <= budget]
+def _best(collected: _Collected, budget: float, strategy: str) -> Solution:
+    feasible = [path for path in collected.paths if path.least <= budget]
     if not feasible:
-        least = min(path.least for path in paths)
+        least = min(path.least for path in collected.paths)
         raise PlanError(
             f"the budget {budget:,.0f} is below the cheapest plan, {least:,}; raise the budget or "
             "lower the floor"
@@ -324,7 +337,7 @@ def _best(
     found = [path.at(budget) for path in feasible]
     choices, price = min(found, key=lambda one: sum(c.loss for c in one[0]))
     dual, priced = (
-        max(0.0, *(v - p * budget for p, v in zip(prices, least, strict=True)))
-        for least in (bounds, values)
+        max(0.0, *(v - p * budget for p, v in zip(collected.prices, least, strict=True)))
+        for least in (collected.bounds, collected.values)
     )
     return Solution(choices, budget, dual, price, strategy, priced)

@@ -1,0 +1,90 @@
+"""The first-order part of what a plan loses, on as few tokens as it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxshare.base.lazily import Lazily
+from fxshare.planning.judge import Judge
+
+_STEP = 0.25
+_ERROR = 0.1
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A mean gradient along a change of the weights, per token, and its standard error over the
+    batches that it was measured on (infinite of one batch)."""
+
+    value: float
+    error: float
+    tokens: int
+
+
+def slope(
+    judge: Judge,
+    tokens: Sequence[float],
+    old: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    new: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    *,
+    predicted: float,
+) -> Slope:
+    """The first-order part of a plan's loss increase: the mean gradient along its change of the
+    weights and biases, as a central difference at ``± step`` of that change.
+
+    The planner's quadratic model has no such part, since it vanishes where training has converged
+    on the calibration data. Where the plan changes little, the slope is most of what it loses.
+
+    ``tokens`` are those of each of the judge's calls. As many calls are taken, two and then as many
+    again as there were, as bring the standard error to a tenth of ``|slope| + |predicted|``, all
+    that is said of the loss; never more than there are.
+    """
+    found: list[float] = []
+    while True:
+        which = range(len(found), min(max(2 * len(found), _FEWEST), len(tokens)))
+        # of a difference of two losses the dense model's is no part
+        up, down = (
+            judge.losses(judge.substituted(*_moved(old, new, by)), which) for by in (_STEP, -_STEP)
+        )
+        found += [(a - b) / (2 * _STEP) for a, b in zip(up, down, strict=True)]
+        measured = _estimate(found, tokens[: len(found)])
+        enough = measured.error <= _ERROR * (abs(measured.value) + abs(predicted))
+        if enough or len(found) == len(tokens):
+            return measured
+
+
+def _moved(
+    old: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    new: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    share: float,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Weights and biases moved by a share of their change; each is made when it is asked for."""
+    weights, biases = (_between(*both, share) for both in zip(old, new, strict=True))
+    return weights, biases
+
+
+def _between(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float
+) -> Mapping[str, Tensor]:
+    def made(name: str) -> Tensor:
+        moved = new[name]
+        found: Tensor = moved.lerp(old[name].to(moved), 1 - share)
+        return found
+
+    return Lazily(tuple(new), made)
+
+
+def _estimate(found: Sequence[float], tokens: Sequence[float]) -> Slope:
+    """The ratio of two sums over batches, and its standard error."""
+    total, count = sum(tokens), len(found)
+    value = sum(found) / max(total, 1e-300)
+    error = math.inf
+    if count > 1:
+        apart = sum((one - value * size) ** 2 for one, size in zip(found, tokens, strict=True))
+        error = math.sqrt(apart * count / (count - 1)) / max(total, 1e-300)
+    return Slope(value, error, round(total))
