@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -98,6 +99,19 @@ def calibrate(
             del part, observing  # before there is another
             give_back()
     return _merged(parts, sites, gradients, time.perf_counter() - start, keeping)
+
+
+def stored(folder: Path, sites: Sequence[Site]) -> Statistics | None:
+    """The statistics that a calibration wrote into a folder; None where it did not finish."""
+    count = 0
+    while (folder / f"part-{count}").exists():
+        count += 1
+    parts = [read_part(folder / f"part-{number}") for number in range(count)]
+    seen = {name for part in parts for name in (*part.inputs, *part.lookups)}
+    if not parts or any(site.name not in seen for site in sites):
+        return None
+    gradients = any(part.gradients for part in parts)
+    return _merged(parts, sites, gradients, 0.0, Keeping(folder=folder))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Mode, device_of, dtype_of
 from fxshare.compiling.given import check_plan, check_values, named_passes
-from fxshare.compiling.stages import Stages, configuration, prepare, within_budget
+from fxshare.compiling.stages import Stages, configuration, prepare, within_budget, working
 from fxshare.config import ConfigSource
 from fxshare.errors import CalibrationError
 from fxshare.factors.realise import Factorised, planned_factors, remade_factors, sharing_factors
@@ -24,6 +25,7 @@ from fxshare.models.source import Source
 from fxshare.models.structure import frozen_in, keep_structure
 from fxshare.models.wrapped import unwrapped
 from fxshare.planning.rules import make_plan
+from fxshare.planning.work import Work
 from fxshare.plans.plan import Plan
 from fxshare.proposing.coverage import left_dense
 from fxshare.result.face import Verbs
@@ -56,6 +58,7 @@ def compile(
     copy: bool = False,
     check: bool = True,
     seed: int = 0,
+    work: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Rewrite a model under a configuration; the model itself is never touched.
 
@@ -92,6 +95,11 @@ def compile(
         Verify the result on small random inputs before handing it out.
     seed
         Of the random choices: sampled labels.
+    work
+        A folder for what is computed on the way: a run that was ended goes on from there, and
+        another budget needs no second calibration of the dense model. It holds for one model, one
+        set of data and one matching configuration; the factors of a plan that was made in it need
+        no data.
 
     Returns
     -------
@@ -109,7 +117,8 @@ def compile(
     stages = prepare(model, configuration(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
-    plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed)
+    with working(stages, work, loss, seed) as (stages, held):
+        plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
     rewritten, applied = rewrite(
         stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
     )
@@ -144,7 +153,7 @@ def compile(
 
 
 def _plan_and_factors(
-    stages: Stages, plan: Plan | None, loss: Loss | None, seed: int
+    stages: Stages, plan: Plan | None, loss: Loss | None, seed: int, work: Work | None
 ) -> tuple[Plan, Factorised, Statistics | None]:
     """The plan (made, or checked where it was given), and the factors that realise it."""
     model, cfg = stages.model, stages.cfg
@@ -156,18 +165,18 @@ def _plan_and_factors(
     if plan is None or plan.groups:
         check_values(weights)
     if plan is None:
-        budgeted = within_budget(stages, weights, loss, seed)
+        budgeted = within_budget(stages, weights, loss, seed, work)
         plan, made = budgeted.plan, budgeted.factors
         statistics: Statistics | None = budgeted.statistics
     elif plan.mode == "planned" and plan.groups:
-        statistics = stages.calibrate(gradients=True, loss=loss, seed=seed)
+        statistics = stages.calibrate(gradients=True, loss=loss, seed=seed, work=work)
         if statistics is None:
             raise CalibrationError(
                 "a planned plan needs calibration data to be carried out: give calibration=..."
             )
         made = None
     else:
-        given = stages.calibrate() if plan.groups else None
+        given = stages.calibrate(work=work) if plan.groups else None
         with stage("factorise", _LOG):
             return plan, sharing_factors(plan, weights, given, cfg), given
     biases = site_biases(model, plan.sites)

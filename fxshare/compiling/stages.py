@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from fxshare.base.progress import stage
-from fxshare.calibration.calibrate import calibrate
+from fxshare.calibration.calibrate import calibrate, stored
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
@@ -21,6 +24,7 @@ from fxshare.data.usable import usable, usable_batches
 from fxshare.errors import CalibrationError, CaptureError, ConfigError, MatchError
 from fxshare.models.computed import offloaded, stateful
 from fxshare.planning.budget import Budgeted, plan_within_budget
+from fxshare.planning.work import Work, fingerprint, opened, plan_key
 from fxshare.proposing.propose import init
 from fxshare.sites.match import match
 from fxshare.sites.refusals import refuse_quantised
@@ -31,8 +35,33 @@ from fxshare.sites.visible import seen
 _LOG = logging.getLogger(__name__)
 
 
+@contextlib.contextmanager
+def working(
+    stages: Stages, folder: str | os.PathLike[str] | None, loss: Loss | None, seed: int
+) -> Iterator[tuple[Stages, Work | None]]:
+    """The stages on data that can be gone through again, and the work folder, held meanwhile.
+
+    Raises :class:`StoreError` for a folder that is none, is held by another process, or was made
+    from something else.
+    """
+    if folder is None:
+        yield stages, None
+        return
+    batches = stages.batches
+    if batches is not None and not isinstance(batches, Sequence):
+        batches = list(batches)
+        stages = replace(stages, batches=batches)
+    made_from = fingerprint(stages.model, stages.sites, batches, stages.cfg, loss=loss, seed=seed)
+    with opened(Path(folder), made_from, plan_key(stages.cfg)) as work:
+        yield stages, work
+
+
 def within_budget(
-    stages: Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
+    stages: Stages,
+    weights: Mapping[str, Tensor],
+    loss: Loss | None,
+    seed: int,
+    work: Work | None = None,
 ) -> Budgeted:
     """The plan under the configuration's budget, with its factors.
 
@@ -55,6 +84,7 @@ def within_budget(
             stages.cfg,
             loss=loss,
             seed=seed,
+            work=work,
         )
         running.found(f"planned mode, {len(made.plan.groups)} groups")
     return made
@@ -83,10 +113,17 @@ class Stages:
         return self.captured.model
 
     def calibrate(
-        self, *, gradients: bool = False, loss: Loss | None = None, seed: int = 0
+        self,
+        *,
+        gradients: bool = False,
+        loss: Loss | None = None,
+        seed: int = 0,
+        work: Work | None = None,
     ) -> Statistics | None:
+        """Statistics of the data; None without. With ``work`` those that are there already."""
+        folder = None if work is None else work.statistics(0) if gradients else work.inputs
         if self.batches is None:
-            return None
+            return None if folder is None else stored(folder, self.sites)
         first, batches = _peek(self.batches)
         weights = dense_weights(self.model, self.sites) if gradients else {}
         room = make_room(
@@ -96,6 +133,7 @@ class Stages:
             self.captured.caller(first),
             limit=self.cfg.calibration.max_memory,
             gradients=gradients,
+            folder=folder,
         )
         _LOG.info("%s", room.told())
         return calibrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,18 @@ from torch import nn
 
 from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
-from fxshare.compiling.stages import check_module, configuration, prepare, within_budget
+from fxshare.compiling.stages import (
+    Stages,
+    check_module,
+    configuration,
+    prepare,
+    within_budget,
+    working,
+)
 from fxshare.config import ConfigSource, load_config
 from fxshare.errors import PlanError
 from fxshare.models.wrapped import unwrapped
+from fxshare.planning.budget import Budgeted
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import options_of
@@ -32,13 +41,15 @@ def make_plan_for(
     example: object = None,
     loss: Loss | None = None,
     seed: int = 0,
+    work: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """The plan of a compilation without carrying it out (``fxshare.plan``).
 
     ``cfg`` as in :func:`compile`. In exact and sharing mode nothing of the model is run, so a model
     on the meta device will do, and names alone tell what matches; give an ``example`` to leave out
     what no call shows. A budget needs ``calibration`` to be spent well; without it the plan
-    has uniform ranks, each slice for itself, and says sizes and FLOPs only.
+    has uniform ranks, each slice for itself, and says sizes and FLOPs only. ``work`` as in
+    :func:`compile`.
     """
     model = outside_inference(unwrapped(model))
     config = configuration(model, cfg)
@@ -50,7 +61,9 @@ def make_plan_for(
             return make_plan(config, stages.sites, stages.skipped)
         if calibration is None:
             return uniform_plan(config, stages.sites, stages.skipped)
-        return within_budget(stages, dense_weights(model, stages.sites), loss, seed).plan
+        with working(stages, work, loss, seed) as (held, folder):
+            weights = dense_weights(model, held.sites)
+            return within_budget(held, weights, loss, seed, folder).plan
     matching = match(model, config)
     if config.mode == "planned":
         return uniform_plan(config, matching.sites, matching.skipped)
@@ -77,6 +90,7 @@ def survey(
     loss: Loss | None = None,
     seed: int = 0,
     shares: Sequence[float] = (),
+    work: str | os.PathLike[str] | None = None,
 ) -> Survey:
     """:func:`make_plan_for`, and what the plan can be compared with.
 
@@ -98,8 +112,16 @@ def survey(
         )
         return Survey(made, {})
     stages = prepare(model, config, calibration, example, None)
-    weights = dense_weights(model, stages.sites)
-    budgeted = within_budget(stages, weights, loss, seed)
+    with working(stages, work, loss, seed) as (held, folder):
+        weights = dense_weights(model, held.sites)
+        budgeted = within_budget(held, weights, loss, seed, folder)
+        return _surveyed(held, budgeted, shares)
+
+
+def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Survey:
+    """What the plan can be compared with."""
+    config, model = stages.cfg, stages.model
+    assert config.budget is not None
     plan, statistics = budgeted.plan, budgeted.statistics
     planner = config.planner
     options = options_of(config.budget, planner, model)

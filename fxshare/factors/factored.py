@@ -39,6 +39,15 @@ class Factored(Mapping[str, GroupFactors]):
         made: GroupFactors = kept.get((key, self.refit), fitted if self.refit else plain, size)
         return replace(made, group=group)
 
+    @property
+    def what(self) -> object:
+        """What tells these factors apart from others of the same weights, named statistics and
+        options; None where the statistics have no name."""
+        if not self.spectra.name:
+            return None
+        groups = sorted((g.slices, g.rank, g.storage) for g in self.groups)
+        return self.spectra.key_of_options, self.refit, self.bias, groups
+
     def shifts(self, name: str) -> bool:
         """Whether a slice is in a group and its bias takes up a mean."""
         return self.bias and name in self._grouped and self.spectra.slices[name].mean_I is not None

@@ -11,6 +11,7 @@ stacked ``A_i^½ W_i S``: one eigenproblem of the smaller side per candidate
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
 from fxshare.factors.triangles import mirrored
 
+# rows of a decomposition from which on it is written
+_LEAST_WRITTEN = 256
 # of the room for what is kept, by kind
 _DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.3, 0.2, 0.15, 0.15, 0.15, 0.05
 
@@ -61,6 +64,9 @@ class Spectra:
     sketch: int | None = None
     seed: int = 0
     computed: int = 0
+    name: str = ""
+    """What tells the statistics apart from others that share the cache, where the cache is for one
+    model and one set of data: what is kept goes by names then, decompositions too."""
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
     made: Kept[Any] = field(init=False)
@@ -136,7 +142,12 @@ class Spectra:
             size = sum(len(one.weight_OI) for one in members)
 
         def make() -> Decomposition:
-            return decompose(self._inputs(names, damped=True) if damped else self._side(names))
+            stored = self._read_decomposition(names, damped)
+            if stored is not None:
+                return stored
+            found = decompose(self._inputs(names, damped=True) if damped else self._side(names))
+            self._write_decomposition(names, damped, found)
+            return found
 
         return self._decompositions.get((names, damped), make, 8 * size * size)
 
@@ -246,9 +257,40 @@ class Spectra:
         self._write(key, found)
         return found
 
+    @property
+    def key_of_options(self) -> str:
+        """What spectra depend on beside statistics and weights, and the name of those."""
+        return f"{self.name} {self.relative_floor} {self.sketch} {self.seed}"
+
+    def _read_decomposition(self, names: tuple[str, ...], damped: bool) -> Decomposition | None:
+        if self.cache is None or not self.name:
+            return None
+        content = read_entry(self.cache, f"{self._key(names)}.{'damped' if damped else 'vectors'}")
+        if content is None:
+            return None
+        numbers = torch.frombuffer(bytearray(content), dtype=torch.float64)
+        # N values and N² numbers of the vectors, and how many values are significant
+        size = math.isqrt(len(numbers))
+        numbers = numbers.to(self.slices[names[0]].weight_OI.device)
+        vectors = numbers[1 + size :].view(size, size)
+        return Decomposition(numbers[1 : 1 + size], vectors, int(numbers[0]))
+
+    def _write_decomposition(
+        self, names: tuple[str, ...], damped: bool, found: Decomposition
+    ) -> None:
+        # what takes no time is not worth a file: the heads of a large model are thousands
+        if self.cache is None or not self.name or len(found.spectrum) < _LEAST_WRITTEN:
+            return
+        parts = [found.vectors.new_tensor([found.significant]), found.spectrum]
+        numbers = torch.cat([*parts, found.vectors.reshape(-1)]).cpu().numpy()
+        key = f"{self._key(names)}.{'damped' if damped else 'vectors'}"
+        write_entry(self.cache, key, numbers.tobytes())
+
     def _key(self, names: tuple[str, ...]) -> str | None:
         if self.cache is None:
             return None
+        if self.name:
+            return hashlib.sha256(repr((self.key_of_options, names)).encode()).hexdigest()
         digest = hashlib.sha256(f"{self.relative_floor} {self.sketch} {self.seed}".encode())
         inputs = [self.slices[name].input for name in names]
         for name in names:

@@ -23,7 +23,7 @@ from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.held_back import Judged, hold_back
-from fxshare.planning.judge import Judge
+from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, limit_of, options_of
@@ -32,6 +32,7 @@ from fxshare.planning.search import Found, Planned, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
 from fxshare.planning.solver.solve import least_cost
 from fxshare.planning.trials import Trial, Tried, trials
+from fxshare.planning.work import Work
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
@@ -63,6 +64,7 @@ def plan_within_budget(
     *,
     loss: Loss | None = None,
     seed: int = 0,
+    work: Work | None = None,
 ) -> Budgeted:
     """Plan and factorise under the configuration's budget.
 
@@ -76,8 +78,8 @@ def plan_within_budget(
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
     data = hold_back(captured, batches, planner.search)
-    room = _room(captured, sites, weights, data.fit[0], cfg)
-    gather = _gathering(data.fit, sites, weights, cfg, loss, seed, room.keeping)
+    room = _room(captured, sites, weights, data.fit[0], cfg, work)
+    gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
     statistics = gather(captured, 0)
     most_bytes = room.kept // 4
     slices = slice_statistics(
@@ -87,7 +89,8 @@ def plan_within_budget(
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
-        judge = Judge(captured, sites, data.judged(captured, statistics, loss), loss=loss)
+        judged = data.judged(captured, statistics, loss)
+        judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
     search = Search(
         sites=tuple(sites),
         weights=weights,
@@ -99,6 +102,7 @@ def plan_within_budget(
         bias=planner.bias,
         relative_floor=cfg.calibration.relative_floor,
         cache=None if planner.cache is None else Path(planner.cache),
+        work=work,
         sketch=planner.sketch,
         room=room.kept - most_bytes,
     )
@@ -107,18 +111,19 @@ def plan_within_budget(
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
         again = _remeasured(captured, search, best, spectra, number, gather)
-        return search.spectra(
-            slice_statistics(sites, weights, again, centred=planner.bias, most_bytes=most_bytes)
+        slices = slice_statistics(
+            sites, weights, again, centred=planner.bias, most_bytes=most_bytes
         )
+        return search.spectra(slices, number + 1)
 
     found = _searched(search, spectra, cfg, remeasured)
     best = found.best
     along = Slope(0.0, 0.0, 0)
     if judge is not None and not judge.is_distance and best.factors:
         some, tokens = data.some_to_fit(captured, statistics)
-        fit = Judge(captured, sites, Judged(some, 0, len(some), 0), loss=loss)
-        new, old = search.dense(best.factors), (search.weights, search.biases)
-        along = slope(fit, tokens, old, new, predicted=best.predicted)
+        fit_data = Judged(some, 0, len(some), 0)
+        fit = Judge(captured, sites, fit_data, loss=loss, remembered=_memory_of(work))
+        along = _along(search, best, fit, tokens)
     outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
     plan = Plan(
         mode="planned",
@@ -130,12 +135,23 @@ def plan_within_budget(
     return Budgeted(plan, best.factors, statistics, spectra[True])
 
 
+def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:
+    new, old = search.dense(best.factors), (search.weights, search.biases)
+    what = None if best.factors.what is None else ("slope", best.factors.what)
+    return slope(judge, tokens, old, new, predicted=best.predicted, what=what)
+
+
+def _memory_of(work: Work | None) -> Remembered | None:
+    return None if work is None else work.remembered
+
+
 def _room(
     captured: Captured,
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
     batch: object,
     cfg: ShareConfig,
+    work: Work | None,
 ) -> Room:
     """How memory is divided, said before anything is measured."""
     again = cfg.planner.search != "off" and cfg.planner.remeasure > 0
@@ -147,6 +163,7 @@ def _room(
         limit=cfg.calibration.max_memory,
         gradients=True,
         rounds=2 if again else 1,
+        folder=None if work is None else work.path,
     )
     _LOG.info("%s", room.told())
     return room
@@ -159,10 +176,14 @@ def _gathering(
     cfg: ShareConfig,
     loss: Loss | None,
     seed: int,
-    keeping: Keeping,
+    where: tuple[Keeping, Work | None],
 ) -> Gather:
+    keeping, work = where
+
     def gather(on: Captured, number: int) -> Statistics:
         folder = keeping.folder and keeping.folder / f"round-{number}"
+        if work is not None:
+            folder = work.statistics(number)
         return calibrate(
             on,
             batches,
@@ -249,10 +270,10 @@ def _remeasured(
         dense = search.dense_cost(best)
         half = replace(search, budget=(search.budget + dense) / 2, judge=None)
         middle = half.run(spectra, [best.trial], label=" halfway").best
-    weights, biases = search.dense(middle.factors)
+    on = substituted(captured, search.sites, *search.dense(middle.factors))
     for one in spectra.values():
         one.release()
-    return gather(substituted(captured, search.sites, weights, biases), number + 1)
+    return gather(on, number + 1)
 
 
 def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit: float) -> Found:

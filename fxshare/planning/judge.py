@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -29,6 +30,35 @@ class Lost:
         return self.total / max(self.tokens, 1)
 
 
+Remembered = Callable[[object, Callable[[], float]], float]
+"""``remembered(what, compute)``: a number that was computed before, or now."""
+
+
+class Candidate:
+    """The model with other weights, made when it is run, and what it is told apart by."""
+
+    def __init__(self, make: Callable[[], Captured], what: object = None) -> None:
+        self._make = make
+        self._made: Captured | None = None
+        self.what = what
+
+    def made(self) -> Captured:
+        """The copy."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def forget(self, shared: Captured) -> None:
+        """Free the weights that are the copy's own. A graph refers to itself, so that it would
+        hold them until Python looks for such circles."""
+        if self._made is not None:
+            kept = {id(p) for p in shared.module.parameters()}
+            for parameter in self._made.module.parameters():
+                if id(parameter) not in kept:
+                    parameter.data = parameter.data.new_empty(0)
+            self._made = None
+
+
 class Judge:
     """Measures the loss of a substitution of weights on held-back calls.
 
@@ -44,8 +74,11 @@ class Judge:
         data: Judged,
         *,
         loss: Loss | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self._captured = captured
+        self._remembered = remembered
+        self._candidate: Candidate | None = None
         self._sites = tuple(sites)
         self._data = data
         self._loss = loss
@@ -63,11 +96,14 @@ class Judge:
         self._dense([0])
         return bool(self._outputs)
 
-    def substituted(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> Captured:
-        """The model with other weights, to be judged."""
-        return substituted(self._captured, self._sites, weights, biases)
+    def substituted(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], what: object = None
+    ) -> Candidate:
+        """The model with other weights, to be judged. What was measured of an equal ``what`` is
+        not measured again where results are remembered."""
+        return Candidate(lambda: substituted(self._captured, self._sites, weights, biases), what)
 
-    def first(self, on: Captured) -> Lost:
+    def first(self, on: Candidate) -> Lost:
         """What is lost on the first share of the calls."""
         return Lost(self._above_dense(on, range(self._data.first)), self._data.first_tokens)
 
@@ -75,16 +111,30 @@ class Judge:
         """Whether what was measured was on all calls."""
         return lost.tokens == self.tokens
 
-    def whole(self, on: Captured, first: Lost) -> Lost:
+    def whole(self, on: Candidate, first: Lost) -> Lost:
         """What is lost on all calls; ``first`` is what was on the first share."""
         rest = range(self._data.first, len(self._data.calls))
         return Lost(first.total + self._above_dense(on, rest), self.tokens)
 
-    def losses(self, on: Captured, which: Iterable[int]) -> list[float]:
+    def losses(self, on: Candidate, which: Iterable[int]) -> list[float]:
         """The loss itself on each of some calls, where it is no distance."""
-        return list(self._run(on, which).values())
+        if self._candidate is not on:  # one copy at a time
+            if self._candidate is not None:
+                self._candidate.forget(self._captured)
+            self._candidate = on
 
-    def _above_dense(self, on: Captured, which: Sequence[int]) -> float:
+        def run(number: int) -> float:
+            return self._run(on.made(), [number])[number]
+
+        found = []
+        for number in which:
+            if self._remembered is None or on.what is None:
+                found.append(run(number))
+            else:
+                found.append(self._remembered((on.what, number), partial(run, number)))
+        return found
+
+    def _above_dense(self, on: Candidate, which: Sequence[int]) -> float:
         base = self._dense(which)  # first: a distance is one to what the dense model computes
         lost = sum(self.losses(on, which)) - base
         return lost if math.isfinite(lost) else math.inf

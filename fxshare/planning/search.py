@@ -21,19 +21,19 @@ from torch import Tensor
 
 from fxshare.base.lazily import Lazily
 from fxshare.base.progress import stage, track
-from fxshare.capture import Captured
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
-from fxshare.planning.judge import Judge, Lost
+from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.problem import Node, Problem
 from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
+from fxshare.planning.work import Work
 from fxshare.plans.plan import Group
 from fxshare.sites.site import Site
 
@@ -97,6 +97,7 @@ class Search:
     bias: bool = True
     relative_floor: float = 1e-8
     cache: Path | None = None
+    work: Work | None = None
     sketch: int | None = None
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
@@ -181,7 +182,7 @@ class Search:
             _LOG.info("plan: %s: %s", one.trial.name, _said(one))
         return min(plans, key=lambda one: one.measured)
 
-    def _refit(self, one: Planned, judge: Judge) -> tuple[Lost | None, Captured | None]:
+    def _refit(self, one: Planned, judge: Judge) -> tuple[Lost | None, Candidate | None]:
         """Refit a plan where that is better on the first share: what it loses then, and the model
         with its weights; else None, twice."""
         self._realise(one, refit=True)
@@ -192,18 +193,19 @@ class Search:
         self._realise(one, refit=False)
         return None, None
 
-    def _judged(self, one: Planned, judge: Judge) -> Captured:
-        return judge.substituted(*self.dense(one.factors))
+    def _judged(self, one: Planned, judge: Judge) -> Candidate:
+        return judge.substituted(*self.dense(one.factors), one.factors.what)
 
-    def spectra(self, slices: Mapping[str, SliceStatistics]) -> SpectraByMetric:
-        """Spectra of these statistics, to give to every :meth:`run` on them: they keep what they
-        have computed, which is most of what planning costs."""
+    def spectra(self, slices: Mapping[str, SliceStatistics], number: int = 0) -> SpectraByMetric:
+        """Spectra of the statistics of a round, to give to every :meth:`run` on them: they keep
+        what they have computed, which is most of what planning costs."""
         plain = {name: one.unweighted() for name, one in slices.items()}
         both = {
             aware: Spectra(
                 slices if aware else plain,
                 relative_floor=self.relative_floor,
-                cache=self.cache,
+                cache=self.cache if self.work is None else self.work.spectra(number),
+                name="" if self.work is None else f"{number} {aware} {self.bias}",
                 sketch=self.sketch,
                 # plans by activation error are one or two of a search
                 room=self.room * 3 // 4 if aware else self.room // 4,

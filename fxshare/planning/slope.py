@@ -33,6 +33,7 @@ def slope(
     new: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     *,
     predicted: float,
+    what: object = None,
 ) -> Slope:
     """The first-order part of a plan's loss increase: the mean gradient along its change of the
     weights and biases, as a central difference at ``± step`` of that change.
@@ -42,14 +43,15 @@ def slope(
 
     ``tokens`` are those of each of the judge's calls. As many calls are taken, two and then as many
     again as there were, as bring the standard error to a tenth of ``|slope| + |predicted|``, all
-    that is said of the loss; never more than there are.
+    that is said of the loss; never more than there are. ``what`` tells the change apart.
     """
     found: list[float] = []
     while True:
         which = range(len(found), min(max(2 * len(found), _FEWEST), len(tokens)))
         # of a difference of two losses the dense model's is no part
         up, down = (
-            judge.losses(judge.substituted(*_moved(old, new, by)), which) for by in (_STEP, -_STEP)
+            judge.losses(judge.substituted(*_moved(old, new, by), what and (what, by)), which)
+            for by in (_STEP, -_STEP)
         )
         found += [(a - b) / (2 * _STEP) for a, b in zip(up, down, strict=True)]
         measured = _estimate(found, tokens[: len(found)])

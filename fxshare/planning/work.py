@@ -1,0 +1,223 @@
+"""A work folder: what a run has computed, so that another one goes on from there.
+
+::
+
+    work/
+      work.json             what it was made from: a hash of the model, one of the data, ...
+      lock                  held by the run that uses it
+      problem.json          the slices and what they cost, to plan without the model
+      statistics/part-*     of the dense model, one folder for each pass over the data
+      spectra/              losses and decompositions of groups, on these statistics
+      plans/HASH/           of one budget: statistics measured again, their spectra, judged trials
+
+Every file is written aside and renamed, with a hash over its content: a run that is killed leaves a
+file whole or not at all, and the next one computes what is not there. What is read is what would
+have been computed, bit for bit, so a continued run gives what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxshare.base.cache import read_entry, write_entry
+from fxshare.base.files import write_text
+from fxshare.base.lock import only_here
+from fxshare.calibration.losses import Loss
+from fxshare.config import ShareConfig
+from fxshare.errors import StoreError
+from fxshare.sites.site import Site
+
+FORMAT = 1
+_DECIDES = ("weight_types", "block_pattern", "capture")
+"""Sections of the configuration that statistics depend on; the budget is not among them."""
+_CALLED = {
+    "model": "another model, or other weights",
+    "data": "other calibration data",
+    "configuration": "another configuration (weight types, block pattern, capture or calibration)",
+    "loss": "another loss",
+    "seed": "another seed",
+    "versions": "other versions",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work folder that this process holds, for one budget."""
+
+    path: Path
+    plan: str
+    """A hash of what a plan depends on beside the statistics."""
+
+    def statistics(self, number: int) -> Path:
+        """Where the statistics of a round go; those of round 0 serve every budget."""
+        return self.path / "statistics" if number == 0 else self._of_plan / f"statistics-{number}"
+
+    @property
+    def inputs(self) -> Path:
+        """Where statistics without gradients go."""
+        return self.path / "inputs"
+
+    def spectra(self, number: int) -> Path:
+        """Where what is computed on the statistics of a round goes."""
+        return self.path / "spectra" if number == 0 else self._of_plan / f"spectra-{number}"
+
+    def remembered(self, what: object, compute: Callable[[], float]) -> float:
+        """A number that was computed before in this folder, or now; ``what`` says which, by its
+        ``repr``."""
+        key = hashlib.sha256(repr(what).encode()).hexdigest()
+        content = read_entry(self._of_plan / "judged", key)
+        if content is not None:
+            (found,) = struct.unpack("<d", content)
+            return float(found)
+        found = compute()
+        write_entry(self._of_plan / "judged", key, struct.pack("<d", found))
+        return found
+
+    @property
+    def _of_plan(self) -> Path:
+        return self.path / "plans" / self.plan
+
+
+@contextlib.contextmanager
+def opened(path: Path, fingerprint: Mapping[str, str], plan: str) -> Iterator[Work]:
+    """Hold a work folder, which is made where there is none.
+
+    Raises :class:`StoreError` for one that another process holds, that is none, or that was made
+    from something else; it says from what.
+    """
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"work folder {path}: expected a folder, found a file; give another")
+    if path.is_dir() and any(path.iterdir()) and not (path / "work.json").exists():
+        known = {"lock"}
+        if {one.name for one in path.iterdir()} - known:
+            raise StoreError(
+                f"work folder {path} has files and no work.json: it is no work folder; give another"
+            )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make {path}: {error.strerror or error}") from error
+    with only_here(path):
+        _compare(path, fingerprint)
+        yield Work(path, plan)
+
+
+def _compare(path: Path, fingerprint: Mapping[str, str]) -> None:
+    file = path / "work.json"
+    if not file.exists():
+        if "data" not in fingerprint:
+            raise StoreError(f"work folder {path} has no statistics yet: give calibration data")
+        made = {"format": FORMAT, "made_from": dict(fingerprint)}
+        write_text(file, json.dumps(made, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(file.read_text())
+        known, number = dict(found["made_from"]), found["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{file} cannot be read: {error}; remove the folder, or give another"
+        ) from (error)
+    if number != FORMAT:
+        raise StoreError(
+            f"{path} has format {number!r}, this fxshare reads {FORMAT}; remove it, or give another"
+        )
+    for part, value in fingerprint.items():
+        if known.get(part) != value:
+            detail = f" ({known.get(part)}, now {value})" if part in ("versions", "seed") else ""
+            raise StoreError(
+                f"work folder {path} was made with {_CALLED[part]}{detail}; give another folder, "
+                "or remove this one to begin anew"
+            )
+
+
+def fingerprint(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[object] | None,
+    cfg: ShareConfig,
+    *,
+    loss: Loss | None,
+    seed: int,
+) -> dict[str, str]:
+    """What statistics depend on, a hash for each part; of a loss of one's own its name alone.
+    Without data there is none of it: what is in the folder already is asked for."""
+    named = cfg.model_dump(mode="json")
+    decides: dict[str, Any] = {name: named[name] for name in _DECIDES}
+    decides["max_tokens"] = cfg.calibration.max_tokens
+    decides["labels"] = cfg.planner.labels
+    decides["held_back"] = cfg.planner.search != "off"
+    decides["sites"] = [site.model_dump(mode="json") for site in sites]
+    data = {} if batches is None else {"data": _of_batches(batches)}
+    return data | {
+        "model": _of_tensors(_state(model)),
+        "configuration": _of_json(decides),
+        "loss": "default" if loss is None else _name_of(loss),
+        "seed": str(seed),
+        "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
+    }
+
+
+def plan_key(cfg: ShareConfig) -> str:
+    """A hash of what a plan depends on, statistics apart."""
+    named = cfg.model_dump(mode="json")
+    parts = {name: named[name] for name in ("budget", "planner")}
+    parts["relative_floor"] = cfg.calibration.relative_floor
+    return _of_json(parts)[:16]
+
+
+def _of_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _name_of(loss: Loss) -> str:
+    module = getattr(loss, "__module__", type(loss).__module__)
+    return f"{module}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview | bytes:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if not flat.numel():
+        return b""
+    return flat.view(torch.uint8).numpy().data
+
+
+def _of_batches(batches: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        leaves, spec = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        digest.update(str(spec).encode())
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
+                digest.update(_bytes_of(leaf))
+            else:
+                digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+__all__ = ["Work", "fingerprint", "opened", "plan_key"]
