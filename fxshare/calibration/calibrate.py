@@ -75,17 +75,16 @@ def calibrate(
     total = len(batches) if isinstance(batches, Sized) else None
     if weights is None:
         weights = dense_weights(captured.model, tuple(sites)) if gradients else {}
-    blocks = blocks_of(captured, sites, gradients=gradients, most_bytes=keeping.most_bytes)
+    parts = _written(keeping.folder)
+    done = _covered(parts)
+    rest = [site for site in sites if site.name not in done]
+    blocks = blocks_of(captured, rest, gradients=gradients, most_bytes=keeping.most_bytes)
     needed = bytes_needed(captured, sites, gradients=gradients)
-    _LOG.info("%s", keeping.told(needed, len(blocks)))
+    _LOG.info("%s", keeping.told(needed, len(blocks), len(parts)))
     if len(blocks) > 1 and iter(batches) is batches:
         batches = list(batches)
-    parts: list[Part] = []
     for number, block in enumerate(blocks):
-        folder = keeping.folder and keeping.folder / f"part-{number}"
-        if folder and folder.exists():
-            parts.append(read_part(folder))
-            continue
+        folder = keeping.folder and keeping.folder / f"part-{len(parts)}"
         observing = _Observing(
             captured, block, weights, gradients, loss, labels, seed, keeping.offload
         )
@@ -103,15 +102,24 @@ def calibrate(
 
 def stored(folder: Path, sites: Sequence[Site]) -> Statistics | None:
     """The statistics that a calibration wrote into a folder; None where it did not finish."""
-    count = 0
-    while (folder / f"part-{count}").exists():
-        count += 1
-    parts = [read_part(folder / f"part-{number}") for number in range(count)]
-    seen = {name for part in parts for name in (*part.inputs, *part.lookups)}
-    if not parts or any(site.name not in seen for site in sites):
+    parts = _written(folder)
+    if not parts or not {site.name for site in sites} <= _covered(parts):
         return None
     gradients = any(part.gradients for part in parts)
     return _merged(parts, sites, gradients, 0.0, Keeping(folder=folder))
+
+
+def _written(folder: Path | None) -> list[Part]:
+    """The parts that are in a folder, in the order in which they were gathered."""
+    parts: list[Part] = []
+    while folder is not None and (folder / f"part-{len(parts)}").exists():
+        parts.append(read_part(folder / f"part-{len(parts)}"))
+    return parts
+
+
+def _covered(parts: Sequence[Part]) -> set[str]:
+    """The sites that parts have the sums of."""
+    return {name for part in parts for name in (*part.inputs, *part.lookups)}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+from fxshare.base.memory import shown
 from fxshare.errors import CalibrationError
 
 
@@ -25,11 +26,12 @@ class Keeping:
     owner: object = None
     offload: bool = False
 
-    def told(self, needed: int, passes: int) -> str:
-        """What is about to be done, in a line."""
+    def told(self, needed: int, passes: int, found: int = 0) -> str:
+        """What is about to be done, in a line; ``found`` parts are there already."""
         where = "in memory" if self.folder is None else "on disk"
         times = "one pass" if passes == 1 else f"{passes} passes"
-        return f"statistics of {needed / 1e9:.2f} GB {where}, {times} over the data"
+        already = f"; {found} parts are there already" if found else ""
+        return f"statistics of {shown(needed)} {where}, {times} over the data{already}"
 
 
 IN_MEMORY = Keeping()
@@ -46,8 +48,8 @@ class Scratch:
         free = shutil.disk_usage(at).free
         if free < needed:
             raise CalibrationError(
-                f"{needed / 1e9:.2f} GB of statistics go to disk to keep to max_memory, and {at} "
-                f"has {free / 1e9:.2f} GB free; set TMPDIR to a larger one, or raise max_memory"
+                f"{shown(needed)} of statistics go to disk to keep to max_memory, and {at} "
+                f"has {shown(free)} free; set TMPDIR to a larger one, or raise max_memory"
             )
         self.path = Path(tempfile.mkdtemp(prefix="fxshare-"))
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)

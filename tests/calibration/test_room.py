@@ -20,6 +20,7 @@ from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.keeping import Keeping, Scratch
 from fxshare.calibration.room import Room, make_room
 from fxshare.calibration.statistics import Statistics
+from fxshare.calibration.stored import write_part
 from fxshare.capture import Captured, capture
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError, ConfigError, StoreError
@@ -116,6 +117,23 @@ def test_what_is_written_is_not_gathered_again(tmp_path: Path) -> None:
     first = gathered(model, keeping)
     # of another seed every label and so every sum would be another
     assert_equal(first, gathered(llama(seed=1, dtype=torch.float64), keeping))
+
+
+def test_a_run_goes_on_under_another_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(dtype=torch.float64)
+    whole = gathered(model, Keeping())
+
+    def killed(folder: Path, part: Any) -> Any:
+        if folder.name == "part-2":
+            raise KeyboardInterrupt
+        return write_part(folder, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fxshare.calibration.calibrate.write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gathered(model, Keeping(0, tmp_path / "kept"))
+    assert_equal(whole, gathered(model, Keeping(None, tmp_path / "kept")))
+    assert len(list(tmp_path.glob("kept/part-*"))) == 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index", "elsewhere"])
