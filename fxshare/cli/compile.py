@@ -9,7 +9,16 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AllowMissing, AsJson, Capture, Debug, Model, Quiet, Verbose
+from fxshare.cli.options import (
+    AllowMissing,
+    AsJson,
+    Capture,
+    Debug,
+    Model,
+    Quiet,
+    Verbose,
+    WorkFolder,
+)
 from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
 
@@ -33,6 +42,7 @@ def compile_model(
             help="How the model is captured. Default: the configuration's.", show_default=False
         ),
     ] = None,
+    work: WorkFolder = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Save the result here."),
@@ -49,8 +59,9 @@ def compile_model(
     """Rewrite a model under a configuration, check the result, and print the report.
 
     Without -o nothing is saved; with it the folder is loaded once and compared before it takes its
-    place. Without -c the configuration is what 'fxshare init' finds in the
-    model. Without --calibration the weights alone decide (plain SVD).
+    place. With --work a run that was killed goes on from where it was. Without -c the configuration
+    is what 'fxshare init' finds in the model. Without --calibration the weights alone decide (plain
+    SVD).
 
     \b
     Examples:
@@ -79,6 +90,7 @@ def compile_model(
         plan=made,
         capture=None if capture is None else capture.value,
         seed=data.seed,
+        work=work,
     )
     report = gm.fxshare.report
     found: dict[str, Any] = {**report.to_dict(), "saved_to": None}

@@ -69,6 +69,23 @@ MaxMemory = Annotated[
         "does not fit goes to disk: --set calibration.max_memory=SIZE.",
     ),
 ]
+WorkFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--work",
+        metavar="DIR",
+        help="Keep here what is computed on the way: a run that was ended goes on from there, and "
+        "another budget takes no second calibration of the dense model.",
+    ),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="As for compile. Without it --work must name a folder of an earlier run: another "
+        "budget is planned from what is there.",
+    ),
+]
 Draw = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Draw the plan: .svg, .png or .pdf. Needs 'fxshare[viz]'."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +12,20 @@ import typer
 
 import fxshare
 from fxshare.cli.option_groups import Data, Wanted, spread
-from fxshare.cli.options import AllowMissing, AsJson, Debug, Draw, Model, Quiet, Verbose
+from fxshare.cli.options import (
+    AllowMissing,
+    AsJson,
+    Debug,
+    Draw,
+    OptionalModel,
+    Quiet,
+    Verbose,
+    WorkFolder,
+)
 from fxshare.cli.output import Result, note, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -31,9 +40,10 @@ _SHARES = tuple(round(0.3 + 0.7 * at / 16, 6) for at in range(17))
 
 @spread
 def plan_model(
-    model: Model,
+    model: OptionalModel = None,
     *,
     wanted: Wanted,
+    work: WorkFolder = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the plan as JSON."),
@@ -56,16 +66,66 @@ def plan_model(
 ) -> Result:
     """Show what would share a basis, at which rank, what stays dense and why; nothing is rewritten.
 
-    Without -c the configuration is what 'fxshare init' finds in the model. The JSON of --json or -o
+    Without -c the configuration is what 'fxshare init' finds in the model. Without MODEL another
+    budget is planned from the folder of --work, in seconds. The JSON of --json or -o
     can be edited by hand and given to 'fxshare compile --plan'.
 
     \b
     Examples:
       fxshare plan path/to/gpt2 -c configs/gpt2-basis-sharing.yaml -o plan.json
       fxshare plan embedded --keep 0.8 --calibration stdlib --draw plan.svg
+      fxshare plan --work w/ --keep 0.6
     """
     del as_json, debug, verbose, quiet
     from fxshare.base.files import write_text
+
+    picture = None if sweep in (None, "-") else Path(str(sweep))
+    shares = _SHARES if sweep is not None else ()
+    _check_first(draw, picture)
+    if model is None:
+        made = _replanned(work, wanted, shares)
+    else:
+        _check_data(sweep, data)
+        made = _planned(model, wanted, data, allow_missing, work, sweep)
+    found = made.survey
+    plan = found.plan
+    written = []
+    if output is not None:
+        write_text(output, plan.to_json())
+        written.append(output)
+    if draw is not None:
+        draw_named(plan, draw, made.name)
+        written.append(draw)
+    if picture is not None and found.sweep is not None:
+        from fxshare.views.sweep import draw_sweep
+
+        draw_sweep(found.sweep, picture, outlook=plan.outlook)
+        written.append(picture)
+    blocks = [made.text]
+    if sweep == "-":
+        blocks.append(_sweep_text(found))
+    blocks += [f"written to {path}" for path in written]
+    return Result(_data(found), "\n".join(blocks))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A plan, what it is of, and how it is told."""
+
+    survey: Survey
+    name: str
+    text: str
+
+
+def _planned(
+    model: str,
+    wanted: Wanted,
+    data: Data,
+    allow_missing: bool,
+    work: Path | None,
+    sweep: str | None,
+) -> _Made:
+    """Of a model."""
     from fxshare.capture import dtype_of
     from fxshare.compiling.survey import survey
     from fxshare.loading.names import load_model
@@ -73,8 +133,6 @@ def plan_model(
     from fxshare.proposing.coverage import left_dense
 
     cfg = wanted.from_files()
-    picture = None if sweep in (None, "-") else Path(str(sweep))
-    _check_first(draw, sweep, picture, data)
     if cfg is not None:
         _check_budget(cfg, sweep)
     loaded = load_model(model, allow_missing=allow_missing)
@@ -90,38 +148,42 @@ def plan_model(
         example=None if batches else example_ids(loaded.model, seed=data.seed),
         seed=data.seed,
         shares=_SHARES if sweep is not None else (),
+        work=work,
     )
     plan = found.plan
-    written = []
-    if output is not None:
-        write_text(output, plan.to_json())
-        written.append(output)
-    if draw is not None:
-        draw_named(plan, draw, model)
-        written.append(draw)
-    if picture is not None and found.sweep is not None:
-        from fxshare.views.sweep import draw_sweep
-
-        draw_sweep(found.sweep, picture, outlook=plan.outlook)
-        written.append(picture)
     size = dtype_of(loaded.model).itemsize
     times = _times(plan, loaded.model) if plan.groups else None
     text = plan_text(plan, cfg, element_size=size, alternatives=found.alternatives, times=times)
     dense = left_dense(loaded.model, plan.sites, plan.skipped)
-    blocks = [text if dense is None else f"warning: {dense}\n{text}"]
-    if sweep == "-":
-        blocks.append(_sweep_text(found))
-    blocks += [f"written to {path}" for path in written]
-    return Result(_data(found), "\n".join(blocks))
+    return _Made(found, model, text if dense is None else f"warning: {dense}\n{text}")
 
 
-def _check_first(draw: Path | None, sweep: str | None, picture: Path | None, data: Data) -> None:
+def _replanned(work: Path | None, wanted: Wanted, shares: Sequence[float]) -> _Made:
+    """From what a work folder has."""
+    from fxshare.compiling.replan import replan
+    from fxshare.planning.stored_problem import read_problem
+
+    if work is None:
+        raise fxshare.errors.ConfigError(
+            "expected MODEL, or with --work DIR a folder of an earlier run to plan from; found "
+            "neither"
+        )
+    found = replan(work, wanted.config, overrides=wanted.overrides, shares=shares)
+    size = read_problem(work).element_size
+    text = plan_text(found.plan, None, element_size=size, alternatives=found.alternatives)
+    return _Made(found, str(work), f"predicted from {work}, and not measured\n{text}")
+
+
+def _check_first(draw: Path | None, picture: Path | None) -> None:
     """Refuse before hours of planning what drawing would refuse after them."""
     from fxshare.views.figure import check_drawable
 
     for path in (draw, picture):
         if path is not None:
             check_drawable(path)
+
+
+def _check_data(sweep: str | None, data: Data) -> None:
     if sweep is not None and data.calibration is None:
         raise fxshare.errors.ConfigError(
             f"--sweep {sweep}: losses are predicted from data; add --calibration SPEC"

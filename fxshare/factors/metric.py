@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -56,7 +56,7 @@ class SliceStatistics:
     weight_OI: Tensor
     gram_II: Tensor
     moment_OO: Tensor | None
-    input: object
+    input: Hashable
     mean_I: Tensor | None = None
     product_II: Tensor | None = None
     trace: float = 0.0

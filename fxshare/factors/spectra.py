@@ -260,7 +260,7 @@ class Spectra:
     @property
     def key_of_options(self) -> str:
         """What spectra depend on beside statistics and weights, and the name of those."""
-        return f"{self.name} {self.relative_floor} {self.sketch} {self.seed}"
+        return options_key(self.name, self.relative_floor, self.sketch, self.seed)
 
     def _read_decomposition(self, names: tuple[str, ...], damped: bool) -> Decomposition | None:
         if self.cache is None or not self.name:
@@ -290,7 +290,7 @@ class Spectra:
         if self.cache is None:
             return None
         if self.name:
-            return hashlib.sha256(repr((self.key_of_options, names)).encode()).hexdigest()
+            return entry_of(self.key_of_options, names)
         digest = hashlib.sha256(f"{self.relative_floor} {self.sketch} {self.seed}".encode())
         inputs = [self.slices[name].input for name in names]
         for name in names:
@@ -307,13 +307,28 @@ class Spectra:
     def _read(self, key: str | None) -> NDArray[np.float64] | None:
         if key is None or self.cache is None:
             return None
-        content = read_entry(self.cache, f"{key}.spectrum")
-        return None if content is None else np.frombuffer(content, np.float64).copy()
+        return read_tails(self.cache, key)
 
     def _write(self, key: str | None, tails: NDArray[np.float64]) -> None:
         if key is None or self.cache is None:
             return
         write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
+
+
+def options_key(name: str, relative_floor: float, sketch: int | None, seed: int = 0) -> str:
+    """See :attr:`Spectra.key_of_options`."""
+    return f"{name} {relative_floor} {sketch} {seed}"
+
+
+def entry_of(options: str, names: tuple[str, ...]) -> str:
+    """The name of a group's spectrum among others of named statistics."""
+    return hashlib.sha256(repr((options, names)).encode()).hexdigest()
+
+
+def read_tails(folder: Path, entry: str) -> NDArray[np.float64] | None:
+    """The tails that were kept under a name; None where they were not."""
+    content = read_entry(folder, f"{entry}.spectrum")
+    return None if content is None else np.frombuffer(content, np.float64).copy()
 
 
 def _total(products: Iterable[Tensor]) -> Tensor:

@@ -26,11 +26,12 @@ from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
-from fxshare.planning.options import Options, limit_of, options_of
+from fxshare.planning.options import Options, bytes_of, limit_of, options_of
 from fxshare.planning.rules import check_layers
 from fxshare.planning.search import Found, Planned, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
 from fxshare.planning.solver.solve import least_cost
+from fxshare.planning.stored_problem import Stored, write_problem
 from fxshare.planning.trials import Trial, Tried, trials
 from fxshare.planning.work import Work
 from fxshare.plans.outlook import Outlook, TrialResult
@@ -86,6 +87,7 @@ def plan_within_budget(
         sites, weights, statistics, centred=planner.bias, most_bytes=most_bytes
     )
     options = options_of(cfg.budget, planner, model)
+    write_problem(work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg))
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
@@ -204,7 +206,7 @@ def _budget_in_unit(model: nn.Module, cfg: ShareConfig, search: Search, spectra:
     """The budget in the options' unit; for a limit of the loss the least cost predicted to keep it,
     from which the search starts."""
     assert cfg.budget is not None
-    budget = limit_of(model, cfg.budget, search.sites, search.options)
+    budget = limit_of(bytes_of(model), cfg.budget, search.sites, search.options)
     if cfg.budget.max_loss_increase is None:
         return budget
     nodes = nodes_of(search.sites, spectra.slices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from fxshare.factors.metric import SliceStatistics
 from fxshare.planning.solver.problem import Node, Part
@@ -12,6 +12,11 @@ from fxshare.sites.site import Site
 
 def nodes_of(sites: Sequence[Site], slices: Mapping[str, SliceStatistics]) -> dict[str, Node]:
     """The planner's nodes. Sites without a layer number get one of their own, below all layers."""
+    return nodes_for(sites, {name: one.input for name, one in slices.items()})
+
+
+def nodes_for(sites: Sequence[Site], inputs: Mapping[str, Hashable]) -> dict[str, Node]:
+    """:func:`nodes_of` slices that read these inputs."""
     found = {}
     for number, site in enumerate(sites):
         layer = -1 - number if site.layer is None else site.layer
@@ -25,7 +30,7 @@ def nodes_of(sites: Sequence[Site], slices: Mapping[str, SliceStatistics]) -> di
                 head=s.head,
                 in_features=site.in_features,
                 out_features=s.out_features,
-                input=slices[s.name].input,
+                input=inputs[s.name],
                 lookups=len(site.lookups),
                 multiplied=bool(site.calls),
             )

@@ -23,19 +23,27 @@ from fxshare.sites.site import Site
 
 def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
     """What the configuration allows the planner, costs in the unit of its limit."""
+    rates = None if budget.time_kept is None else _rates(model)
+    return options_for(budget, planner, dtype_of(model).itemsize, rates)
+
+
+def options_for(
+    budget: Budget, planner: Planner, element_size: int, rates: Rates | None = None
+) -> Options:
+    """:func:`options_of` a model whose numbers have so many bytes."""
     alone = budget.params_kept is None and budget.max_bytes is None
     alone = alone and budget.max_loss_increase is None
     return Options(
         unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
         storages=storages_of(planner.storage),
-        element_size=dtype_of(model).itemsize,
+        element_size=element_size,
         max_group=planner.max_group,
         rank_multiple=planner.rank_multiple,
         floor=planner.floor,
         ceiling=planner.ceiling,
         flops_kept=None if alone else budget.flops_kept,
         time_kept=budget.time_kept,
-        rates=None if budget.time_kept is None else _rates(model),
+        rates=rates,
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
@@ -53,13 +61,17 @@ def _rates(model: nn.Module) -> Rates:
     return rates
 
 
-def limit_of(model: nn.Module, budget: Budget, sites: Sequence[Site], options: Options) -> float:
-    """The budget in the options' unit."""
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of every parameter and buffer."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def limit_of(whole: int, budget: Budget, sites: Sequence[Site], options: Options) -> float:
+    """The budget in the options' unit, of a model that has ``whole`` bytes in all."""
     dense = sum(site.weights for site in sites)
     if budget.params_kept is not None:
         return float(int(budget.params_kept * dense))
     if budget.max_bytes is not None:
-        whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         rest = whole - dense * options.element_size
         if budget.max_bytes <= rest:
             raise PlanError(

@@ -6,10 +6,10 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from fxshare.factors.spectra import Spectra
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.options import Options, second_unit, unit_cost
 from fxshare.planning.rules import named_apart
@@ -29,7 +29,14 @@ class BasisOption:
     storage: Storage
 
 
-def make_problem(nodes: Mapping[str, Node], spectra: Spectra, options: Options) -> Problem:
+class Priced(Protocol):
+    """What tells the losses of groups."""
+
+    def tails(self, part: frozenset[str]) -> Floats:
+        """The loss of a group at every rank from 0."""
+
+
+def make_problem(nodes: Mapping[str, Node], spectra: Priced, options: Options) -> Problem:
     """The partition problem with curves from spectra.
 
     The curves' second unit is FLOPs, or with ``time_kept`` parts of the dense time.
@@ -97,7 +104,7 @@ class Covers:
     """
 
     nodes: Mapping[str, Node]
-    spectra: Spectra
+    spectra: Priced
 
     def tails(self, part: Part) -> Floats:
         """The loss of a part at every rank from 0."""

@@ -1,0 +1,104 @@
+"""Another budget for a model that a work folder knows: no model, no data, seconds."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fxshare.compiling.survey import Survey
+from fxshare.config import ConfigSource, ShareConfig, load_config
+from fxshare.errors import PlanError
+from fxshare.planning.kinds.basis import groups_of, make_problem
+from fxshare.planning.nodes import nodes_for
+from fxshare.planning.options import limit_of, options_for
+from fxshare.planning.rules import check_layers
+from fxshare.planning.solver.solve import Solution, least_cost, solve
+from fxshare.planning.stored_problem import Stored, StoredSpectra, read_problem
+from fxshare.planning.sweep import alternatives, sweep_budgets
+from fxshare.plans.outlook import Outlook
+from fxshare.plans.plan import Plan
+
+
+def replan(
+    work: str | os.PathLike[str],
+    cfg: Sequence[ConfigSource] = (),
+    *,
+    overrides: Sequence[str] = (),
+    shares: Sequence[float] = (),
+) -> Survey:
+    """A plan under another budget from what a work folder has, predicted and not measured.
+
+    ``cfg`` and ``overrides`` (``key.sub=value``) are composed over the configuration of the run
+    that wrote the folder; a budget in them takes the place of that one's. ``shares`` are further
+    budgets, as in :func:`survey`.
+
+    Raises :class:`StoreError` for a folder without a problem, :class:`PlanError` for groups that it
+    has not priced, a budget in time, or none at all.
+    """
+    start = time.perf_counter()
+    folder = Path(work)
+    stored = read_problem(folder)
+    config = _config(stored, cfg, overrides)
+    if config.budget is None:
+        raise PlanError(f"{folder}: expected a budget to plan for; give one, such as --keep 0.6")
+    if config.budget.time_kept is not None:
+        raise PlanError("budget.time_kept: times are predicted for a model; give MODEL as well")
+    check_layers(config.planner, stored.sites)
+    options = options_for(config.budget, config.planner, stored.element_size)
+    nodes = nodes_for(stored.sites, stored.inputs)
+    problem = make_problem(nodes, StoredSpectra.of(folder, config), options)
+    budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
+    strategy = config.planner.strategy
+    if config.budget.max_loss_increase is not None:
+        solution = least_cost(problem, config.budget.max_loss_increase, strategy=strategy)
+    else:
+        solution = solve(problem, budget, strategy=strategy)
+    plan = Plan(
+        mode="planned",
+        sites=stored.sites,
+        groups=groups_of(solution, nodes),
+        skipped=stored.skipped,
+        outlook=_outlook(solution, stored, options.unit, time.perf_counter() - start),
+    )
+    swept = None
+    if shares:
+        swept = sweep_budgets(
+            problem, shares, options, strategy=strategy, loss_name=stored.loss_name
+        )
+    grouped = {name for group in plan.groups for name in group.slices}
+    dense = [s.name for x in plan.sites for s in x.slices if s.name not in grouped]
+    return Survey(plan, alternatives(problem, dense, solution.price), swept)
+
+
+def _config(stored: Stored, cfg: Sequence[ConfigSource], overrides: Sequence[str]) -> ShareConfig:
+    """The folder's configuration with what is given over it."""
+    named = stored.config.model_dump(mode="json", exclude_none=True)
+    known = named.pop("budget", None)
+    given = load_config([named, *cfg], overrides=overrides)
+    return given if given.budget is not None else load_config([given, {"budget": known}])
+
+
+def _outlook(solution: Solution, stored: Stored, unit: str, seconds: float) -> Outlook:
+    return Outlook(
+        loss_name=stored.loss_name,
+        unit=unit,  # type: ignore[arg-type]
+        budget=solution.budget if math.isfinite(solution.budget) else solution.cost,
+        cost=solution.cost,
+        price=solution.price,
+        predicted=solution.loss,
+        bound=solution.bound,
+        priced_bound=solution.priced_bound,
+        priced=solution.priced,
+        unpriced=solution.unpriced,
+        gap=solution.gap,
+        strategy=solution.strategy,
+        trial="planned",
+        refit=stored.config.planner.refit is not False,
+        seconds=seconds,
+    )
+
+
+__all__ = ["replan"]

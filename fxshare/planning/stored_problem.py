@@ -1,0 +1,121 @@
+"""A planning problem in a work folder: planned again without the model, its data or its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, ValidationError
+from torch import nn
+
+from fxshare.base.files import write_text
+from fxshare.calibration.statistics import Statistics
+from fxshare.capture import dtype_of
+from fxshare.config import ShareConfig
+from fxshare.errors import ConfigError, PlanError, StoreError
+from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.spectra import entry_of, options_key, read_tails
+from fxshare.planning.options import bytes_of
+from fxshare.planning.work import Work
+from fxshare.sites.site import Frozen, Site, Skipped
+
+_FILE = "problem.json"
+
+
+class Stored(Frozen):
+    """What a plan is made from beside the spectra."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    inputs: dict[str, str]
+    """What each slice reads; equal for those that read one activation."""
+    config: ShareConfig
+    """Of the run that wrote it."""
+    element_size: int
+    """Bytes of a number."""
+    whole_bytes: int
+    """Of every parameter and buffer of the model."""
+    loss_name: str
+    tokens: int
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        sites: Sequence[Site],
+        skipped: Sequence[Skipped],
+        slices: Mapping[str, SliceStatistics],
+        statistics: Statistics,
+        cfg: ShareConfig,
+    ) -> Stored:
+        """The problem of a model and its statistics."""
+        return Stored(
+            sites=tuple(sites),
+            skipped=tuple(skipped),
+            inputs={name: repr(one.input) for name, one in slices.items()},
+            config=cfg,
+            element_size=dtype_of(model).itemsize,
+            whole_bytes=bytes_of(model),
+            loss_name=statistics.loss,
+            tokens=statistics.tokens,
+        )
+
+
+def write_problem(work: Work | None, make: Callable[[], Stored]) -> None:
+    """Write the problem into a work folder that has none yet."""
+    if work is not None and not (work.path / _FILE).exists():
+        write_text(work.path / _FILE, make().model_dump_json(indent=1) + "\n")
+
+
+def read_problem(folder: Path) -> Stored:
+    """The problem of a work folder. Raises :class:`StoreError` where it has none that is sound."""
+    file = folder / _FILE
+    if not file.exists():
+        raise StoreError(
+            f"{folder} has no {_FILE}: it is no work folder, or its first calibration did not end; "
+            "plan once with MODEL and --calibration"
+        )
+    try:
+        return Stored.model_validate(json.loads(file.read_text()))
+    except (OSError, ValueError, ValidationError, ConfigError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise StoreError(f"{file} cannot be read: {first}; plan again with MODEL") from error
+
+
+@dataclass(frozen=True)
+class StoredSpectra:
+    """The losses of groups that an earlier run has priced, on the statistics of the dense model.
+
+    Raises :class:`PlanError` for a group that it has not.
+    """
+
+    folder: Path
+    options: str
+
+    @staticmethod
+    def of(folder: Path, cfg: ShareConfig) -> StoredSpectra:
+        """Those that a search under this configuration asks for."""
+        planner = cfg.planner
+        floor = cfg.calibration.relative_floor
+        key = options_key(f"0 True {planner.bias}", floor, planner.sketch)
+        return StoredSpectra(folder / "spectra", key)
+
+    def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
+        """The loss of a group at every rank from 0."""
+        names = tuple(sorted(part))
+        found = read_tails(self.folder, entry_of(self.options, names))
+        if found is None:
+            raise PlanError(
+                f"the group of {names[0]!r}{f' and {len(names) - 1} others' if names[1:] else ''} "
+                f"was not priced in {self.folder.parent}: give MODEL and --calibration as well, so "
+                "that it can be (the same as then)"
+            )
+        return found
+
+
+__all__ = ["Stored", "StoredSpectra", "read_problem", "write_problem"]
