@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         remove(temporary)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """:class:`StoreError` where a file of this name could not be written, to be asked before long
+    work: a temporary file is made beside it, or in the nearest folder that there is."""
+    if path.is_dir():
+        raise StoreError(f"cannot write {path}: it is a folder; give the name of a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {folder}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -100,4 +114,4 @@ def _in_two_steps(folder: Path, path: Path) -> None:
             remove(older)
 
 
-__all__ = ["aside", "swap_in", "write_bytes", "write_text"]
+__all__ = ["aside", "check_writable", "swap_in", "write_bytes", "write_text"]

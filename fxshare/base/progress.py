@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from fxshare.base.spent import part
+
 T = TypeVar("T")
 
 
@@ -36,13 +38,15 @@ def stage(name: str, log: logging.Logger) -> Iterator[Stage]:
     """Log ``name: started`` and ``name: done in 1.2 s (what was found)``, as information.
 
     A stage that an error or Ctrl-C ends is never done: its line says ``name: stopped after 1.2 s``.
-    As a decorator it makes a stage of every call.
+    As a decorator it makes a stage of every call. What it takes is recorded where somebody records
+    (:mod:`fxshare.base.spent`).
     """
     running = Stage()
     log.info("%s: started", name)
     start = time.perf_counter()
     try:
-        yield running
+        with part(name):
+            yield running
     except BaseException:
         log.info("%s: stopped after %.1f s", name, time.perf_counter() - start)
         raise

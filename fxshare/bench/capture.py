@@ -6,8 +6,6 @@ The model has shapes and no weights, so what is measured is the compiler and not
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from torch import nn
 
 from fxshare.base.machine import environment
 from fxshare.base.progress import stage
+from fxshare.base.spent import peak_bytes
 from fxshare.capture import capture
 from fxshare.config import load_config
 from fxshare.errors import ConfigError
@@ -164,12 +163,6 @@ def empty_groups(plan: Plan) -> list[SharedGroup]:
         )
         for group in plan.groups
     ]
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def lines(result: CaptureBench) -> list[str]:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.pivots import Pivoted, pivot
@@ -51,6 +52,7 @@ class GroupFactors:
         return self.coefficients[name].to(dtype) @ self.basis_RI.to(dtype)
 
 
+@part("factorise groups")
 def factorise_group(
     group: Group,
     spectra: Spectra,
@@ -82,6 +84,7 @@ def factorise_group(
     return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
+@part("refit")
 def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
     """The factors with every coefficient fitted to its own slice's Gram. With one input there is
     nothing to do: that is what they are factorised in."""

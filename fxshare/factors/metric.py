@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxshare.base.spent import part
 from fxshare.calibration.statistics import Statistics
 from fxshare.errors import FactoriseError
 from fxshare.factors.damping import Damping
@@ -127,6 +128,7 @@ class _Measured(SliceStatistics):
         """``(I, I)``."""
         statistics, site, _ = self._of
 
+        @part("moments")
         def make() -> Tensor:
             gram_II = statistics.gram(site)
             return gram_II if self.mean_I is None else gram_II - self.mean_I.outer(self.mean_I)
@@ -159,6 +161,7 @@ class _Measured(SliceStatistics):
         statistics, site, name = self._of
         share = self._share
 
+        @part("moments")
         def make() -> Tensor:
             moment = statistics.moment(name, site)
             return moment if share == 1 else moment * share

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.base.cache import read_entry, write_entry
+from fxshare.base.spent import part
 from fxshare.calibration.gram import pooled_gram
 from fxshare.errors import FactoriseError
 from fxshare.factors.damping import Damping
@@ -222,6 +223,7 @@ class Spectra:
             self._tails[part] = self._compute_tails(part)
         return self._tails[part]
 
+    @part("spectra")
     def _compute_tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         names = tuple(sorted(part))
         key = self._key(names)

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fxshare.base.spent import part
 from fxshare.calibration.distance import distance, output_rows
 from fxshare.calibration.losses import Loss, default_loss, next_token_logits
 from fxshare.capture import Call, Captured, quiet
@@ -145,6 +146,7 @@ class Judge:
             self._base |= self._run(substituted(self._captured, (), {}, {}), missing)
         return sum(self._base[number] for number in which)
 
+    @part("judge")
     def _run(self, captured: Captured, which: Iterable[int]) -> dict[int, float]:
         for m in captured.module.modules():
             m.training = False

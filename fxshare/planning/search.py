@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxshare.base.lazily import Lazily
 from fxshare.base.progress import stage, track
+from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
@@ -215,6 +216,7 @@ class Search:
         both[False].share_inputs(both[True])
         return both
 
+    @part("solve")
     def _plan(self, trial: Trial, spectra: Spectra) -> Planned:
         nodes = nodes_of(self.sites, spectra.slices)
         dense = sum(dense_cost(nodes, name, self.options) for name in nodes)
@@ -267,6 +269,7 @@ class Search:
         group_of = {name: group.name for group in factors.groups for name in group.slices}
         sites = {x.name: x for x in self.sites if any(s.name in group_of for s in x.slices)}
 
+        @part("multiply out")
         def weight(site: str) -> Tensor:
             whole, rows = self.weights[site], []
             # the model's own matrix products are no finer

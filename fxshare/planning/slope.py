@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxshare.base.lazily import Lazily
+from fxshare.base.spent import part
 from fxshare.planning.judge import Judge
 
 _STEP = 0.25
@@ -26,6 +27,7 @@ class Slope:
     tokens: int
 
 
+@part("slope", whole=True)
 def slope(
     judge: Judge,
     tokens: Sequence[float],

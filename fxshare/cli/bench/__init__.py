@@ -12,6 +12,7 @@ from fxshare.cli.bench.generate import generate
 from fxshare.cli.bench.planner import planner
 from fxshare.cli.bench.quality import quality
 from fxshare.cli.bench.run import run
+from fxshare.cli.bench.scale import scale
 from fxshare.cli.output import reports
 
 
@@ -31,4 +32,5 @@ def bench_app() -> typer.Typer:
     app.command("run")(reports(run))
     app.command("capture")(reports(capture))
     app.command("generate")(reports(generate))
+    app.command("scale")(reports(scale))
     return app
