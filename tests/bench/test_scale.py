@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -200,17 +201,19 @@ def test_a_run_in_its_own_process_has_its_own_peak() -> None:
     assert own.peak_bytes < here.peak_bytes - (1 << 28)
 
 
+def ordered(monkeypatch: pytest.MonkeyPatch, order: dict[str, object]) -> None:
+    """``child.main`` will read this order, and leaves logging and threads of this process alone."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(order)))
+    monkeypatch.setattr(child, "logging", mock.MagicMock())
+    monkeypatch.setattr(child, "_LOG", mock.MagicMock())
+    monkeypatch.setattr(child, "threading", mock.MagicMock())
+
+
 def test_an_error_in_the_process_is_said_in_the_result(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    level = logging.getLogger("fxshare").getEffectiveLevel()
-
-    class Input:
-        def read(self) -> str:
-            job = {"shape": "gpt3", "layers": 1, "method": "planned", "settings": {}}
-            return json.dumps({**job, "level": level})
-
-    monkeypatch.setattr(sys, "stdin", Input())
+    order = {"shape": "gpt3", "layers": 1, "method": "planned", "settings": {}, "level": 30}
+    ordered(monkeypatch, order)
     child.main()
     said = ScaleRun.from_dict(json.loads(capfd.readouterr().out))
     assert "--shape: expected gpt2" in said.failed
@@ -232,6 +235,33 @@ def test_a_process_that_ends_early_says_how(
     ended = in_own_process(Job(TINY, 2, "planned", SMALL))
     assert reason in ended.failed
     assert (ended.layers, ended.method, ended.stages) == (2, "planned", ())
+
+
+def test_a_process_that_nobody_waits_for_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = [7, 7, 1]
+    waited: list[float] = []
+    calls = mock.MagicMock()
+    calls.getppid.side_effect = parents
+    monkeypatch.setattr(child, "os", calls)
+    monkeypatch.setattr(child, "time", mock.MagicMock(sleep=waited.append))
+    child._end_with(7)
+    assert len(waited) == 2
+    calls._exit.assert_called_once_with(1)
+
+
+def test_an_interruption_ends_the_process_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(job: Job) -> ScaleRun:
+        raise KeyboardInterrupt
+
+    order = {"shape": TINY, "layers": 1, "method": "planned", "settings": {}, "level": 30}
+    ordered(monkeypatch, order)
+    monkeypatch.setattr(child, "measure", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        child.main()
+    assert ended.value.code == 130
+    assert ended.value.__suppress_context__
 
 
 # refusals --------------------------------------------------------------------------------------
