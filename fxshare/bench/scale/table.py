@@ -97,7 +97,7 @@ def draw(result: ScaleBench, path: Path) -> None:
 
 def _figure(result: ScaleBench) -> Figure:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
     from fxshare.views.figure import PALETTE
 
@@ -121,7 +121,8 @@ def _figure(result: ScaleBench) -> Figure:
     counts = sorted({run.layers for run in result.runs})
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axes.set_xlabel("layers")
     axes.set_ylabel("processor seconds")
     axes.grid(True, which="both", alpha=0.3)
