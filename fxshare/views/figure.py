@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxshare.base.files import write_bytes
+from fxshare.base.files import check_writable, write_bytes
 from fxshare.errors import ConfigError
 from fxshare.views.grid import Grid
 
@@ -56,7 +56,8 @@ def colours(grid: Grid) -> dict[str, int]:
 
 def check_drawable(path: Path) -> None:
     """:class:`ConfigError` where a picture could not be written for want of matplotlib or because
-    of its ending; to be asked before hours of planning."""
+    of its ending, :class:`StoreError` where no file could be; to be asked before hours of
+    planning."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             f"{path}: expected a picture ending in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; "
@@ -68,6 +69,7 @@ def check_drawable(path: Path) -> None:
         raise ConfigError(
             f"{path}: pictures need matplotlib, which is not installed: pip install 'fxshare[viz]'"
         ) from error
+    check_writable(path)
 
 
 def write_figure(make: Callable[[], Figure], path: Path) -> None:

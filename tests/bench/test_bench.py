@@ -50,6 +50,21 @@ def test_planner_times_synthetic_problems(tmp_path: Path) -> None:
     assert (tmp_path / "planner.svg").read_text("utf-8").lstrip().startswith("<?xml")
 
 
+@pytest.mark.parametrize("command", [["planner"], ["run"], ["scale"]])
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("planner.bench_planner", "speed.run.bench_run", "scale.run.bench_scale"):
+        monkeypatch.setattr(f"fxshare.bench.{name}", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    plot = tmp_path / "file" / "a.svg"
+    assert main(["bench", *command, "--quiet", "--plot", str(plot)]) == 1
+    assert f"cannot write {plot}" in capsys.readouterr().err
+
+
 def test_quality_counts_stored_numbers_in_the_saved_file() -> None:
     model = small_gpt()
     tokens = torch.randint(0, 32, (24, 16))

@@ -32,6 +32,7 @@ def planner(
     """
     from fxshare.bench.planner import bench_planner, draw
     from fxshare.bench.planner import table as rows_of
+    from fxshare.views.figure import check_drawable
 
     del as_json, debug, verbose, quiet
     try:
@@ -40,6 +41,8 @@ def planner(
         raise fxshare.errors.ConfigError(
             f"--layers: expected numbers such as 8,32; found {layers!r}"
         ) from None
+    if plot is not None:
+        check_drawable(plot)
     result = bench_planner(counts)
     if plot is not None:
         draw(result, plot)

@@ -57,7 +57,6 @@ def scale(
       fxshare bench scale --layers 2,4 --plot scale.svg
       fxshare bench scale --shape tinyllama --dtype bfloat16 --json
     """
-    from fxshare.base.files import check_writable
     from fxshare.bench.scale.measure import Settings
     from fxshare.bench.scale.run import bench_scale
     from fxshare.bench.scale.table import draw, lines_below
@@ -65,9 +64,8 @@ def scale(
     from fxshare.views.figure import check_drawable
 
     del as_json, debug, verbose, quiet
-    if plot is not None:  # before hours of work
+    if plot is not None:
         check_drawable(plot)
-        check_writable(plot)
     settings = Settings(tokens, length, batch_size, keep, dtype, threads, split, seed)
     result = bench_scale(shape or ["gpt2"], _counts(layers), settings)
     if plot is not None:
