@@ -17,7 +17,7 @@ import torch
 
 import fxshare
 from fxshare.base.spent import OTHER
-from fxshare.bench.scale import child, memory
+from fxshare.bench.scale import child
 from fxshare.bench.scale import run as running
 from fxshare.bench.scale.child import in_own_process
 from fxshare.bench.scale.measure import METHODS, Job, ScaleRun, Settings, measure, types_of
@@ -342,36 +342,21 @@ def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(
 def test_weights_that_do_not_fit_are_refused_with_the_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    free = 4 * 27_104
-    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    monkeypatch.setattr(running, "free", lambda: 4 * 27_104)
     assert len(jobs([TINY], [1, 2], SMALL)) == 6
-    with pytest.raises(ConfigError, match=r"3 layers in float32 are 0\.00 GB, and 0\.00 GB of me"):
+    # the third layer is the one that is too much
+    expected = r"3 layers in float32 are 0 MB, and 0 MB of memory are free; give --dtype bfloat16, "
+    with pytest.raises(ConfigError, match=expected):
         jobs([TINY], [1, 3], SMALL)
     half = replace(SMALL, dtype="bfloat16")
     assert len(jobs([TINY], [3], half)) == 3
-    monkeypatch.setattr(memory, "free_bytes", lambda: 20 * 10**9)
+    monkeypatch.setattr(running, "free", lambda: 20 * 10**9)
     expected = r"llama-7b: the weights of 32 layers in float32 are 26\.95 GB, and 20\.00 GB of memo"
     with pytest.raises(ConfigError, match=expected):
         jobs([TINY, "llama-7b"], None, SMALL)
     assert [job.layers for job in jobs(["llama-7b"], None, half)] == [32, 32, 32]
-    monkeypatch.setattr(memory, "free_bytes", lambda: None)  # a system that does not tell
-    assert len(jobs(["llama-7b"], [64], SMALL)) == 3
-
-
-def test_a_limit_of_the_control_group_counts_as_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everything = memory.free_bytes()
-    if everything is None:
-        pytest.skip("Linux")
-    assert 10**6 < everything < 10**14
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
-    for limit, used, free in (("5000", "2000", 3000), ("2000", "5000", 0)):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text(f"{used}\n")
-        assert memory.free_bytes() == free
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes() == pytest.approx(everything, rel=0.5)
+    with pytest.raises(ConfigError, match=r"26\.\d+ GB, .* are free; give fewer --layers or a sma"):
+        jobs(["llama-7b"], [64], half)
 
 
 def test_the_command_prints_tables_and_exits_with_an_error_where_a_run_failed(

@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 from fxshare.base.machine import environment
+from fxshare.base.memory import free, shown
 from fxshare.base.progress import stage
 from fxshare.bench.scale.child import in_own_process
 from fxshare.bench.scale.measure import METHODS, Job, Method, ScaleRun, Settings
-from fxshare.bench.scale.memory import check_fits
 from fxshare.bench.scale.shapes import ModelShape
 from fxshare.bench.speed.device import dtype_of_name
 from fxshare.errors import ConfigError
@@ -126,10 +126,22 @@ def jobs(
                 "once; give a smaller length"
             )
     for shape in sized:
-        check_fits(shape, itemsize, settings.dtype)
+        _check_fits(shape, itemsize, settings.dtype)
     return tuple(
         Job(shape.name, shape.layers, method, settings) for shape in sized for method in METHODS
     )
+
+
+def _check_fits(shape: ModelShape, itemsize: int, dtype: str) -> None:
+    """Weights alone that are more than the memory that is free."""
+    there, needed = free(), shape.parameters() * itemsize
+    if needed > there:
+        ways = "fewer --layers" if itemsize < 4 else "--dtype bfloat16, fewer --layers"
+        raise ConfigError(
+            f"--shape {shape.name}: the weights of {counted(shape.layers)} in {dtype} are "
+            f"{shown(needed)}, and {shown(there)} of memory are free; give {ways} or a smaller "
+            "shape"
+        )
 
 
 @stage("bench scale", _LOG)
