@@ -17,7 +17,7 @@ import pytest
 from tests import floor
 
 ROOT = Path(__file__).parent.parent
-CORE = {"torch", "pydantic", "yaml", "networkx", "safetensors", "numpy", "regex"}
+CORE = {"torch", "pydantic", "yaml", "networkx", "safetensors", "numpy", "regex", "psutil"}
 # the command line may have its own, but `import fxshare` does not import the command line
 COMMAND_LINE = {"typer", "rich", "click"}
 EXTRAS = ("transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "matplotlib")

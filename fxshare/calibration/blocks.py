@@ -28,7 +28,7 @@ def blocks_of(
     first. At module granularity all are in one: what reads what is only known when it is run.
     """
     if most_bytes is None or captured.side_by_side:
-        return [tuple(sites)]
+        return [tuple(sites)] if sites else []
     together, needed = _needed(captured, sites, gradients)
     blocks: list[list[Site]] = [[site for site in sites if site.lookups]]
     placed = {site.name for site in blocks[0]}

@@ -80,7 +80,8 @@ def calibrate(
     rest = [site for site in sites if site.name not in done]
     blocks = blocks_of(captured, rest, gradients=gradients, most_bytes=keeping.most_bytes)
     needed = bytes_needed(captured, sites, gradients=gradients)
-    _LOG.info("%s", keeping.told(needed, len(blocks), len(parts)))
+    told = keeping.told(needed, len(blocks), len(parts))
+    _LOG.log(logging.INFO if len(blocks) > 1 or parts else logging.DEBUG, "calibrate: %s", told)
     if len(blocks) > 1 and iter(batches) is batches:
         batches = list(batches)
     for number, block in enumerate(blocks):

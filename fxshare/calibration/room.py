@@ -9,6 +9,7 @@ activations that do not fit go there as well.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class Room:
     kept: int
     """For decompositions and factors that may be asked for again."""
     keeping: Keeping
+
+    def say(self, log: logging.Logger, *, asked: bool) -> None:
+        """Log :meth:`told`: for all to see where the limit was ``asked`` for or sends something to
+        disk."""
+        shown = asked or self.keeping.folder is not None or self.keeping.offload
+        log.log(logging.INFO if shown else logging.DEBUG, "%s", self.told())
 
     def told(self) -> str:
         """What is about to be used, in a line."""

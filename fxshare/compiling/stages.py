@@ -135,7 +135,7 @@ class Stages:
             gradients=gradients,
             folder=folder,
         )
-        _LOG.info("%s", room.told())
+        room.say(_LOG, asked=self.cfg.calibration.max_memory is not None)
         return calibrate(
             self.captured,
             batches if batches is not None else (),

@@ -167,7 +167,7 @@ def _room(
         rounds=2 if again else 1,
         folder=None if work is None else work.path,
     )
-    _LOG.info("%s", room.told())
+    room.say(_LOG, asked=cfg.calibration.max_memory is not None)
     return room
 
 

@@ -70,7 +70,9 @@ def test_the_trials_of_a_search(fxshare: Run) -> None:
     found = [at for at, line in enumerate(lines) if line.startswith("plan: trial 1 of ")]
     assert found
     assert lines.index("plan: started") < lines.index("plan: searching: started") < found[0]
-    assert re.search(r"predicted loss [+-][\d.e-]+, measured [+-][\d.e-]+, in \d", lines[found[0]])
+    assert re.search(
+        r"predicted loss [+-][\d.e-]+, measured [+-][\d.e-]+ on \d+ tokens, in \d", lines[found[0]]
+    )
     assert re.fullmatch(r"plan: done in .* s \(planned mode, \d+ groups\)", lines[-1])
 
 
