@@ -49,18 +49,19 @@ class InputSide:
             return self.product_II
         return congruent(self.product_II, self.pooled.root)
 
-    def factors(self, leading_IR: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The basis and the coefficients of eigenvectors."""
+    def factors(self, leading_IR: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """The basis and the coefficients of eigenvectors, products with weights in ``dtype``."""
         features, rank = leading_IR.shape
         if rank == features:  # S S⁻¹ = 1 up to rounding only
-            basis_RI = torch.eye(features, dtype=torch.float64, device=leading_IR.device)
-            return basis_RI, [one.weight_OI.double().clone() for one in self.members]
-        if self.pooled.largest <= 0:
-            return leading_IR.T, [_times(one.weight_OI, leading_IR) for one in self.members]
-        root_II = self.pooled.root
-        basis_RI = torch.linalg.solve_triangular(root_II, leading_IR.T, upper=False, left=False)
-        to_rank_IR = root_II @ leading_IR
-        return basis_RI, [_times(one.weight_OI, to_rank_IR) for one in self.members]
+            basis_RI = torch.eye(features, dtype=dtype, device=leading_IR.device)
+            return basis_RI, [one.weight_OI.to(dtype, copy=True) for one in self.members]
+        basis_RI, to_rank_IR = leading_IR.T, leading_IR
+        if self.pooled.largest > 0:
+            root_II = self.pooled.root
+            basis_RI = torch.linalg.solve_triangular(root_II, basis_RI, upper=False, left=False)
+            to_rank_IR = root_II @ leading_IR
+        to_rank_IR = to_rank_IR.to(dtype)
+        return basis_RI.to(dtype), [_times(one.weight_OI, to_rank_IR) for one in self.members]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +90,17 @@ class OutputSide:
         size = len(rooted_OI)
         return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
 
-    def factors(self, leading_OR: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The basis and the coefficients of eigenvectors."""
+    def factors(self, leading_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """The basis and the coefficients of eigenvectors, products with weights in ``dtype``."""
         parts = torch.split(leading_OR, [len(one.weight_OI) for one in self.members])
-        basis_RI = leading_OR.new_zeros(leading_OR.shape[1], self.features)
+        basis_RI = leading_OR.new_zeros(leading_OR.shape[1], self.features, dtype=dtype)
         coefficients = []
         for one, root, part_OR in zip(self.members, self.roots, parts, strict=True):
             # (R U)ᵀ W: cheaper than Uᵀ of all of Rᵀ W
             left_OR = part_OR if root is None else root.times(part_OR)
-            basis_RI.addmm_(left_OR.T, one.weight_OI.double())
-            coefficients.append(part_OR.contiguous() if root is None else root.undo(part_OR))
+            basis_RI.addmm_(left_OR.T.to(dtype), one.weight_OI.to(dtype))
+            undone_OR = part_OR.contiguous() if root is None else root.undo(part_OR)
+            coefficients.append(undone_OR.to(dtype))
         return basis_RI, coefficients
 
     def _rooted(self) -> Tensor:
@@ -112,8 +114,10 @@ Side = InputSide | OutputSide
 
 
 def is_wide(members: Sequence[SliceStatistics]) -> bool:
-    """Whether a group has fewer outputs than inputs, so that its smaller side are the outputs."""
-    return sum(len(one.weight_OI) for one in members) < members[0].weight_OI.shape[1]
+    """Whether the outputs are a group's smaller side. Of several slices with as many outputs as
+    inputs they are: each has a small root of its own, and the pooled moment needs none."""
+    outputs, inputs = sum(len(one.weight_OI) for one in members), members[0].weight_OI.shape[1]
+    return outputs < inputs or (outputs == inputs and len(members) > 1)
 
 
 def weighted_product(one: SliceStatistics, added: float = 0.0) -> Tensor:
@@ -153,9 +157,10 @@ class Decomposition:
     significant: int
     """How many eigenvalues are more than rounding: directions beyond are arbitrary."""
 
-    def factors(self, side: Side, rank: int) -> Factors:
-        """The best factors of that rank of the side that was decomposed."""
-        basis_RI, coefficients = side.factors(self.vectors[:, -rank:].flip(1))
+    def factors(self, side: Side, rank: int, dtype: torch.dtype = torch.float64) -> Factors:
+        """The best factors of that rank of the side that was decomposed. In float32 they are to
+        judge a plan by: its products are no finer, and take half the time."""
+        basis_RI, coefficients = side.factors(self.vectors[:, -rank:].flip(1), dtype)
         norm_R = torch.stack([c.pow(2).sum(0) for c in coefficients]).sum(0).sqrt()
         scale_R = balance(basis_RI, norm_R)
         return Factors(
@@ -183,5 +188,5 @@ def rounding(size: int) -> float:
 def _times(weight_OI: Tensor, right_IR: Tensor) -> Tensor:
     found = right_IR.new_empty(len(weight_OI), right_IR.shape[1])
     for part, rows in zip(torch.split(found, _ROWS), torch.split(weight_OI, _ROWS), strict=True):
-        torch.mm(rows.double(), right_IR, out=part)
+        torch.mm(rows.to(right_IR.dtype), right_IR, out=part)
     return found

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from fxshare.factors.group import GroupFactors, factorise_group, refitted
 from fxshare.factors.spectra import Spectra
 from fxshare.plans.plan import Group
@@ -24,18 +26,22 @@ class Factored(Mapping[str, GroupFactors]):
     spectra: Spectra
     refit: bool
     bias: bool
+    dtype: torch.dtype = torch.float64
 
     def __getitem__(self, name: str) -> GroupFactors:
         group = self._by_name[name]
-        size = 8 * group.rank * (group.in_features + group.out_features)
+        size = self.dtype.itemsize * group.rank * (group.in_features + group.out_features)
 
         def plain() -> GroupFactors:
-            return factorise_group(group, self.spectra, refit=False, bias=self.bias)
+            return factorise_group(
+                group, self.spectra, refit=False, bias=self.bias, dtype=self.dtype
+            )
 
         def fitted() -> GroupFactors:
             return refitted(kept.get((key, False), plain, size), bias=self.bias)
 
-        kept, key = self.spectra.made, (group.slices, group.rank, group.storage, self.bias)
+        kept = self.spectra.made
+        key = group.slices, group.rank, group.storage, self.bias, self.dtype
         made: GroupFactors = kept.get((key, self.refit), fitted if self.refit else plain, size)
         return replace(made, group=group)
 

@@ -18,7 +18,8 @@ from fxshare.plans.plan import Group
 
 @dataclass(eq=False)
 class GroupFactors:
-    """The factors of one group in float64: ``weight_i ≈ coefficients[i] @ basis_RI``."""
+    """The factors of one group: ``weight_i ≈ coefficients[i] @ basis_RI``, in float64, or
+    in float32 to judge a plan by."""
 
     group: Group
     basis_RI: Tensor
@@ -59,6 +60,7 @@ def factorise_group(
     *,
     refit: bool = True,
     bias: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> GroupFactors:
     """Factorise one planned group in the metric it was priced in.
 
@@ -68,7 +70,7 @@ def factorise_group(
     """
     names = group.slices
     try:
-        factors = spectra.factors(names, group.rank)
+        factors = spectra.factors(names, group.rank, dtype)
     except FactoriseError as error:
         raise FactoriseError(f"group {group.name!r}: {error}") from error
     made = GroupFactors(
@@ -96,7 +98,7 @@ def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
         # it started
         floor = spectra.pooled(factors.group.slices).floor
         made.coefficients = {
-            name: _refit(one, factors.basis_RI, factors.coefficients[name], floor)
+            name: _refit(one, factors.basis_RI.double(), factors.coefficients[name], floor)
             for name, one in members.items()
         }
     return replace(made, bias_shift=_shifts(made)) if bias else made
@@ -107,8 +109,8 @@ def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
     for name, coefficient_OR in factors.coefficients.items():
         one = factors.spectra.slices[name]
         if one.mean_I is not None:
-            kept_R = factors.basis_RI @ one.mean_I
-            shifts[name] = one.image_of_mean - coefficient_OR @ kept_R
+            kept_R = factors.basis_RI @ one.mean_I.to(factors.basis_RI)
+            shifts[name] = one.image_of_mean - (coefficient_OR @ kept_R).double()
     return shifts
 
 
@@ -119,5 +121,5 @@ def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: f
     root_RR, failed = torch.linalg.cholesky_ex(inner_RR)
     if failed:
         return coefficient
-    refitted: Tensor = torch.cholesky_solve(right_RO, root_RR).T
+    refitted: Tensor = torch.cholesky_solve(right_RO, root_RR).T.to(coefficient.dtype)
     return refitted if bool(refitted.isfinite().all()) else coefficient

@@ -112,7 +112,9 @@ class Spectra:
 
         return self._pooled.get(frozenset(inputs), make, size)
 
-    def factors(self, names: tuple[str, ...], rank: int) -> Factors:
+    def factors(
+        self, names: tuple[str, ...], rank: int, dtype: torch.dtype = torch.float64
+    ) -> Factors:
         """The best factors of a group at a rank.
 
         The decomposition of a group serves every rank, so that the plans of a search, which differ
@@ -131,8 +133,8 @@ class Spectra:
         # at full rank either form gives back weights that have it
         if rank > whole.significant and not (rank == limit and _have_rank(members, limit)):
             damped = self.decomposition(names, damped=True)
-            return damped.factors(self._inputs(names, damped=True), rank)
-        return whole.factors(self._side(names), rank)
+            return damped.factors(self._inputs(names, damped=True), rank, dtype)
+        return whole.factors(self._side(names), rank, dtype)
 
     def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
         """The decomposition of a group on its smaller side; with ``damped`` over its inputs, with
@@ -222,6 +224,10 @@ class Spectra:
         if part not in self._tails:
             self._tails[part] = self._compute_tails(part)
         return self._tails[part]
+
+    def is_computed(self, part: frozenset[str]) -> bool:
+        """Whether a part's spectrum is at hand."""
+        return part in self._tails
 
     @part("spectra")
     def _compute_tails(self, part: frozenset[str]) -> NDArray[np.float64]:

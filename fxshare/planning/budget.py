@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fxshare.calibration.calibrate import calibrate
@@ -134,7 +135,8 @@ def plan_within_budget(
         skipped=tuple(skipped),
         outlook=outlook,
     )
-    return Budgeted(plan, best.factors, statistics, spectra[True])
+    factors = replace(best.factors, dtype=torch.float64)
+    return Budgeted(plan, factors, statistics, spectra[True])
 
 
 def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:

@@ -236,11 +236,15 @@ class Search:
 
     def _problem(self, spectra: Spectra, options: Options, strategy: str) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
-        collected: trials that differ in blending only, and other budgets, solve it once."""
+        collected: trials that differ in blending only, and other budgets, solve it once. With one
+        the groups are those that were priced without."""
         nodes = nodes_of(self.sites, spectra.slices)
-        if options != self.options:
-            return make_problem(nodes, spectra, options)
         key = id(spectra), strategy
+        if options != self.options:
+            known = key in self.problems and options.may_share == self.options.may_share
+            return make_problem(
+                nodes, spectra, options, known=spectra.is_computed if known else None
+            )
         if key not in self.problems:
             self.problems[key] = make_problem(nodes, spectra, options)
         return self.problems[key]
@@ -260,7 +264,10 @@ class Search:
 
     def _realise(self, one: Planned, *, refit: bool) -> None:
         assert one.spectra is not None
-        one.factors = Factored(one.groups, one.spectra, refit, self.bias)
+        # weights multiplied out are float32 at least, which is enough to judge them by
+        fine = any(w.dtype == torch.float64 for w in self.weights.values())
+        dtype = torch.float64 if fine else torch.float32
+        one.factors = Factored(one.groups, one.spectra, refit, self.bias, dtype)
         one.refitted = refit
 
     def dense(self, factors: Factored) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -118,6 +118,20 @@ def test_both_forms_are_the_svd(outs: Any, features: int, inputs: int, kind: str
             torch.testing.assert_close(made.basis_RI.norm(dim=1), stacked, rtol=1e-9, atol=0)
 
 
+def test_factors_in_float32_are_those_of_float64_to_its_rounding() -> None:
+    slices = members_of((9, 5), 10)
+    for side in both_sides(slices):
+        whole = decompose(side)
+        for rank in (1, 4, 10):
+            fine, coarse = (whole.factors(side, rank, t) for t in (torch.float64, torch.float32))
+            assert coarse.basis_RI.dtype == coarse.coefficients[0].dtype == torch.float32
+            assert coarse.lost == fine.lost
+            for a, b in zip(fine.coefficients, coarse.coefficients, strict=True):
+                expected, found = a @ fine.basis_RI, (b @ coarse.basis_RI).double()
+                size = a.norm() * fine.basis_RI.norm()
+                assert (found - expected).norm() <= 10 * torch.finfo(torch.float32).eps * size
+
+
 @pytest.mark.parametrize("wrong", ["side", "root", "gram"])
 def test_the_comparison_can_fail(wrong: str) -> None:
     slices = members_of((9, 5), 10)

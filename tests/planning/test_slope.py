@@ -22,7 +22,7 @@ class Quadratic:
         self.gradients = gradients
         self.asked: list[int] = []
 
-    def substituted(self, weights: Any, biases: Any, what: Any = None) -> Any:
+    def substituted(self, weights: Any, biases: Any, what: object = None) -> Any:
         return weights, biases
 
     def losses(self, on: Any, which: Iterable[int]) -> list[float]:

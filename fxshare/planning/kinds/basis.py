@@ -36,8 +36,15 @@ class Priced(Protocol):
         """The loss of a group at every rank from 0."""
 
 
-def make_problem(nodes: Mapping[str, Node], spectra: Priced, options: Options) -> Problem:
-    """The partition problem with curves from spectra.
+def make_problem(
+    nodes: Mapping[str, Node],
+    spectra: Priced,
+    options: Options,
+    *,
+    known: Callable[[Part], bool] | None = None,
+) -> Problem:
+    """The partition problem with curves from spectra; where ``known`` is given, of those alone that
+    are, single slices apart.
 
     The curves' second unit is FLOPs, or with ``time_kept`` parts of the dense time.
     """
@@ -49,7 +56,7 @@ def make_problem(nodes: Mapping[str, Node], spectra: Priced, options: Options) -
         rank = ranks(Shape(full_rank, full_rank), options.rank_multiple).tolist()
         return tuple(BasisOption(r, storage) for storage in storages for r in rank)
 
-    covers = Covers(nodes, spectra)
+    covers = Covers(nodes, spectra, known)
 
     def curve(part: Part, tails_of: Callable[[Part], Floats] = covers.tails) -> Curve:
         shape = shape_of(nodes, part)
@@ -88,6 +95,7 @@ def make_problem(nodes: Mapping[str, Node], spectra: Priced, options: Options) -
         tie=options.tie,
         side_limit=limit,
         least_of=lambda part: curve(part, covers.least),
+        known=known,
     )
 
 
@@ -105,6 +113,9 @@ class Covers:
 
     nodes: Mapping[str, Node]
     spectra: Priced
+    known: Callable[[Part], bool] | None = None
+    """Which spectra are at hand; where it is given, others than those of single layers are not
+    asked for."""
 
     def tails(self, part: Part) -> Floats:
         """The loss of a part at every rank from 0."""
@@ -113,9 +124,11 @@ class Covers:
         return found if len(layers) == 1 else np.maximum(found, self._cover(layers, len(found)))
 
     def least(self, part: Part) -> Floats:
-        """Nowhere above :meth:`tails`, of three layers and more without a decomposition."""
+        """Nowhere above :meth:`tails`, of three layers and more without a decomposition of it, and
+        with ``known`` without any."""
         layers = self._layers(part)
-        if len(layers) < 3:
+        at_hand = self.known is None or self.known(part)
+        if len(layers) == 1 or (len(layers) == 2 and at_hand):
             return self.tails(part)
         return self._cover(layers, shape_of(self.nodes, part).full_rank + 1)
 
@@ -139,7 +152,7 @@ class Covers:
     def _sum(self, parts: Sequence[Part], length: int) -> Floats:
         found = np.zeros(length)
         for part in parts:
-            tails = self.tails(part)[:length]
+            tails = self.least(part)[:length]
             found[: len(tails)] += tails
         return found
 

@@ -100,7 +100,8 @@ def _grow(problem: Problem, row: Sequence[Part], prices: Floats) -> Grown:
                 continue
             apart = _best_apart(run, split)
             shorter = {(run[0], run[1] - 1), (run[0] + 1, run[1])}
-            if length <= 2 or length == len(row) or shorter <= growing:
+            grows = length <= 2 or length == len(row) or shorter <= growing
+            if length == 1 or (grows and problem.considers(part)):
                 values = _priced(problem, grown, run, apart)
             else:
                 values = None

@@ -69,7 +69,9 @@ class Problem:
     computed lazily. ``may_share`` lists sets of weight types that may meet in one basis; by default
     a type only meets itself. ``side_limit`` bounds the sum of the curves' ``side``. ``least_of``
     gives a curve of the same costs that is nowhere above a part's own, without pricing the part;
-    where there is none, whoever asks for a bound has the part priced.
+    where there is none, whoever asks for a bound has the part priced. ``known`` says of which parts
+    the price is at hand; where it is given, runs and joins of others are not considered beyond
+    their bounds.
     """
 
     nodes: Mapping[str, Node]
@@ -79,6 +81,7 @@ class Problem:
     tie: Sequence[Part] = ()
     side_limit: float | None = None
     least_of: Callable[[Part], Curve] | None = None
+    known: Callable[[Part], bool] | None = None
     _known: dict[Part, SharedBasis] = field(init=False, default_factory=dict)
     _joins: dict[Part, bool] = field(init=False, default_factory=dict)
     _values: dict[Part, list[float]] = field(init=False, default_factory=dict)
@@ -117,6 +120,10 @@ class Problem:
     def is_priced(self, part: Part) -> bool:
         """Whether a part's own curve is known."""
         return part in self._known
+
+    def considers(self, part: Part) -> bool:
+        """Whether a part may be priced."""
+        return self.known is None or part in self._known or self.known(part)
 
     def least(self, part: Part, prices: Floats) -> Floats:
         """Values that the part's own are nowhere below, at several prices; its own where it is

@@ -191,6 +191,8 @@ def _zip_rows(problem: Problem, left: list[Part], right: list[Part]) -> list[Par
     for a, b in zip(left, right, strict=True):
         if len({problem.nodes[name].input for name in a | b}) > 1 or not problem.may_join(a | b):
             return None
+        if not problem.considers(a | b):
+            return None
         both.append(a | b)
     return both
 

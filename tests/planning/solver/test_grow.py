@@ -158,3 +158,40 @@ def test_too_many_slices_to_enumerate() -> None:
     problem = Problem(stack(14), lambda part: spectral_curve(weights, part))
     with pytest.raises(PlanError, match="14 slices have too many partitions"):
         solve(problem, 14 * WIDTH * WIDTH, strategy="exhaustive")
+
+
+@given(seeds, prices, st.integers(2, 6), st.sets(st.integers(0, 20), max_size=12))
+@settings(deadline=None, max_examples=40)
+def test_of_known_parts_alone_nothing_else_is_priced_and_the_bound_holds(
+    seed: int, price: float, layers: int, chosen: set[int]
+) -> None:
+    weights = random_weights(stack(layers), seed)
+    names = list(stack(layers))
+    every = [frozenset(names[a:b]) for a, b in itertools.combinations(range(layers + 1), 2)]
+    known = {part for at, part in enumerate(every) if at in chosen}
+    problem = bounded(layers, weights, known=known.__contains__)
+    whole = bounded(layers, weights)
+    found = STRATEGIES["grown"](problem, price)
+    assert {one.slices for one in problem.seen()} <= known | set(problem.singletons())
+    best = min(total(whole, parts, price) for parts in runs(names))
+    assert problem.bound(price) <= best * (1 + 1e-12) <= total(problem, found, price) * (1 + 2e-12)
+
+
+def test_joins_of_slices_that_are_not_known_are_not_priced() -> None:
+    nodes = stack(2, heads=4)
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(2, WIDTH))
+    weights = {name: rng.normal(size=(WIDTH, 2)) @ common for name in nodes}
+
+    def solved(known: Any) -> Problem:
+        problem = Problem(
+            nodes,
+            lambda part: spectral_curve(weights, part),
+            least_of=lambda part: alone(weights, part),
+            known=known,
+        )
+        STRATEGIES["same_input"](problem, 0.1)
+        return problem
+
+    assert any(len(one.slices) > 1 for one in solved(None).seen())
+    assert all(len(one.slices) == 1 for one in solved(lambda part: False).seen())
