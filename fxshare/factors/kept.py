@@ -11,19 +11,34 @@ Value = TypeVar("Value")
 
 class Kept(Generic[Value]):
     """Values by key; those that were not asked for longest go when there are too many. The value
-    asked for last is always kept."""
+    asked for last is always kept.
 
-    def __init__(self, most_bytes: int) -> None:
+    With ``stays`` what is kept stays, and what then finds no room is not kept: of values that are
+    asked for in turn, again and again, as many as there is room for are found, where otherwise each
+    would be gone just before its turn.
+    """
+
+    def __init__(self, most_bytes: int, *, stays: bool = False) -> None:
         self.most_bytes = most_bytes
+        self.stays = stays
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: Hashable, make: Callable[[], Value], size: int) -> Value:
         """The value of a key; made where it is not kept, and then kept as ``size`` bytes."""
         if key not in self._values:
+            if self.stays and self._bytes + size > self.most_bytes:
+                return make()
             self._drop(size)  # before there is another
             self._values[key] = make(), size
             self._bytes += size
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def found(self, key: Hashable) -> Value | None:
+        """The value of a key, None where it is not kept."""
+        if key not in self._values:
+            return None
         self._values.move_to_end(key)
         return self._values[key][0]
 

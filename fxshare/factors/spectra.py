@@ -46,7 +46,7 @@ from fxshare.factors.triangles import mirrored
 # rows of a decomposition from which on it is written
 _LEAST_WRITTEN = 256
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.3, 0.2, 0.15, 0.15, 0.15, 0.05
+_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.4, 0.2, 0.1, 0.1, 0.15, 0.05
 
 
 @dataclass(eq=False)
@@ -82,10 +82,11 @@ class Spectra:
 
     def __post_init__(self) -> None:
         self.made = Kept(int(_MADE * self.room))
-        self._decompositions = Kept(int(_DECOMPOSED * self.room))
+        # a plan takes those of all its groups in turn
+        self._decompositions = Kept(int(_DECOMPOSED * self.room), stays=True)
         self._pooled = Kept(int(_POOLED * self.room))
         self._products = Kept(int(_PRODUCTS * self.room))
-        self._images = Kept(int(_IMAGES * self.room))
+        self._images = Kept(int(_IMAGES * self.room), stays=True)
         self._roots = Kept(int(_ROOTS * self.room))
 
     def share_inputs(self, other: Spectra) -> None:
@@ -134,6 +135,9 @@ class Spectra:
         if rank > whole.significant and not (rank == limit and _have_rank(members, limit)):
             damped = self.decomposition(names, damped=True)
             return damped.factors(self._inputs(names, damped=True), rank, dtype)
+        if is_wide(members):  # what is left to do takes no moment of the inputs
+            side: Side = OutputSide(members, [self._root(name) for name in names])
+            return whole.factors(side, rank, dtype)
         return whole.factors(self._side(names), rank, dtype)
 
     def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
@@ -192,7 +196,10 @@ class Spectra:
 
     def _root(self, name: str) -> OutputRoot | None:
         """The root of a slice's output statistics; None where there are none."""
-        moment = self.slices[name].moment_OO
+        known = self._roots.found(name)
+        if known is not None:
+            return known
+        moment = self.slices[name].moment_OO  # expanded when it is asked for
         if moment is None:
             return None
 

@@ -92,3 +92,22 @@ def test_what_was_not_asked_for_longest_goes_first() -> None:
     assert [key in kept for key in ("a", "c", "large")] == [False, False, True]
     get("large", 1000)
     assert made == ["a", "b", "c", "large"]
+
+
+def test_what_stays_is_found_in_turn_where_the_last_one_kept_would_not_be() -> None:
+    asked: list[int] = []
+
+    def made(number: int) -> int:
+        asked.append(number)
+        return number
+
+    counts = {}
+    for stays in (False, True):
+        kept: Kept[int] = Kept(30, stays=stays)
+        asked.clear()
+        for _ in range(4):
+            assert [kept.get(n, lambda n=n: made(n), 10) for n in range(5)] == list(range(5))
+        counts[stays] = len(asked)
+        assert kept.found(99) is None
+    assert counts == {False: 20, True: 5 + 3 * 2}
+    assert kept.found(0) == 0
