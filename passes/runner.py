@@ -48,24 +48,49 @@ def run(
 
     Raises :class:`PassError` and its kinds, always naming the pass.
     """
-    result = structure_copy(gm, clone_buffers=False)
+    result = structure_copy(gm, clone_buffers=False, without_code=True)
     leave_out_derived(result)
-    applied = []
+    applied: list[Applied] = []
+    stale = True  # to write the code takes longer than most passes, and ours read the graph alone
     for one in passes:
         if not isinstance(one, Pass):
             raise PassError(
                 f"expected an instance of passes.Pass in the list of passes, found {one!r}; "
                 "give the pass itself, not its class or its name"
             )
+        if stale and not _is_ours(one):
+            _write_code(result, applied)
+            stale = False
         applied.append(_apply(result, one))
+        stale = stale or (_is_ours(one) and applied[-1].rewrites > 0)
         wanted = (expect or {}).get(one.name)
         if wanted is not None and wanted != applied[-1].rewrites:
             raise EnsuresError(
                 f"{one.name}: expected {wanted} rewrites, made {applied[-1].rewrites}"
             )
         if watch is not None:
+            if stale:
+                _write_code(result, applied)
+                stale = False
             watch(one, result)
+    if stale:
+        _write_code(result, applied)
     return result, tuple(applied)
+
+
+def _is_ours(one: Pass) -> bool:
+    """Whether a pass is of this package: those of users may run the graph or read its code."""
+    return type(one).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _write_code(gm: fx.GraphModule, applied: Sequence[Applied]) -> None:
+    try:
+        gm.recompile()
+    except Exception as error:
+        by = ", ".join(repr(one.name) for one in applied if one.rewrites)
+        if not by:
+            raise  # the graph that was given
+        raise EnsuresError(f"one of the passes {by} left an invalid graph: {error}") from error
 
 
 def _apply(gm: fx.GraphModule, one: Pass) -> Applied:
@@ -118,7 +143,7 @@ class _Snapshot:
             raise NameFault(f"pass {one.name!r}: {error}") from error
         try:
             gm.graph.lint()
-            if rewrites:  # else the text is that of the code there is
+            if rewrites and not _is_ours(one):  # without any the text is that of the code there is
                 gm.recompile()
         except Exception as error:
             raise EnsuresError(f"pass {one.name!r} left an invalid graph: {error}") from error

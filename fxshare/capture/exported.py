@@ -17,7 +17,7 @@ from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
 from fxshare.capture.inputs import give_signature
 from fxshare.capture.ranges import hold_range
-from fxshare.capture.signature import checked_names
+from fxshare.capture.signature import check_arguments, checked_names
 from fxshare.capture.steered import SteeredGraph, hold_eval, set_training
 from fxshare.capture.tracing.constants import outside
 from fxshare.capture.tracing.dtypes import insert_hold
@@ -101,6 +101,7 @@ def export(model: nn.Module, shapes: Shapes, contract: Contract) -> fx.GraphModu
     give_signature(gm.graph, contract, shapes.base)
     checked_names(gm.graph, model)
     gm.recompile()
+    check_arguments(gm, model)
     return gm
 
 

@@ -72,8 +72,7 @@ def check_model_names(model: nn.Module) -> None:
 
 
 def checked_names(graph: fx.Graph, model: nn.Module) -> None:
-    """Hold the names in a graph's code to the grammar, and its arguments to other names than those
-    that the code reads.
+    """Hold the names in a graph's code to the grammar, before any is made.
 
     Raises :class:`CaptureError` naming the model.
     """
@@ -81,8 +80,15 @@ def checked_names(graph: fx.Graph, model: nn.Module) -> None:
         check_names(graph)
     except NameFault as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured: {error}") from error
-    read = {*graph.python_code("self").globals, "getattr", "slice"}
-    for node in graph.nodes:
+
+
+def check_arguments(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Hold the arguments of a graph to other names than those that its code reads.
+
+    Raises :class:`CaptureError` naming the model.
+    """
+    read = {*type(gm).forward.__globals__, "getattr", "slice"}
+    for node in gm.graph.nodes:
         if node.op == "placeholder" and node.target in read:
             raise CaptureError(
                 f"the argument {node.target!r} of {type(model).__name__} has the name of what the "

@@ -20,7 +20,7 @@ def assemble(captured: Captured, rewritten: fx.GraphModule, plan: Plan, *, copy:
         whole = put_back(model, rewritten, sites, copy=copy)
         keep_original(whole, model)
         return whole
-    root = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
+    root = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False, without_code=True)
     result = ShareModule(root, root.graph, f"{type(model).__name__}Shared")
     result.meta.update(rewritten.meta)
     keep_contract(result, captured.contract)

@@ -31,6 +31,9 @@ def rebind(module: nn.Module, copies: Mapping[int, nn.Module]) -> None:
     search = _Search(copies)
     for part in module.modules() if copies else ():
         for name, value in list(part.__dict__.items()):
+            kind = type(value)
+            if kind in _PLAIN or (kind in _MAPPINGS and not value):
+                continue  # most that modules keep
             if name not in _OWN:
                 new = search.rebound(value)
                 if new is not value:
@@ -49,7 +52,7 @@ class _Search:
         """``value`` with every original in it replaced; ``value`` itself where it holds none."""
         kind = type(value)
         if kind in _PLAIN or (kind in _MAPPINGS and not value):
-            return value  # most that modules keep
+            return value
         if isinstance(value, nn.Module):
             return self._copies.get(id(value), value)
         if kind is types.MethodType:

@@ -211,6 +211,7 @@ def structure_copy(
     clone_buffers: bool = True,
     memo: Mapping[int, object] | None = None,
     one_code: bool = False,
+    without_code: bool = False,
 ) -> ModuleT:
     """A copy of the module tree whose parameters are the *same tensors*.
 
@@ -221,7 +222,8 @@ def structure_copy(
 
     With ``one_code`` the copy of a graph module has the original's graph and code, which are not to
     be changed then: for a copy that only runs, since writing the code takes longer than a small
-    graph does.
+    graph does. ``without_code`` gives a graph module a graph of its own and no code: for a copy
+    that is changed before it runs, and has ``recompile()`` called then.
     """
     known: dict[int, object] = {}
     if not clone_parameters:
@@ -231,13 +233,15 @@ def structure_copy(
         for _, buffer in module.named_buffers(remove_duplicate=False):
             known[id(buffer)] = buffer
     known.update(memo or {})
-    result = _copied(module, known, one_code)
+    result = _copied(module, known, one_code, without_code)
     copies = {id(part): known.get(id(part)) for part in module.modules()}
     rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
     return result
 
 
-def _copied(module: ModuleT, known: dict[int, object], one_code: bool) -> ModuleT:
+def _copied(
+    module: ModuleT, known: dict[int, object], one_code: bool, without_code: bool
+) -> ModuleT:
     """``copy.deepcopy(module, known)``, which asks every module how it is pickled and every empty
     dict of hooks what is in it: of a small model that took most of the time."""
     plain = [m for m in module.modules() if id(m) not in known and _is_plain(type(m))]
@@ -245,28 +249,37 @@ def _copied(module: ModuleT, known: dict[int, object], one_code: bool) -> Module
         known[id(part)] = object.__new__(type(part))
     # a graph module among them looks at what it holds as soon as it is made
     for part in reversed(plain):
-        vars(known[id(part)]).update(
-            (name, _content(value, known))
-            for name, value in vars(part).items()
-            if name != "_compiled_call_impl"  # as in nn.Module.__getstate__
-        )
+        held = vars(known[id(part)])
+        for name, value in vars(part).items():
+            kind = type(value)
+            if kind in _CONSTANTS:
+                held[name] = value
+            elif (kind is dict or kind is OrderedDict) and not value:
+                held[name] = known.setdefault(id(value), kind())
+            elif name in _TENSORS_AND_MODULES and kind is dict:
+                held[name] = known[id(value)] = {
+                    key: known[id(inner)] if id(inner) in known else copy.deepcopy(inner, known)
+                    for key, inner in value.items()
+                }
+            elif name != "_compiled_call_impl":  # as in nn.Module.__getstate__
+                held[name] = copy.deepcopy(value, known)
     if one_code and isinstance(module, fx.GraphModule):
         known[id(module.graph)] = module.graph
         known[id(module)] = twin = object.__new__(type(module))
         vars(twin).update(copy.deepcopy(module.__dict__, known))
         return twin
+    if without_code and isinstance(module, fx.GraphModule):
+        made = type(module)
+        known[id(module)] = twin = made.__new__(made)  # a class for each, since it has the code
+        type(twin).__name__ = "GraphModule"  # as fx calls every copy
+        vars(twin).update(copy.deepcopy(module.__dict__, known))
+        twin.graph.owning_module = twin
+        return twin
     return copy.deepcopy(module, known)
 
 
-def _content(value: object, known: dict[int, object]) -> object:
-    if type(value) in _CONSTANTS:
-        return value
-    if type(value) in (dict, OrderedDict) and not value:
-        return known.setdefault(id(value), type(value)())
-    return copy.deepcopy(value, known)
-
-
 _CONSTANTS = frozenset({bool, int, float, str, type(None)})
+_TENSORS_AND_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
 _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _STATE = ("__getstate__", "__setstate__", "__new__")
 

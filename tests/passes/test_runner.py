@@ -261,6 +261,35 @@ def test_watch_is_called_after_each_pass() -> None:
     assert seen == [("split-linear", True), ("clean-up", True)]
 
 
+def test_the_code_is_that_of_the_graph_wherever_it_is_looked_at() -> None:
+    seen: list[bool] = []
+
+    def look(gm: fx.GraphModule) -> int:
+        same = equal_outputs(source, gm, inputs(BRANCHES), tolerance=1e-12)
+        seen.append("shared_a" in gm.code and same)
+        return 0
+
+    source = captured(BRANCHES)
+    code = source.code
+    one = SplitLinear(sites=(site_of(["shared"], [(".a", 8), (".b", 8)]),))
+    result, _ = run(source, [one, Broken(body=look), CleanUp()], watch=lambda _, g: look(g) or None)
+    assert look(result) == 0
+    assert seen == [True] * 5
+    assert "shared_a" not in source.code == code
+
+
+@pytest.mark.broken_graphs
+def test_code_that_cannot_be_written_names_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(self: SplitLinear, gm: fx.GraphModule) -> int:
+        with gm.graph.inserting_before(_output(gm)):
+            gm.graph.call_function(torch.neg, (object(),))  # <object object at 0x7f..>
+        return 1
+
+    monkeypatch.setattr(SplitLinear, "rewrite", spoiled)
+    with pytest.raises(EnsuresError, match="passes 'split-linear' left an invalid graph"):
+        run(captured(TIED_MLP), [CleanUp(), SplitLinear(sites=())])
+
+
 def test_what_is_reported() -> None:
     _, (applied,) = run(captured(BRANCHES), [CleanUp()])
     assert isinstance(applied, Applied)

@@ -218,4 +218,5 @@ def keep_apart(gm: fx.GraphModule) -> None:
                 made[key] = gm.graph.call_function(crossing, (source,))
             made[key].meta.update(source.meta)
         call.node.replace_input_with(source, made[key])
-    gm.recompile()
+    if made:
+        gm.recompile()

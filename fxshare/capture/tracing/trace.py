@@ -18,7 +18,7 @@ from fxshare.capture.containers import holds_tensor
 from fxshare.capture.contract import Contract
 from fxshare.capture.guards import hold_guard
 from fxshare.capture.inputs import give_signature
-from fxshare.capture.signature import checked_names, method_taking
+from fxshare.capture.signature import check_arguments, checked_names, method_taking
 from fxshare.capture.steered import SteeredGraph, hold_eval, hold_plain, hold_training
 from fxshare.capture.tracing.align import (
     Difference,
@@ -49,7 +49,7 @@ from fxshare.capture.tracing.regions import (
     own_modes,
 )
 from fxshare.capture.tracing.tracer import Guard, ValueTracer
-from fxshare.capture.tracing.values import fake_mode
+from fxshare.capture.tracing.values import FakeValues, fake_mode
 from fxshare.capture.tracing.writing import without_aliases
 from fxshare.errors import CaptureError
 from passes.errors import FxShareError
@@ -69,9 +69,10 @@ def trace(
     root = structure_copy(model)
     flags = {name: m.training for name, m in root.named_modules()}
     notes: list[str] = []
-    graph, guards = trace_once(root, shapes.base, training=False)
+    values = FakeValues(_inputs(shapes.base))
+    graph, guards = trace_once(root, shapes.base, training=False, values=values)
     compared = _compare(model, graph, shapes)
-    trained, found, reason = _in_training(model, graph, shapes, compared)
+    trained, found, reason = _in_training(model, graph, shapes, compared, values)
     held = held_modes(graph, trained)
     own = own_modes(graph, compared.graph, compared.around, trained)
     switches = insert_training_switches(root, graph, found)
@@ -98,6 +99,7 @@ def trace(
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
     checked_names(graph, model)
     gm = SteeredGraph(root, graph, type(model).__name__)
+    check_arguments(gm, model)
     keep_apart(gm)
     hold_training(gm, held)
     if reason is not None:
@@ -169,12 +171,12 @@ def _compare(model: nn.Module, graph: fx.Graph, shapes: Shapes) -> _Compared:
 
 
 def _in_training(
-    model: nn.Module, graph: fx.Graph, shapes: Shapes, compared: _Compared
+    model: nn.Module, graph: fx.Graph, shapes: Shapes, compared: _Compared, values: FakeValues
 ) -> tuple[fx.Graph | None, list[Difference], str | None]:
     """The trace in training mode and the constants in which it differs; or why it takes another
     path than the graph, which then holds for eval mode alone."""
     try:
-        trained, _ = trace_once(structure_copy(model), shapes.base, training=True)
+        trained, _ = trace_once(structure_copy(model), shapes.base, training=True, values=values)
         found = differences(graph, trained)
         held_modes(graph, trained)
         own_modes(graph, compared.graph, compared.around, trained)
@@ -190,13 +192,19 @@ def trace_once(
     *,
     training: bool,
     mode: FakeTensorMode | None = None,
+    values: FakeValues | None = None,
     objects: Container[str] = (),
     around: Around = PLAIN,
 ) -> tuple[fx.Graph, list[Guard]]:
     """One trace of ``root``, which it changes; ``objects`` names inputs that are not tensors, such
-    as a cache. Raises :class:`CaptureError` with the model's own line where tracing failed."""
+    as a cache. ``values`` are those of an earlier trace of the same call.
+
+    Raises :class:`CaptureError` with the model's own line where tracing failed.
+    """
     before = set(vars(root))
-    tracer = ValueTracer(_inputs(call, objects), mode, around)
+    inputs = _inputs(call, objects)
+    values = values or FakeValues(inputs, mode)
+    tracer = ValueTracer(inputs, values, around)
     try:
         return _traced(root, call, tracer, training, around)
     except CaptureError:
@@ -204,11 +212,11 @@ def trace_once(
             raise
     for name in set(vars(root)) - before:  # where fx put the constants of the first try
         delattr(root, name)
-    tracer = ValueTracer(_inputs(call, objects), mode, around, nodes_of_constants=True)
+    tracer = ValueTracer(inputs, values, around, nodes_of_constants=True)
     return _traced(root, call, tracer, training, around)
 
 
-def _inputs(call: Call, objects: Container[str]) -> dict[str, Any]:
+def _inputs(call: Call, objects: Container[str] = ()) -> dict[str, Any]:
     return {n: value for n, value in call.items() if holds_tensor(value) or n in objects}
 
 

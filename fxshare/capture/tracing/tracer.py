@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from fxshare.capture.containers import holds_tensor
@@ -226,20 +225,21 @@ class ValueTracer(fx.Tracer):
 
     def __init__(
         self,
-        values: Mapping[str, Any],
-        mode: FakeTensorMode | None = None,
+        inputs: Mapping[str, Any],
+        values: FakeValues,
         around: Around = PLAIN,
         *,
         nodes_of_constants: bool = False,
     ) -> None:
-        """``nodes_of_constants``: what the model makes of numbers alone is a node too."""
+        """``values`` may be those of an earlier trace. ``nodes_of_constants``: what the model makes
+        of numbers alone is a node too."""
         super().__init__(param_shapes_constant=False)
         self._around = around
-        self.inputs = values
+        self.inputs = inputs
         self.nodes_of_constants = nodes_of_constants
         self.wrote_constant = False
         self.guards: dict[tuple[fx.Node, str], Guard] = {}
-        self._values = FakeValues(values, mode)
+        self._values = values
         self._computing = False
         self._names: dict[int, tuple[str, Tensor]] | None = None
         self._thread = threading.get_ident()
