@@ -36,11 +36,14 @@ def run(
     *,
     expect: Mapping[str, int] | None = None,
     watch: Callable[[Pass, fx.GraphModule], None] | None = None,
+    code: bool = True,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
     """Apply ``passes`` in order to a copy of ``gm``; ``gm`` itself stays as it is.
 
     The copy shares its parameters with ``gm``. ``expect`` maps pass names to the number of rewrites
     that the caller counts on. ``watch`` is called after each pass with the graph so far.
+    Without ``code`` the result has none that is up to date: for a graph that goes into another
+    module, since to write the code takes longer than most passes.
 
     Held after every pass, beside its own ``ensures``: the graph lints, inputs and outputs are the
     same, no tensor was written into, no parameter got a second owner, and the count is honest
@@ -51,7 +54,7 @@ def run(
     result = structure_copy(gm, clone_buffers=False, without_code=True)
     leave_out_derived(result)
     applied: list[Applied] = []
-    stale = True  # to write the code takes longer than most passes, and ours read the graph alone
+    stale = True  # the code, which ours do not read
     for one in passes:
         if not isinstance(one, Pass):
             raise PassError(
@@ -73,7 +76,7 @@ def run(
                 _write_code(result, applied)
                 stale = False
             watch(one, result)
-    if stale:
+    if stale and code:
         _write_code(result, applied)
     return result, tuple(applied)
 

@@ -110,7 +110,9 @@ def put_back(
     """A structure copy of ``model`` in which each site is the rewritten piece of the graph."""
     sites = list(sites)
     # the pieces hold views of the source's weights and biases
-    rewritten = structure_copy(rewritten, clone_parameters=copy, clone_buffers=False)
+    rewritten = structure_copy(
+        rewritten, clone_parameters=copy, clone_buffers=False, without_code=True
+    )
     result = structure_copy(_without(model, sites), clone_parameters=copy)
     empty = {name: result.get_submodule(name) for name in sites}
     (output,) = (node for node in rewritten.graph.nodes if node.op == "output")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from fxshare.errors import CaptureError, GuardError
 from passes.graph.modes import DEVICES, caller_modes, is_steered, set_modes
@@ -17,6 +18,7 @@ _HELD = "held_training"
 _EVAL_ONLY = "eval_only"
 _PLAIN = "no_autocast"
 _STEERED = "steered"
+_CODELESS = "_without_code"
 
 
 class SteeringDiffers(CaptureError):
@@ -30,8 +32,14 @@ class SteeredGraph(fx.GraphModule):
     stay in it, whatever ``train`` is told.
     """
 
-    def __init__(self, root: Any, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+    def __init__(
+        self, root: Any, graph: fx.Graph, class_name: str = "GraphModule", *, code: bool = True
+    ) -> None:
+        """Without ``code`` it cannot be called before ``recompile()``: for a graph that is changed
+        first, or only read."""
+        self.__dict__[_CODELESS] = not code
         super().__init__(root, graph, class_name)
+        del self.__dict__[_CODELESS]
         if is_steered(graph):  # asked at every call, and torch.compile cannot look into a graph
             self.meta[_STEERED] = True
 
@@ -56,6 +64,12 @@ class SteeredGraph(fx.GraphModule):
             return super().__call__(*args, **kwargs)
         finally:  # an error may come from the middle of a region
             set_modes(caller)
+
+    def recompile(self) -> PythonCode:
+        """Write the code of the graph."""
+        if self.__dict__.get(_CODELESS):
+            return PythonCode("", {}, None)
+        return super().recompile()
 
     def train(self: _GraphT, mode: bool = True) -> _GraphT:
         """Set the mode of every module but those that are held."""

@@ -45,10 +45,11 @@ class Program:
     constants: dict[str, Tensor]
     _bound: fx.GraphModule | None = None
     _parts: tuple[int, ...] = field(default=())
+    _has_code: bool = False
 
-    def bound(self, gm: nn.Module) -> fx.GraphModule:
+    def bound(self, gm: nn.Module, *, code: bool = True) -> fx.GraphModule:
         """The graph over the present modules and tensors of ``gm``; made anew where one of them was
-        replaced since.
+        replaced since. Without ``code`` it is only to be interpreted.
 
         Raises :class:`CaptureError` naming what the graph reads and ``gm`` does not have.
         """
@@ -56,7 +57,10 @@ class Program:
         identities = tuple(map(id, parts.values()))
         if self._bound is None or identities != self._parts:
             self._bound = _side_by_side(self.graph.graph, parts).eval()
-            self._parts = identities
+            self._parts, self._has_code = identities, False
+        if code and not self._has_code:
+            self._bound.recompile()
+            self._has_code = True
         return self._bound
 
     def forget(self) -> None:
@@ -96,7 +100,8 @@ def _side_by_side(graph: fx.Graph, parts: Mapping[str, Any]) -> fx.GraphModule:
     for node in flat.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = names[node.target]
-    return SteeredGraph({names[target]: part for target, part in parts.items()}, flat, "Step")
+    root = {names[target]: part for target, part in parts.items()}
+    return SteeredGraph(root, flat, "Step", code=False)
 
 
 def _tensor(known: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
@@ -152,7 +157,7 @@ def capture_program(gm: nn.Module, shell: nn.Module, kind: Kind) -> Program:
         traced, constants = _traced(gm, shell, kind, structure)
         graph = _rewritten(traced, structure, record_of(gm), gm)
         program = Program(kind, graph, constants)
-        program.bound(gm)
+        program.bound(gm, code=False)
     except CaptureError:
         raise
     except Exception as error:  # code of the model, of transformers, or of a user's pass
@@ -201,7 +206,7 @@ def _traced(
         setattr(hollow, name, tensor.detach())
     for name, function in function_calls(root).items():
         hollow.add_module(name, function)
-    traced = SteeredGraph(hollow, graph, type(model).__name__)
+    traced = SteeredGraph(hollow, graph, type(model).__name__, code=False)
     keep_apart(traced)
     return traced, made
 
@@ -320,7 +325,7 @@ def _rewritten(
     rewritten, _ = rewrite(
         captured.graph, plan, groups, record.config.fuse, structure.passes, pivots=pivots
     )
-    whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__)
+    whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__, code=False)
     whole.meta.update(rewritten.meta)
     result, _ = replay(whole, record)
     assert isinstance(result, fx.GraphModule)

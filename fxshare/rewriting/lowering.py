@@ -176,7 +176,7 @@ def _lower_graph(gm: fx.GraphModule, prefer: Prefer) -> tuple[fx.GraphModule, Re
     passes = lowering_passes(prefer)
     # what they make cannot be taken apart again, so the readable graph is what comes after them
     first = [one for one in passes if isinstance(one, (Materialise, WriteOutPivots))]
-    start, _ = run(gm, first)
+    start, _ = run(gm, first, code=False)
     start.meta.pop("fxshare", None)
     forget_origins(start)
     result, _ = run(start, [one for one in passes if one not in first])

@@ -34,7 +34,8 @@ def rewrite(
     *,
     pivots: Sequence[PivotedGroup] = (),
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
-    """Apply the default passes for a plan to a captured graph."""
+    """Apply the default passes for a plan to a captured graph; the result has no code of its own,
+    and is to be put into another module."""
     sites = [
         SplitSite(site.calls, tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
         for site in plan.sites
@@ -49,6 +50,6 @@ def rewrite(
         sites, groups, PIVOTED.passes(pivots), fuse=fuse, extra=extra, looked_up=looked_up
     )
     with stage("rewrite", _LOG) as running:
-        result, applied = run(graph, passes)
+        result, applied = run(graph, passes, code=False)
         running.found(f"{sum(a.rewrites for a in applied)} rewrites by {len(applied)} passes")
     return result, applied
