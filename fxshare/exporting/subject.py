@@ -197,7 +197,7 @@ def _refusal(model: nn.Module, call: Call, constants: Call) -> str | None:
     """Why the model does not accept a call; None where it does. Buffers stay as they are."""
     try:
         with quiet():
-            _run(structure_copy(model), call, constants)
+            _run(structure_copy(model, one_code=True), call, constants)
     except FxShareError as error:
         return str(error)
     except Exception as error:

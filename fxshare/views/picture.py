@@ -118,11 +118,18 @@ def plan_figure(plan: Plan, *, title: str = "") -> Figure:
 
 def _wrapped(text: str, size: float, width: float, *, bold: bool) -> list[str]:
     lines: list[str] = []
-    for word in text.split(" "):
-        if lines and text_width(f"{lines[-1]} {word}", size, bold=bold) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+    words = text.split(" ")
+    while words:
+        fits, most = 1, len(words)
+        number = most  # mostly all of them; else halved, since a width takes a while to find
+        while fits < most:
+            if text_width(" ".join(words[:number]), size, bold=bold) <= width:
+                fits = number
+            else:
+                most = number - 1
+            number = (fits + most + 1) // 2
+        lines.append(" ".join(words[:fits]))
+        words = words[fits:]
     return lines
 
 

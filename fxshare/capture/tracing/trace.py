@@ -132,14 +132,14 @@ def _compare(model: nn.Module, graph: fx.Graph, shapes: Shapes) -> _Compared:
     dtype = other_dtype(model)
     held, best, why = None, None, ""
     if dtype is not None:
-        call = cast_call(shapes.other or shapes.base, dtype)
+        call, mode = cast_call(shapes.other or shapes.base, dtype), fake_mode()
+        values = FakeValues(_inputs(call), mode)
         for around in OTHERS:
-            mode = fake_mode()
             try:
                 # on a copy: fx leaves the constants of a trace on the root, and numbers on from
                 # there
                 root = cast_without_values(model, dtype, mode)
-                other, _ = trace_once(root, call, training=False, mode=mode, around=around)
+                other, _ = trace_once(root, call, training=False, values=values, around=around)
                 found = differences(graph, other)
                 switches_for(found, torch.device("cpu"))
                 own_modes(graph, other, around, None)
@@ -154,10 +154,11 @@ def _compare(model: nn.Module, graph: fx.Graph, shapes: Shapes) -> _Compared:
                 return best
     if best is not None:
         return best
+    call = shapes.other or shapes.base
+    values = FakeValues(_inputs(call))
     for around in OTHERS:
-        other, _ = trace_once(
-            structure_copy(model), shapes.other or shapes.base, training=False, around=around
-        )
+        root = structure_copy(model)
+        other, _ = trace_once(root, call, training=False, values=values, around=around)
         try:
             _check_sizes(graph, other)
             own_modes(graph, other, around, None)
