@@ -7,11 +7,12 @@ errors are written ``fxshare.errors.X``, since their module brings torch: ``--he
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("FXSHARE_DEBUG", "0") not in ("", "0")
     try:
-        code = make_app()(arguments, prog_name="fxshare", standalone_mode=False)
+        code = _command()(arguments, prog_name="fxshare", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -82,6 +83,11 @@ def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = "fxshare" if context is None else context.command_path
     return f"'{command} --help' shows what it takes"
+
+
+@functools.cache  # typer reads the annotations of every command, which takes longer than some do
+def _command() -> Callable[..., Any]:
+    return typer.main.get_command(make_app())
 
 
 def make_app() -> typer.Typer:
