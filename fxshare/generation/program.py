@@ -18,7 +18,7 @@ from fxshare.capture.steered import SteeredGraph
 from fxshare.capture.tracing.functions import FunctionCall, function_calls
 from fxshare.capture.tracing.regions import PLAIN, keep_apart, keep_modes, own_modes
 from fxshare.capture.tracing.trace import hold_guards, trace_once
-from fxshare.capture.tracing.values import fake_mode
+from fxshare.capture.tracing.values import fake_like, fake_mode
 from fxshare.errors import CaptureError
 from fxshare.factors.empty import empty_factors
 from fxshare.generation.encoder_decoder import part_of_plan, source_like, warm_step
@@ -243,11 +243,7 @@ def _fakes(model: nn.Module, gm: nn.Module, mode: Any) -> dict[int, object]:
         of = known[name].dtype if name in known else tensor.dtype
         if name not in known and tensor.dtype == then:
             of = dtype
-        with mode:
-            fake: Tensor = torch.empty(tensor.shape, dtype=of, device=device)
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=False)
-        memo[id(tensor)] = fake
+        memo[id(tensor)] = fake_like(mode, tensor, of, device).requires_grad_(False)
     return memo
 
 

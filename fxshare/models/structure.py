@@ -71,7 +71,7 @@ def without_values(
     for name, tensor in named.items():
         if id(tensor) not in memo:
             made = empty(name, tensor)
-            if isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = made
     return structure_copy(model, memo=memo)

@@ -20,6 +20,7 @@ from fxshare.capture.call import Call
 from fxshare.capture.containers import mapped
 from fxshare.capture.guards import hold_dtype
 from fxshare.capture.tracing.align import Difference, StructureDiffers, replace_constant
+from fxshare.capture.tracing.values import fake_like
 from fxshare.models.structure import without_values
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -67,8 +68,7 @@ def cast_without_values(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMo
     """A copy of the model whose floating-point tensors are fake and of ``dtype``; no memory."""
 
     def fake(name: str, tensor: Tensor) -> Tensor:
-        with mode:
-            return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        return fake_like(mode, tensor, dtype, tensor.device)
 
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     return without_values(model, {n: t for n, t in named if t.is_floating_point()}, fake)

@@ -30,6 +30,18 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
 
 
+def fake_like(
+    mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A fake tensor of the shape of ``tensor``, a parameter where that is one. ``torch.empty`` and
+    ``nn.Parameter`` under the mode do the same, each through all of its dispatch."""
+    fake = FakeTensor(mode, torch.empty(tensor.shape, dtype=dtype, device="meta"), device)
+    if isinstance(tensor, nn.Parameter):
+        fake.requires_grad_(tensor.requires_grad)
+        fake._is_param = True  # as nn.Parameter marks a tensor of another class
+    return fake
+
+
 class FakeValues:
     """The values of nodes, computed once for all nodes that do the same with the same shapes.
 
