@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxshare.base.memory import give_back
 from fxshare.base.progress import stage, track
+from fxshare.base.spool import Spooled
 from fxshare.calibration.backward import Backward
 from fxshare.calibration.blocks import blocks_of, bytes_needed
 from fxshare.calibration.gram import Summed, SummedRows
@@ -83,7 +84,7 @@ def calibrate(
     told = keeping.told(needed, len(blocks), len(parts))
     _LOG.log(logging.INFO if len(blocks) > 1 or parts else logging.DEBUG, "calibrate: %s", told)
     if len(blocks) > 1 and iter(batches) is batches:
-        batches = list(batches)
+        batches = Spooled(batches)
     for number, block in enumerate(blocks):
         folder = keeping.folder and keeping.folder / f"part-{len(parts)}"
         observing = _Observing(

@@ -73,7 +73,9 @@ def compile(
         Where None, what :func:`fxshare.init` finds in the model: exact mode. A budget goes with it
         as ``[fxshare.init(model), {"budget": {"params_kept": 0.8}}]``.
     calibration
-        Batches: tensors, tuples, or mappings with an optional ``attention_mask``. Streamed once.
+        Batches: tensors, tuples, or mappings with an optional ``attention_mask``. What is no list
+        is gone through once; where it is needed again (a budget, several passes under a limit of
+        memory, a work folder) what exceeds 64 MB of it is kept in files meanwhile.
         Without it the sharing mode is a plain SVD of the weights.
     example
         One batch to capture with; the first calibration batch where it is not given. Give one with

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fxshare.base.progress import stage
+from fxshare.base.spool import Spooled
 from fxshare.calibration.calibrate import calibrate, stored
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.room import make_room
@@ -49,7 +50,7 @@ def working(
         return
     batches = stages.batches
     if batches is not None and not isinstance(batches, Sequence):
-        batches = list(batches)
+        batches = Spooled(batches)
         stages = replace(stages, batches=batches)
     made_from = fingerprint(stages.model, stages.sites, batches, stages.cfg, loss=loss, seed=seed)
     with opened(Path(folder), made_from, plan_key(stages.cfg)) as work:

@@ -21,7 +21,7 @@ from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import PlanError
 from fxshare.factors.group import GroupFactors
-from fxshare.factors.metric import slice_statistics
+from fxshare.factors.metric import SliceStatistics, slice_statistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge, Remembered
@@ -84,9 +84,13 @@ def plan_within_budget(
     gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
     statistics = gather(captured, 0)
     most_bytes = room.kept // 4
-    slices = slice_statistics(
-        sites, weights, statistics, centred=planner.bias, most_bytes=most_bytes
-    )
+
+    def in_metric(statistics: Statistics) -> Mapping[str, SliceStatistics]:
+        return slice_statistics(
+            sites, weights, statistics, centred=planner.bias, most_bytes=most_bytes
+        )
+
+    slices = in_metric(statistics)
     options = options_of(cfg.budget, planner, model)
     write_problem(work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg))
     check_layers(planner, sites)
@@ -94,7 +98,46 @@ def plan_within_budget(
     if planner.search != "off":
         judged = data.judged(captured, statistics, loss)
         judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
-    search = Search(
+    search = _search(model, sites, weights, options, cfg, judge, work)
+    search = replace(search, room=room.kept - most_bytes)
+    spectra = search.spectra(slices)
+    search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
+
+    def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
+        again = _remeasured(captured, search, best, spectra, number, gather)
+        return search.spectra(in_metric(again), number + 1)
+
+    found = _searched(search, spectra, cfg, remeasured)
+    best = found.best
+    along = Slope(0.0, 0.0, 0)
+    if judge is not None and not judge.is_distance and best.factors:
+        some, tokens = data.some_to_fit(captured, statistics)
+        every = Judged(some, 0, len(some), 0)
+        fit = Judge(captured, sites, every, loss=loss, remembered=_memory_of(work))
+        along = _along(search, best, fit, tokens)
+    outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
+    plan = Plan(
+        mode="planned",
+        sites=search.sites,
+        groups=best.groups,
+        skipped=tuple(skipped),
+        outlook=outlook,
+    )
+    factors = replace(best.factors, dtype=torch.float64)
+    return Budgeted(plan, factors, statistics, spectra[True])
+
+
+def _search(
+    model: nn.Module,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    options: Options,
+    cfg: ShareConfig,
+    judge: Judge | None,
+    work: Work | None,
+) -> Search:
+    planner = cfg.planner
+    return Search(
         sites=tuple(sites),
         weights=weights,
         biases=site_biases(model, sites),
@@ -107,36 +150,7 @@ def plan_within_budget(
         cache=None if planner.cache is None else Path(planner.cache),
         work=work,
         sketch=planner.sketch,
-        room=room.kept - most_bytes,
     )
-    spectra = search.spectra(slices)
-    search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
-
-    def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
-        again = _remeasured(captured, search, best, spectra, number, gather)
-        slices = slice_statistics(
-            sites, weights, again, centred=planner.bias, most_bytes=most_bytes
-        )
-        return search.spectra(slices, number + 1)
-
-    found = _searched(search, spectra, cfg, remeasured)
-    best = found.best
-    along = Slope(0.0, 0.0, 0)
-    if judge is not None and not judge.is_distance and best.factors:
-        some, tokens = data.some_to_fit(captured, statistics)
-        fit_data = Judged(some, 0, len(some), 0)
-        fit = Judge(captured, sites, fit_data, loss=loss, remembered=_memory_of(work))
-        along = _along(search, best, fit, tokens)
-    outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
-    plan = Plan(
-        mode="planned",
-        sites=search.sites,
-        groups=best.groups,
-        skipped=tuple(skipped),
-        outlook=outlook,
-    )
-    factors = replace(best.factors, dtype=torch.float64)
-    return Budgeted(plan, factors, statistics, spectra[True])
 
 
 def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:
@@ -174,7 +188,7 @@ def _room(
 
 
 def _gathering(
-    batches: list[object],
+    batches: Sequence[object],
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
     cfg: ShareConfig,

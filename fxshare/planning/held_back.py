@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from fxshare.base.spool import Picked, Spooled
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Call, Captured, tensors
@@ -25,7 +26,7 @@ _SLOPE_TOKENS = 32768
 
 @dataclass(frozen=True)
 class _Data:
-    fit: list[object]
+    fit: Sequence[object]
     held_back: list[tuple[Call, object]]
     """Batches as calls, and as they were given."""
     sizes: list[int]
@@ -77,7 +78,7 @@ class Judged:
 
 def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> _Data:
     """Every tenth batch is held back; of few batches the last one."""
-    everything = list(batches)
+    everything = batches if isinstance(batches, Sequence) else Spooled(batches)
     if effort == "off":
         return _Data(everything, [], [])
     if len(everything) < 2:
@@ -86,8 +87,10 @@ def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> 
             f"plans; found {len(everything)}. Give smaller batches, or planner: {{search: off}}"
         )
     step = min(_HELD_BACK, len(everything))
-    held = [(captured.caller(batch), batch) for batch in everything[step - 1 :: step]]
-    fit = [b for i, b in enumerate(everything) if i % step != step - 1]
+    numbers = range(len(everything))
+    held_back = Picked(everything, numbers[step - 1 :: step])
+    held = [(captured.caller(batch), batch) for batch in held_back]
+    fit = Picked(everything, [i for i in numbers if i % step != step - 1])
     return _Data(fit, held, [_size(captured.caller.where_it_is(batch)) for batch in fit])
 
 

@@ -29,14 +29,14 @@ def test_what_is_held_back_is_not_fitted(count: int, held: list[int]) -> None:
     data = hold_back(captured, range(count), "quick")
     assert [batch for _, batch in data.held_back] == held
     assert [len(call["x"]) for call, _ in data.held_back] == [batch + 1 for batch in held]
-    assert data.fit == [batch for batch in range(count) if batch not in held]
+    assert list(data.fit) == [batch for batch in range(count) if batch not in held]
     assert data.sizes == [batch + 1 for batch in data.fit]
 
 
 def test_without_a_search_nothing_is_held_back() -> None:
     captured: Any = SimpleNamespace(caller=Caller())
     data = hold_back(captured, range(3), "off")
-    assert (data.fit, data.held_back) == ([0, 1, 2], [])
+    assert (list(data.fit), data.held_back) == ([0, 1, 2], [])
 
 
 def test_one_batch_is_too_few_for_a_search() -> None:
