@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fxshare.compiling.survey import Survey
 from fxshare.config import ConfigSource, ShareConfig, load_config
-from fxshare.errors import PlanError
+from fxshare.errors import ConfigError, PlanError
 from fxshare.planning.kinds.basis import groups_of, make_problem
 from fxshare.planning.nodes import nodes_for
 from fxshare.planning.options import limit_of, options_for
@@ -76,9 +76,12 @@ def replan(
 def _config(stored: Stored, cfg: Sequence[ConfigSource], overrides: Sequence[str]) -> ShareConfig:
     """The folder's configuration with what is given over it."""
     named = stored.config.model_dump(mode="json", exclude_none=True)
-    known = named.pop("budget", None)
-    given = load_config([named, *cfg], overrides=overrides)
-    return given if given.budget is not None else load_config([given, {"budget": known}])
+    known = {"budget": named.pop("budget", None)}
+    try:
+        found = load_config([named, *cfg], overrides=overrides)
+    except ConfigError:  # a planner's options without a budget among them
+        return load_config([named, known, *cfg], overrides=overrides)
+    return found if found.budget is not None else load_config([found, known])
 
 
 def _outlook(solution: Solution, stored: Stored, unit: str, seconds: float) -> Outlook:

@@ -276,6 +276,16 @@ def test_the_budget_of_the_run_where_none_is_given(folder: Path) -> None:
     assert [point.budget for point in found.sweep.planned] == [0.5, 0.9]
 
 
+def test_the_planner_s_options_are_those_of_the_run(tmp_path: Path) -> None:
+    options = {"planner": {"strategy": "separate", "search": "off"}}
+    made = fxshare.plan(llama(), [*CFG, options], calibration=data(), work=tmp_path)
+    assert replan(tmp_path).plan.groups == made.groups
+    other = replan(tmp_path, [{"budget": {"params_kept": 0.6}}]).plan
+    assert other.outlook is not None
+    assert made.outlook is not None
+    assert other.outlook.cost < made.outlook.cost
+
+
 def test_what_cannot_be_planned_without_the_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="was not priced in"):
         replan(folder, overrides=["calibration.relative_floor=1e-4"])
