@@ -45,9 +45,14 @@ def give_back() -> None:
     keeps: without this a process of many trials grows although nothing is held.
     """
     gc.collect()
-    trim = getattr(_libc(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Hand memory that is free already to the system, as :func:`give_back` does."""
+    malloc_trim = getattr(_libc(), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 @functools.cache
@@ -63,4 +68,4 @@ def shown(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-__all__ = ["free", "give_back", "resident", "shown"]
+__all__ = ["free", "give_back", "resident", "shown", "trim"]

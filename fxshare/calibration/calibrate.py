@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxshare.base.memory import give_back
+from fxshare.base.memory import give_back, trim
 from fxshare.base.progress import stage, track
 from fxshare.base.spool import Spooled
 from fxshare.calibration.backward import Backward
@@ -99,6 +99,7 @@ def calibrate(
         if folder:
             del part, observing  # before there is another
             give_back()
+    trim()
     return _merged(parts, sites, gradients, time.perf_counter() - start, keeping)
 
 

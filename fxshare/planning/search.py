@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.lazily import Lazily
+from fxshare.base.memory import trim
 from fxshare.base.progress import stage, track
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
@@ -140,6 +141,7 @@ class Search:
             if twin is not one:
                 twins[len(found)] = twin
             found.append(one)
+            trim()
             one.seconds = time.perf_counter() - start
             _LOG.info("%s: %s, in %.1f s", which, _said(twin), one.seconds)
             # ranks chosen by activation error have no bound in the model's loss: the last one holds

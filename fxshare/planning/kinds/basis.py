@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fxshare.planning.nodes import shape_of
-from fxshare.planning.options import Options, second_unit, unit_cost
+from fxshare.planning.options import Options, Side, second_unit, unit_cost
 from fxshare.planning.rules import named_apart
-from fxshare.planning.solver.curve import DENSE, Curve, Floats, restrict
+from fxshare.planning.solver.curve import DENSE, Curve, Floats, allowed
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import Solution
 from fxshare.plans.cost import Shape, ranks
@@ -58,34 +59,19 @@ def make_problem(
 
     covers = Covers(nodes, spectra, known)
 
+    @functools.cache  # groups of one shape have the same costs: their curves share these arrays
+    def axes(shape: Shape, whole: bool) -> _Axes:
+        return _axes(shape, options, side, whole=whole)
+
     def curve(part: Part, tails_of: Callable[[Part], Floats] = covers.tails) -> Curve:
         shape = shape_of(nodes, part)
-        rank = ranks(shape, options.rank_multiple)
-        dense = unit_cost(shape, np.array([0]), PLAIN, options, dense=True)
-        costs, losses, labels, sides = [], [], [], []
+        whole = any(nodes[name].layer in options.keep_dense for name in part)
+        found = axes(shape, whole)
+        # dense loses nothing
+        tails = np.zeros(0) if whole else tails_of(part)
+        loss = np.append(tails[found.ranks], 0.0)[found.kept]
         storages = usable(options.storages, looked_up=bool(shape.lookups))
-        if not any(nodes[name].layer in options.keep_dense for name in part):
-            tails = tails_of(part)
-            for at, storage in enumerate(storages):
-                cost = unit_cost(shape, rank, storage, options)
-                keep = cost < dense[0]
-                costs.append(cost[keep])
-                losses.append(tails[rank[keep]])
-                labels.append(at * len(rank) + np.flatnonzero(keep))
-                sides.append(side(shape, rank[keep], storage))
-        costs.append(dense)
-        losses.append(np.zeros(1))
-        labels.append(np.array([DENSE]))
-        sides.append(side(shape, np.array([0]), None))
-        whole = Curve(
-            np.concatenate(costs),
-            np.concatenate(losses),
-            np.concatenate(labels),
-            np.concatenate(sides),
-            meanings(shape.full_rank, storages),
-        )
-        ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
-        return restrict(whole, least=options.floor * float(dense[0]), most=ceiling)
+        return Curve(found.cost, loss, found.label, found.side, meanings(shape.full_rank, storages))
 
     return Problem(
         nodes,
@@ -96,6 +82,44 @@ def make_problem(
         side_limit=limit,
         least_of=lambda part: curve(part, covers.least),
         known=known,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Axes:
+    """What groups of one shape have in common: the options' costs and labels, the ranks of all but
+    the dense one, and which of these together are left by floor and ceiling."""
+
+    cost: NDArray[np.int64]
+    label: NDArray[np.int64]
+    side: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    kept: NDArray[np.int64]
+
+
+def _axes(shape: Shape, options: Options, side: Side, *, whole: bool) -> _Axes:
+    """Of a shape; with ``whole`` only as it is."""
+    rank = ranks(shape, options.rank_multiple)
+    dense = unit_cost(shape, np.array([0]), PLAIN, options, dense=True)
+    costs, taken, labels, sides = [], [], [], []
+    storages = usable(options.storages, looked_up=bool(shape.lookups))
+    for at, storage in enumerate(() if whole else storages):
+        cost = unit_cost(shape, rank, storage, options)
+        keep = cost < dense[0]
+        costs.append(cost[keep])
+        taken.append(rank[keep])
+        labels.append(at * len(rank) + np.flatnonzero(keep))
+        sides.append(side(shape, rank[keep], storage))
+    cost = np.concatenate([*costs, dense])
+    label = np.concatenate([*labels, np.array([DENSE])])
+    ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
+    kept = allowed(cost, label, least=options.floor * float(dense[0]), most=ceiling)
+    return _Axes(
+        cost[kept],
+        label[kept],
+        np.concatenate([*sides, side(shape, np.array([0]), None)])[kept],
+        np.concatenate([*taken, np.zeros(0, dtype=np.int64)]).astype(np.int64),
+        kept,
     )
 
 

@@ -44,7 +44,7 @@ class Curve:
             )
 
     @cached_property
-    def hull(self) -> NDArray[np.int64]:
+    def hull(self) -> NDArray[np.int32]:
         """Options on the lower convex hull, by ascending cost: all that any price can choose."""
         order = np.lexsort((self.loss, self.cost))
         # cheaper and no worse: what remains falls strictly in loss and rises strictly in cost
@@ -60,7 +60,7 @@ class Curve:
             if not above.any():
                 break
             chosen = chosen[~above]
-        hull: NDArray[np.int64] = chosen.astype(np.int64)
+        hull: NDArray[np.int32] = chosen.astype(np.int32)  # of thousands of candidates
         return hull
 
     @cached_property
@@ -87,13 +87,18 @@ class Curve:
         return float(self.loss[option] + price * self.cost[option])
 
 
-def restrict(curve: Curve, *, least: float = 0.0, most: float | None = None) -> Curve:
-    """Only the options whose cost is at least ``least`` and, dense apart, at most ``most``."""
-    keep = curve.cost >= least
+def allowed(
+    cost: NDArray[np.int64],
+    label: NDArray[np.int64],
+    *,
+    least: float = 0.0,
+    most: float | None = None,
+) -> NDArray[np.int64]:
+    """Which options cost at least ``least`` and, dense apart, at most ``most``."""
+    keep = cost >= least
     if most is not None:
-        keep &= curve.cost <= most
+        keep &= cost <= most
     # dense always remains: nothing else can be done where the floor is above every rank
     if most is None or not keep.any():
-        keep |= curve.label == DENSE
-    side = None if curve.side is None else curve.side[keep]
-    return Curve(curve.cost[keep], curve.loss[keep], curve.label[keep], side, curve.meanings)
+        keep |= label == DENSE
+    return np.flatnonzero(keep)

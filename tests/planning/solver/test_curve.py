@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxshare.errors import PlanError
-from fxshare.planning.solver.curve import DENSE, Curve, restrict
+from fxshare.planning.solver.curve import DENSE, Curve, allowed
 
 
 def curve(points: list[tuple[int, float]]) -> Curve:
@@ -68,15 +68,16 @@ def test_prices_from_nothing_to_everything_choose_from_dear_to_cheap() -> None:
 def test_floor_and_ceiling_bound_every_option_but_dense(
     one: Curve, least: float, most: float
 ) -> None:
-    floored = restrict(one, least=least)
-    assert set(floored.cost[floored.label != DENSE]) <= {c for c in one.cost if c >= least}
-    assert (floored.label == DENSE).sum() == (one.label == DENSE).sum()
-    both = restrict(one, least=least, most=most)
+    floored = allowed(one.cost, one.label, least=least)
+    low = one.label[floored] != DENSE
+    assert set(one.cost[floored][low]) <= {c for c in one.cost if c >= least}
+    assert (~low).sum() == (one.label == DENSE).sum()
+    both = allowed(one.cost, one.label, least=least, most=most)
     inside = (one.cost >= least) & (one.cost <= most)
     if inside.any():
-        assert both.cost.tolist() == one.cost[inside].tolist()
+        assert both.tolist() == np.flatnonzero(inside).tolist()
     else:
-        assert both.label.tolist() == [DENSE]
+        assert one.label[both].tolist() == [DENSE]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e-9])
