@@ -37,6 +37,11 @@ class Keeping:
 IN_MEMORY = Keeping()
 
 
+def has_room(needed: int) -> bool:
+    """Whether a :class:`Scratch` of so many bytes can be made."""
+    return shutil.disk_usage(tempfile.gettempdir()).free >= needed
+
+
 class Scratch:
     """A folder for as long as it is needed, in the system's place for temporary ones (``TMPDIR``).
 
@@ -55,4 +60,4 @@ class Scratch:
         self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-__all__ = ["IN_MEMORY", "Keeping", "Scratch"]
+__all__ = ["IN_MEMORY", "Keeping", "Scratch", "has_room"]

@@ -4,7 +4,8 @@ Of the limit goes first what the process holds already (the model), what the act
 take, a copy of the matched weights (a candidate is judged on one), and the work on one matrix. What
 is left is for statistics, and for what planning keeps of its decompositions and factors. Statistics
 that do not fit beside that go to disk, block by block, each with a pass over the data of its own;
-activations that do not fit go there as well.
+activations that do not fit go there as well. Without a limit of the user's statistics above 512 MB are
+in files too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 from fxshare.base.memory import free, resident, shown
 from fxshare.calibration.activations import activation_bytes, at_most
 from fxshare.calibration.blocks import bytes_needed, largest_block
-from fxshare.calibration.keeping import Keeping, Scratch
+from fxshare.calibration.keeping import Keeping, Scratch, has_room
 from fxshare.capture import Call, Captured
 from fxshare.errors import CalibrationError
 from fxshare.sites.site import Site
 
 _LEAST_KEPT = 1 << 28
 _MOST_KEPT = 1 << 30
+_MOST_IN_MEMORY = 1 << 29
 # activations that are written as they come need no more than this beside the largest
 _OFFLOADED = 1 << 28
 
@@ -93,6 +95,9 @@ def make_room(
         activations = _OFFLOADED
     left -= activations
     fits = folder is None and rounds * needed + _LEAST_KEPT <= left
+    if fits and given is None and rounds * needed > _MOST_IN_MEMORY:
+        # nobody asked for so much memory, and files that were just written are read at its speed
+        fits = not has_room(rounds * needed)
     block = min(needed, largest_block(captured, sites, gradients=gradients)) if not fits else 0
     if not fits and max(block, _LEAST_KEPT) > left:
         least = used + work + activations + max(block, _LEAST_KEPT)

@@ -238,6 +238,16 @@ def test_without_a_limit_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -
         room(None)
 
 
+def test_much_that_nobody_asked_to_have_in_memory_goes_to_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rooms, "_MOST_IN_MEMORY", 1000)
+    assert room(None).keeping.folder is not None
+    assert room(20 * 10**9).keeping.folder is None
+    monkeypatch.setattr(rooms, "has_room", lambda needed: False)
+    assert room(None).keeping.folder is None
+
+
 def test_no_block_is_larger_than_what_reads_one_activation() -> None:
     captured, sites, _ = prepared(llama())
     one = max(
