@@ -4,8 +4,8 @@ Of the limit goes first what the process holds already (the model), what the act
 take, a copy of the matched weights (a candidate is judged on one), and the work on one matrix. What
 is left is for statistics, and for what planning keeps of its decompositions and factors. Statistics
 that do not fit beside that go to disk, block by block, each with a pass over the data of its own;
-activations that do not fit go there as well. Without a limit of the user's statistics above 512 MB are
-in files too.
+activations that do not fit go there as well. Without a limit of the user's statistics above 512 MB
+are in files too.
 """
 
 from __future__ import annotations
