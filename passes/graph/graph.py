@@ -11,9 +11,7 @@ Legend for shapes: I input features, O output features, R rank.
 from __future__ import annotations
 
 import copy
-import copyreg
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.errors import NameFault, RequiresError
 from passes.graph.closures import rebind
+from passes.graph.copies import copied
 from passes.graph.names import shortened, unwritable
 from passes.graph.operands import operand_of, product_of
 
@@ -233,67 +232,10 @@ def structure_copy(
         for _, buffer in module.named_buffers(remove_duplicate=False):
             known[id(buffer)] = buffer
     known.update(memo or {})
-    result = _copied(module, known, one_code, without_code)
+    result = copied(module, known, one_code, without_code)
     copies = {id(part): known.get(id(part)) for part in module.modules()}
     rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
     return result
-
-
-def _copied(
-    module: ModuleT, known: dict[int, object], one_code: bool, without_code: bool
-) -> ModuleT:
-    """``copy.deepcopy(module, known)``, which asks every module how it is pickled and every empty
-    dict of hooks what is in it: of a small model that took most of the time."""
-    plain = [m for m in module.modules() if id(m) not in known and _is_plain(type(m))]
-    for part in plain:  # all of them first: they hold one another
-        known[id(part)] = object.__new__(type(part))
-    # a graph module among them looks at what it holds as soon as it is made
-    for part in reversed(plain):
-        held = vars(known[id(part)])
-        for name, value in vars(part).items():
-            kind = type(value)
-            if kind in _CONSTANTS:
-                held[name] = value
-            elif (kind is dict or kind is OrderedDict) and not value:
-                held[name] = known.setdefault(id(value), kind())
-            elif name in _TENSORS_AND_MODULES and kind is dict:
-                held[name] = known[id(value)] = {
-                    key: known[id(inner)] if id(inner) in known else copy.deepcopy(inner, known)
-                    for key, inner in value.items()
-                }
-            elif name != "_compiled_call_impl":  # as in nn.Module.__getstate__
-                held[name] = copy.deepcopy(value, known)
-    if one_code and isinstance(module, fx.GraphModule):
-        known[id(module.graph)] = module.graph
-        known[id(module)] = twin = object.__new__(type(module))
-        vars(twin).update(copy.deepcopy(module.__dict__, known))
-        return twin
-    if without_code and isinstance(module, fx.GraphModule):
-        made = type(module)
-        known[id(module)] = twin = made.__new__(made)  # a class for each, since it has the code
-        type(twin).__name__ = "GraphModule"  # as fx calls every copy
-        vars(twin).update(copy.deepcopy(module.__dict__, known))
-        twin.graph.owning_module = twin
-        return twin
-    return copy.deepcopy(module, known)
-
-
-_CONSTANTS = frozenset({bool, int, float, str, type(None)})
-_TENSORS_AND_MODULES = frozenset({"_parameters", "_buffers", "_modules"})
-_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
-_STATE = ("__getstate__", "__setstate__", "__new__")
-
-
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether a class leaves it to ``nn.Module`` how its objects are copied."""
-    return (
-        all(
-            getattr(kind, name, None) is getattr(nn.Module, name, None)
-            for name in (*_COPYING, *_STATE)
-        )
-        and kind not in copyreg.dispatch_table
-        and not any("__slots__" in vars(base) for base in kind.__mro__[:-1])
-    )
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
