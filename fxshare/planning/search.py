@@ -103,8 +103,8 @@ class Search:
     sketch: int | None = None
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
-    problems: dict[object, Problem] = field(default_factory=dict, repr=False)
-    """What was solved on the spectra at hand, by strategy."""
+    problems: dict[object, Problem | None] = field(default_factory=dict, repr=False)
+    """What was solved on the spectra at hand, by strategy; None where it had a floor."""
 
     def run(self, spectra: SpectraByMetric, todo: Sequence[Trial], *, label: str = "") -> Found:
         """Try every trial on the statistics of these spectra.
@@ -239,17 +239,19 @@ class Search:
     def _problem(self, spectra: Spectra, options: Options, strategy: str) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
         collected: trials that differ in blending only, and other budgets, solve it once. With one
-        the groups are those that were priced without."""
+        the groups are those that were priced for the first trial of that strategy."""
         nodes = nodes_of(self.sites, spectra.slices)
         key = id(spectra), strategy
+        if options.may_share != self.options.may_share:
+            return make_problem(nodes, spectra, options)
         if options != self.options:
-            known = key in self.problems and options.may_share == self.options.may_share
-            return make_problem(
-                nodes, spectra, options, known=spectra.is_computed if known else None
-            )
-        if key not in self.problems:
-            self.problems[key] = make_problem(nodes, spectra, options)
-        return self.problems[key]
+            known = spectra.is_computed if key in self.problems else None
+            self.problems.setdefault(key)
+            return make_problem(nodes, spectra, options, known=known)
+        found = self.problems.get(key)
+        if found is None:
+            found = self.problems[key] = make_problem(nodes, spectra, options)
+        return found
 
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""

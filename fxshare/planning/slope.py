@@ -14,13 +14,13 @@ from fxshare.planning.judge import Judge
 
 _STEP = 0.25
 _ERROR = 0.1
-_FEWEST = 2
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
 class Slope:
-    """A mean gradient along a change of the weights, per token, and its standard error over the
-    batches that it was measured on (infinite of one batch)."""
+    """A mean gradient along a change of the weights, per token, and its error over the batches that
+    it was measured on: the standard error, by Student's t for as few (infinite of one batch)."""
 
     value: float
     error: float
@@ -43,9 +43,9 @@ def slope(
     The planner's quadratic model has no such part, since it vanishes where training has converged
     on the calibration data. Where the plan changes little, the slope is most of what it loses.
 
-    ``tokens`` are those of each of the judge's calls. As many calls are taken, two and then as many
-    again as there were, as bring the standard error to a tenth of ``|slope| + |predicted|``, all
-    that is said of the loss; never more than there are. ``what`` tells the change apart.
+    ``tokens`` are those of each of the judge's calls. Four calls are taken, and then as many again
+    as there were, until the error is a tenth of ``|slope| + |predicted|``, all that is said of the
+    loss, or there are no more. ``what`` tells the change apart.
     """
     found: list[float] = []
     while True:
@@ -91,4 +91,6 @@ def _estimate(found: Sequence[float], tokens: Sequence[float]) -> Slope:
     if count > 1:
         apart = sum((one - value * size) ** 2 for one, size in zip(found, tokens, strict=True))
         error = math.sqrt(apart * count / (count - 1)) / max(total, 1e-300)
+        # two thirds of all means are within a standard error; of few, t says within how many
+        error *= 1 + 0.84 / (count - 1)
     return Slope(value, error, round(total))

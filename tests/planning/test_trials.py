@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from fxshare.factors.spectra import Spectra
+from fxshare.planning import search
+from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.options import Options
+from fxshare.planning.solver.solve import solve
 from fxshare.planning.trials import Effort, trials
 from fxshare.plans.outlook import Outlook
+from tests.planning.build import gram, node, slice_of
 from tests.planning.models import PLAIN, compiled, features, plain_model
 
 
@@ -50,6 +58,36 @@ def test_the_report_has_every_trial_of_every_round() -> None:
     assert 1 < len(again) < len(names)
     assert [trial.name for trial in twice.trials] == names + [f"{n}, remeasured" for n in again]
     assert len(outlook_of({"max_loss_increase": 0.1}, 0).trials) > len(names)
+
+
+def test_floors_price_no_group_that_was_not_priced_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers, width = 7, 16
+    names = [f"h.{layer}" for layer in range(layers)]
+    common = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).double()
+    slices = {}
+    for at, name in enumerate(names):
+        one = slice_of(width, width, at, input=at, gram_II=gram(width, at))
+        mixed = one.weight_OI[:, :8] @ common / 20 + one.weight_OI
+        slices[name] = replace(one, weight_OI=mixed)
+    nodes = {
+        name: node(name, layer=at, input=at, in_features=width, out_features=width)
+        for at, name in enumerate(names)
+    }
+    monkeypatch.setattr(search, "nodes_of", lambda sites, slices: nodes)
+    options, dense = Options(), layers * width * width
+    found = search.Search((), {}, {}, options, 0.6 * dense, judge=None)
+    spectra = Spectra(slices)
+    solve(found._problem(spectra, options, "grown"), 0.6 * dense, strategy="grown")
+    before, floored = spectra.computed, replace(options, floor=0.3)
+    problem = found._problem(spectra, floored, "grown")
+    assert solve(problem, 0.6 * dense, strategy="grown").priced <= before
+    assert spectra.computed == before
+    # which the same trial would do by itself
+    alone = make_problem(nodes, spectra, floored)
+    solve(alone, 0.6 * dense, strategy="grown")
+    assert spectra.computed > before
 
 
 @pytest.mark.parametrize(("count", "first"), [(4, 22), (20, 64), (40, 2 * 64), (70, 3 * 64)])
