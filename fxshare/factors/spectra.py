@@ -46,7 +46,7 @@ from fxshare.factors.triangles import mirrored
 # rows of a decomposition from which on it is written
 _LEAST_WRITTEN = 256
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.4, 0.2, 0.1, 0.1, 0.15, 0.05
+_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.5, 0.15, 0.1, 0.08, 0.12, 0.05
 
 
 @dataclass(eq=False)
