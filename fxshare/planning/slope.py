@@ -15,6 +15,8 @@ from fxshare.planning.judge import Judge
 _STEP = 0.25
 _ERROR = 0.1
 _FEWEST = 4
+_ENOUGH = 8
+"""Batches after which it can be told that no number of them will do."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def slope(
 
     ``tokens`` are those of each of the judge's calls. Four calls are taken, and then as many again
     as there were, until the error is a tenth of ``|slope| + |predicted|``, all that is said of the
-    loss, or there are no more. ``what`` tells the change apart.
+    loss, or there are no more; eight have to do where all would leave twice that error. ``what``
+    tells the change apart.
     """
     found: list[float] = []
     while True:
@@ -57,8 +60,11 @@ def slope(
         )
         found += [(a - b) / (2 * _STEP) for a, b in zip(up, down, strict=True)]
         measured = _estimate(found, tokens[: len(found)])
-        enough = measured.error <= _ERROR * (abs(measured.value) + abs(predicted))
-        if enough or len(found) == len(tokens):
+        wanted = _ERROR * (abs(measured.value) + abs(predicted))
+        # what the error would come down to over all there is
+        least = measured.error * math.sqrt(len(found) / len(tokens))
+        hopeless = len(found) >= _ENOUGH and least > 2 * wanted
+        if measured.error <= wanted or hopeless or len(found) == len(tokens):
             return measured
 
 
