@@ -57,6 +57,15 @@ class DataError(FxShareError):
     """Text or token data that is missing or cannot be read."""
 
 
+class ProcessError(FxShareError):
+    """Another process of the group failed, was killed, or was given something else."""
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        """Which one, where that is known."""
+
+
 class CheckFailed(FxShareError):
     """A numerical check found a difference beyond the tolerance."""
 
@@ -81,6 +90,7 @@ __all__ = [
     "NameFault",
     "PassError",
     "PlanError",
+    "ProcessError",
     "RequiresError",
     "ShapeError",
     "StoreError",

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from fxshare.base.files import write_bytes
+from fxshare.base.processes import here
 from fxshare.base.unfinished import clear
 from fxshare.errors import FxShareWarning, StoreError
 
@@ -28,11 +29,14 @@ def read_entry(folder: Path, key: str) -> bytes | None:
 
 
 def write_entry(folder: Path, key: str, content: bytes) -> None:
-    """Keep ``content`` under ``key``, whole or not at all; several processes may write at once.
+    """Keep ``content`` under ``key``, whole or not at all; several processes may write at once. Of
+    those that share one piece of work the first does.
 
     ``key`` is a plain file name. Where it cannot be written nothing is kept, with an
     :class:`FxShareWarning` that says why.
     """
+    if not here().is_first:
+        return
     clear(folder)  # of whatever key: nobody may ever ask for the same again
     try:
         write_bytes(folder / key, _digest(key, content) + content)

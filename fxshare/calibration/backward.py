@@ -15,6 +15,9 @@ from fxshare.calibration.offload import offloaded
 from fxshare.capture.call import Call
 from fxshare.errors import CalibrationError
 
+_APART = 0x9E3779B97F4A7C15
+"""Between the seeds of two batches; the first one has the seed itself."""
+
 
 class Backward:
     """Runs a batch forward and backward; only the taps ask for gradients."""
@@ -31,17 +34,21 @@ class Backward:
         self.running = running
         self.loss = loss
         self.labels: Labels = labels
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.offload = offload
         self.name = ""
-        self.total = 0.0
+        self.losses: dict[int, float] = {}
+        """By the number of the batch."""
 
-    def __call__(self, call: Call, batch: object) -> None:
+    def __call__(self, call: Call, batch: object, number: int) -> None:
+        """Run the batch of that number, which decides on what is drawn for it: whoever runs which
+        other ones, it is the same."""
+        generator = torch.Generator().manual_seed((self.seed + number * _APART) % 2**63)
         with torch.enable_grad(), self._saving():
             output = self.running(call)
             if self.loss is None:
                 value, self.name = default_loss(
-                    output, call, labels=self.labels, generator=self.generator
+                    output, call, labels=self.labels, generator=generator
                 )
             else:
                 value, self.name = self.loss(output, batch), "the loss given"
@@ -49,7 +56,7 @@ class Backward:
             probes = [tap.probe for tap in self.running.taps.values()]
             torch.autograd.grad(value, probes, allow_unused=True)
         if self.name != DISTANCE:  # the distance of the dense model from itself is zero
-            self.total += float(value.detach())
+            self.losses[number] = float(value.detach())
         for name, tap in self.running.taps.items():
             if not tap.finite:
                 raise CalibrationError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.memory import give_back, trim
+from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spool import Spooled
 from fxshare.calibration.backward import Backward
@@ -28,9 +29,10 @@ from fxshare.calibration.keeping import IN_MEMORY, Keeping
 from fxshare.calibration.lookups import LookedUpSite
 from fxshare.calibration.losses import Labels, Loss, first_ids
 from fxshare.calibration.observed import GraphStage
+from fxshare.calibration.shards import Seen, batches_within, merged, written
 from fxshare.calibration.statistics import Statistics
-from fxshare.calibration.stored import Part, read_part, write_part
-from fxshare.capture import Call, Captured, quiet
+from fxshare.calibration.stored import Part, read_part
+from fxshare.capture import Call, Captured, device_of, quiet
 from fxshare.errors import CalibrationError, FxShareWarning
 from fxshare.sites.site import Site
 from fxshare.sites.tensors import dense_weights
@@ -66,6 +68,9 @@ def calibrate(
     go; the data is then gone through once for each block of sites, and has to be a list or another
     iterable that can be.
 
+    Of several processes each runs its share of the batches, of which all are given the same
+    (:mod:`fxshare.calibration.shards`).
+
     A batch is a tensor, a tuple, or a mapping (an ``attention_mask`` leaves padding out). Nothing
     of a batch is kept. Products are float32 (float64 for float64 models), sums float64.
 
@@ -83,24 +88,35 @@ def calibrate(
     needed = bytes_needed(captured, sites, gradients=gradients)
     told = keeping.told(needed, len(blocks), len(parts))
     _LOG.log(logging.INFO if len(blocks) > 1 or parts else logging.DEBUG, "calibrate: %s", told)
-    if len(blocks) > 1 and iter(batches) is batches:
+    if iter(batches) is batches and (len(blocks) > 1 or here().size > 1):
         batches = Spooled(batches)
+    most = None if max_tokens is None or parts else _counted(captured, sites, batches, max_tokens)
     for number, block in enumerate(blocks):
         folder = keeping.folder and keeping.folder / f"part-{len(parts)}"
         observing = _Observing(
             captured, block, weights, gradients, loss, labels, seed, keeping.offload
         )
-        limits = _Limits(max_tokens, None, ()) if not parts else _Limits(None, parts[0].batches, ())
+        limits = _Limits(max_tokens, most, ()) if not parts else _Limits(None, parts[0].batches, ())
         if not parts:
             limits = replace(limits, counted=tuple(s for b in blocks[1:] for s in b))
         what = "calibrating" if len(blocks) == 1 else f"calibrating {number + 1}/{len(blocks)}"
         part = _gather(observing, track(batches, what, total=total), limits)
-        parts.append(write_part(folder, part) if folder else part)
+        parts.append(written(folder, part, own=keeping.owner is not None) if folder else part)
         if folder:
             del part, observing  # before there is another
             give_back()
     trim()
     return _merged(parts, sites, gradients, time.perf_counter() - start, keeping)
+
+
+def _counted(
+    captured: Captured, sites: Sequence[Site], batches: Iterable[object], max_tokens: int
+) -> int | None:
+    """How many batches have so many tokens, where several processes have to know beforehand."""
+    if here().size == 1:
+        return None
+    whole = batches if isinstance(batches, Sequence) else Spooled(batches)
+    return batches_within(captured, sites, whole, max_tokens)
 
 
 def stored(folder: Path, sites: Sequence[Site]) -> Statistics | None:
@@ -162,12 +178,14 @@ def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -
     backward = Backward(
         running, observing.loss, observing.labels, observing.seed, offload=observing.offload
     )
-    observe = backward if gradients else lambda call, batch: running(call)
+    observe = backward if gradients else lambda call, batch, number: running(call)
     try:
-        count, tokens, starts = _stream(captured, batches, running, observe, limits)
+        count, starts = _stream(captured, batches, running, observe, limits)
+        losses = Seen(count, starts, backward.losses, backward.name)
+        seen = merged(running, losses, device_of(captured.model))
     finally:
         running.close()
-    if count == 0:
+    if seen.batches == 0:
         raise CalibrationError(
             "the calibration data gave no batches (an iterator that was used up before?); give a "
             "list, or an iterator at its start"
@@ -176,14 +194,14 @@ def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -
     _check_sums(inputs)
     return Part(
         inputs=inputs,
-        batches=count,
-        tokens=tokens,
+        batches=seen.batches,
+        tokens=max((o.tokens for o in running.counting), default=0),
         gradients=_by_slice(sites, running) if gradients else {},
         lookups=_by_lookup(sites, running),
         unmasked=sum(o.unmasked for o in running.observers.values()),
-        loss=backward.name,
-        total_loss=backward.total,
-        starts=tuple(sorted(starts)),
+        loss=seen.loss,
+        total_loss=seen.total_loss,
+        starts=tuple(sorted(seen.starts)),
     )
 
 
@@ -246,35 +264,44 @@ def _stream(
     captured: Captured,
     batches: Iterable[object],
     running: GraphStage | HookStage,
-    observe: Callable[[Call, object], object],
+    observe: Callable[[Call, object, int], object],
     limits: _Limits,
-) -> tuple[int, int, set[int]]:
-    """Run batches until the limits are reached; how many batches and tokens that were, and the
-    ids that samples started with."""
-    count = tokens = 0
+) -> tuple[int, frozenset[int]]:
+    """Run this process' share of the batches until the limits are reached; how many that were, and
+    the ids that samples started with."""
+    count = 0
     starts: set[int] = set()
-    caller = captured.caller
-    for batch in batches:
-        call = caller(batch)
-        _check_finite(call, count)
-        try:
-            with quiet():
-                observe(call, batch)
-        except FxShareError:
-            raise
-        except Exception as error:
-            raise CalibrationError(
-                f"calibration batch {count} failed in the model: {type(error).__name__}: "
-                f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
-            ) from error
-        count += 1
-        starts |= first_ids(call)
-        tokens = max((o.tokens for o in running.counting), default=0)
-        if count == limits.batches:
+    caller, together = captured.caller, here()
+    for number, batch in enumerate(batches):
+        if number % together.size == together.rank:
+            together.look()
+            call = caller(batch)
+            _check_finite(call, number)
+            _run(observe, call, batch, number)
+            count += 1
+            starts |= first_ids(call)
+        if number + 1 == limits.batches:
             break
-        if limits.max_tokens is not None and tokens >= limits.max_tokens:
-            break
-    return count, tokens, starts
+        if together.size == 1 and limits.max_tokens is not None:
+            tokens = max((o.tokens for o in running.counting), default=0)
+            if tokens >= limits.max_tokens:
+                break
+    return count, frozenset(starts)
+
+
+def _run(
+    observe: Callable[[Call, object, int], object], call: Call, batch: object, number: int
+) -> None:
+    try:
+        with quiet():
+            observe(call, batch, number)
+    except FxShareError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"calibration batch {number} failed in the model: {type(error).__name__}: "
+            f"{next(iter(str(error).splitlines()), '')}; check its shapes and token ids"
+        ) from error
 
 
 def _check_finite(call: Call, number: int) -> None:

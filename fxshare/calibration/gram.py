@@ -10,7 +10,7 @@ Letters: I features in, T rows (tokens) of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,10 @@ from fxshare.errors import CalibrationError
 _MAX_ROWS = 8192
 # Rows of a vocabulary's width that are upcast at a time.
 _MAX_DIAGONAL_ROWS = 512
+
+
+TotalOf = Callable[[Tensor], Tensor]
+"""What several processes have summed up, together; all call it at once."""
 
 
 class Summed(Protocol):
@@ -187,6 +191,14 @@ class GramAccumulator:
             ]
         return self._sum
 
+    def merge(self, tokens: int, total_of: TotalOf, device: torch.device) -> None:
+        """Take in what other processes have summed up of as many ``tokens`` in all; the sums are on
+        ``device`` where this one had no rows."""
+        if tokens:
+            self._sum = total_of(self._allocate(device))
+            self._products = [total_of(part) for part in self._products]
+        self.tokens = tokens
+
     def check_finite(self) -> None:
         """Raises CalibrationError where no token was added or a sum is NaN or infinite."""
         self._checked_sum()
@@ -259,6 +271,15 @@ class DiagonalAccumulator:
             self.tokens += len(rows_TI)
             for part_TI in torch.split(rows_TI, _MAX_DIAGONAL_ROWS):
                 self._sum += part_TI.to(self._sum).square().sum(0)
+
+    def merge(self, tokens: int, total_of: TotalOf, device: torch.device) -> None:
+        """As :meth:`GramAccumulator.merge`."""
+        if tokens:
+            own = self._sum
+            if own is None:
+                own = torch.zeros(self.features, dtype=torch.float64, device=device)
+            self._sum = total_of(own)
+        self.tokens = tokens
 
     def gram(self) -> Tensor:
         """``E[x²]: (features,)``, float64."""

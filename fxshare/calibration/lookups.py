@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxshare.calibration.gram import Summed
+from fxshare.calibration.gram import Summed, TotalOf
 
 
 class RowCounter(nn.Module):
@@ -38,6 +38,10 @@ class RowCounter(nn.Module):
             seen = seen[mask.reshape(-1).bool()]
         counted = torch.bincount(seen.long(), minlength=self.rows)
         self.counts_V = self.counts_V + counted.to(self.counts_V)
+
+    def merge(self, total_of: TotalOf) -> None:
+        """Take in what other processes have counted."""
+        self.counts_V = total_of(self.counts_V)
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.gram import GramAccumulator, TotalOf
 
 # rows of gradients that are in float32 at a time
 _MAX_ROWS = 4096
@@ -61,6 +61,11 @@ class ProjectedAccumulator:
                 wide_TO = part_TO.to(dtype)
                 self.square += float(wide_TO.double().square().sum())
                 self.projected.add(wide_TO @ weight_OI)
+
+    def merge(self, tokens: int, total_of: TotalOf, device: torch.device) -> None:
+        """As :meth:`GramAccumulator.merge`."""
+        self.projected.merge(tokens, total_of, device)
+        self.square = float(total_of(torch.tensor(self.square, dtype=torch.float64)))
 
     def state(self) -> dict[str, Tensor]:
         """The sums, to be written, but for ``δᵀ δ``."""

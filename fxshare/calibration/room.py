@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fxshare.base.memory import free, resident, shown
+from fxshare.base.processes import here
 from fxshare.calibration.activations import activation_bytes, at_most
 from fxshare.calibration.blocks import bytes_needed, largest_block
 from fxshare.calibration.keeping import Keeping, Scratch, has_room
@@ -76,13 +77,16 @@ def make_room(
     folder: Path | None = None,
 ) -> Room:
     """Divide ``limit`` bytes, or where None what is in use and half of what is free, for
-    statistics that are gathered in so many rounds.
+    statistics that are gathered in so many rounds; of several processes, for each of them.
 
     ``folder`` is where statistics go whether or not they would fit into memory. Raises
     :class:`CalibrationError` with what would be needed for a limit that is too small.
     """
-    used = resident()
-    given, limit = limit, used + free() // 2 if limit is None else limit
+    together = here()
+    # of several processes all divide alike: that of the one which has least
+    now = together.gather((resident(), free() // (2 * together.on_this_machine)), "memory")
+    used = max(one for one, _ in now)
+    given, limit = limit, used + min(half for _, half in now) if limit is None else limit
     needed = bytes_needed(captured, sites, gradients=gradients)
     width = max((site.in_features for site in sites if site.calls), default=1)
     work = 4 * 8 * width * width + (_bytes_of(weights) if gradients else 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fxshare.base.processes import here, in_step
 from fxshare.base.progress import stage
 from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
@@ -44,6 +45,7 @@ from passes.runner import Applied
 _LOG = logging.getLogger(__name__)
 
 
+@in_step()
 @plain_surroundings()
 def compile(
     model: nn.Module,
@@ -103,6 +105,9 @@ def compile(
         set of data and one matching configuration; the factors of a plan that was made in it need
         no data.
 
+    Inside of a process group of torch.distributed all ranks call this with the same arguments, the
+    whole calibration data included; they share the work, and each returns the whole result.
+
     Returns
     -------
     Compiled
@@ -119,6 +124,8 @@ def compile(
     stages = prepare(model, configuration(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
+    given = None if plan is None else plan.groups  # how long it took to make is each rank's own
+    here().agree({"call": "compile", "plan": given, "passes": [type(p).__name__ for p in own]})
     with working(stages, work, loss, seed) as (stages, held):
         plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
     rewritten, applied = rewrite(

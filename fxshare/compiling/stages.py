@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fxshare.base.processes import here
 from fxshare.base.progress import stage
 from fxshare.base.spool import Spooled
 from fxshare.calibration.calibrate import calibrate, stored
@@ -20,12 +21,14 @@ from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.compiling.given import check_values
+from fxshare.compiling.together import agree, held
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.data.usable import usable, usable_batches
 from fxshare.errors import CalibrationError, CaptureError, ConfigError, MatchError
 from fxshare.models.computed import offloaded, stateful
+from fxshare.models.sharded import sharded
 from fxshare.planning.budget import Budgeted, plan_within_budget
-from fxshare.planning.work import Work, fingerprint, opened, plan_key
+from fxshare.planning.work import Work, fingerprint, plan_key
 from fxshare.proposing.propose import init
 from fxshare.sites.match import match
 from fxshare.sites.refusals import refuse_quantised
@@ -43,9 +46,10 @@ def working(
     """The stages on data that can be gone through again, and the work folder, held meanwhile.
 
     Raises :class:`StoreError` for a folder that is none, is held by another process, or was made
-    from something else.
+    from something else; :class:`ProcessError` where processes were not given the same.
     """
-    if folder is None:
+    together = here()
+    if folder is None and together.size == 1:
         yield stages, None
         return
     batches = stages.batches
@@ -53,7 +57,12 @@ def working(
         batches = Spooled(batches)
         stages = replace(stages, batches=batches)
     made_from = fingerprint(stages.model, stages.sites, batches, stages.cfg, loss=loss, seed=seed)
-    with opened(Path(folder), made_from, plan_key(stages.cfg)) as work:
+    if together.size > 1:
+        agree(stages.cfg, batches, made_from, folder)
+    if folder is None:
+        yield stages, None
+        return
+    with held(Path(folder), made_from, plan_key(stages.cfg)) as work:
         yield stages, work
 
 
@@ -207,7 +216,7 @@ def check_module(model: object) -> None:
             f"expected an nn.Module to compile, found {type(model).__name__}; load the model first"
         )
     refuse_quantised(model)
-    reason = offloaded(model) or stateful(model)
+    reason = offloaded(model) or sharded(model) or stateful(model)
     if reason is not None:
         raise CaptureError(f"{type(model).__name__} cannot be compiled: {reason}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fxshare.base.processes import here, in_step
 from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
 from fxshare.compiling.stages import (
@@ -32,6 +33,7 @@ from fxshare.sites.match import match
 from fxshare.sites.tensors import dense_weights
 
 
+@in_step()
 @plain_surroundings()
 def make_plan_for(
     model: nn.Module,
@@ -61,6 +63,7 @@ def make_plan_for(
             return make_plan(config, stages.sites, stages.skipped)
         if calibration is None:
             return uniform_plan(config, stages.sites, stages.skipped)
+        here().agree({"call": "plan"})
         with working(stages, work, loss, seed) as (held, folder):
             weights = dense_weights(model, held.sites)
             return within_budget(held, weights, loss, seed, folder).plan
@@ -80,6 +83,7 @@ class Survey:
     sweep: Sweep | None = None
 
 
+@in_step()
 @plain_surroundings()
 def survey(
     model: nn.Module,

@@ -6,12 +6,16 @@ are made group by group instead, and kept as far as there is room.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
+from fxshare.base.processes import here
 from fxshare.factors.group import GroupFactors, factorise_group, refitted
 from fxshare.factors.spectra import Spectra
 from fxshare.plans.plan import Group
@@ -30,7 +34,7 @@ class Factored(Mapping[str, GroupFactors]):
 
     def __getitem__(self, name: str) -> GroupFactors:
         group = self._by_name[name]
-        size = self.dtype.itemsize * group.rank * (group.in_features + group.out_features)
+        size = self._size(group)
 
         def plain() -> GroupFactors:
             return factorise_group(
@@ -40,10 +44,37 @@ class Factored(Mapping[str, GroupFactors]):
         def fitted() -> GroupFactors:
             return refitted(kept.get((key, False), plain, size), bias=self.bias)
 
-        kept = self.spectra.made
-        key = group.slices, group.rank, group.storage, self.bias, self.dtype
+        kept, key = self.spectra.made, self._key(group)
         made: GroupFactors = kept.get((key, self.refit), fitted if self.refit else plain, size)
         return replace(made, group=group)
+
+    def share(self) -> None:
+        """Of several processes let each make the factors of some groups, and send them to the
+        others; nothing where not all can be kept."""
+        together, kept = here(), self.spectra.made
+        size = sum(self._size(group) for group in self.groups)
+        if together.size == 1 or size > kept.most_bytes:
+            return
+        keys = [(self._key(group), self.refit) for group in self.groups]
+        what = hashlib.sha256(repr(keys).encode()).hexdigest()[:8]
+        everybody = together.gather([key in kept for key in keys], f"the factors of plan {what}")
+        wanted = [g for g, *has in zip(self.groups, *everybody, strict=True) if not all(has)]
+        told = together.spread(wanted, self._told, owner=self._owner, at="factors")
+        for group, (numbers, shifted) in zip(wanted, told, strict=True):
+            source = self._owner(group) % together.size
+            own = self[group.name] if source == together.rank else None
+            tensors = together.sent(None if own is None else _tensors(own), source)
+            of = group, self.spectra
+            found = functools.partial(_restored, tensors, numbers, shifted, of)
+            kept.get((self._key(group), self.refit), found, self._size(group))
+
+    def _owner(self, group: Group) -> int:
+        return self.spectra.owner(group.slices)
+
+    def _told(self, group: Group) -> tuple[tuple[float, float], tuple[str, ...]]:
+        """Make the factors of a group: what they lose of how much, and whose bias is shifted."""
+        made = self[group.name]
+        return (made.lost, made.total), tuple(made.bias_shift)
 
     @property
     def what(self) -> object:
@@ -58,6 +89,12 @@ class Factored(Mapping[str, GroupFactors]):
         """Whether a slice is in a group and its bias takes up a mean."""
         return self.bias and name in self._grouped and self.spectra.slices[name].mean_I is not None
 
+    def _key(self, group: Group) -> tuple[object, ...]:
+        return group.slices, group.rank, group.storage, self.bias, self.dtype
+
+    def _size(self, group: Group) -> int:
+        return self.dtype.itemsize * group.rank * (group.in_features + group.out_features)
+
     @cached_property
     def _by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
@@ -71,6 +108,25 @@ class Factored(Mapping[str, GroupFactors]):
 
     def __len__(self) -> int:
         return len(self.groups)
+
+
+def _tensors(made: GroupFactors) -> list[Tensor]:
+    return [made.basis_RI, *made.coefficients.values(), *made.bias_shift.values()]
+
+
+def _restored(
+    tensors: Sequence[Tensor],
+    numbers: tuple[float, float],
+    shifted: Sequence[str],
+    of: tuple[Group, Spectra],
+) -> GroupFactors:
+    """The factors whose tensors another process has sent."""
+    group, spectra = of
+    device = spectra.slices[group.slices[0]].weight_OI.device
+    basis, *others = [one.to(device) for one in tensors]
+    coefficients = dict(zip(group.slices, others, strict=False))
+    shifts = dict(zip(shifted, others[len(group.slices) :], strict=True))
+    return GroupFactors(group, basis, coefficients, *numbers, spectra, shifts)
 
 
 __all__ = ["Factored"]

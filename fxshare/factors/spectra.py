@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.base.cache import read_entry, write_entry
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.calibration.gram import pooled_gram
 from fxshare.errors import FactoriseError
@@ -73,6 +74,8 @@ class Spectra:
     made: Kept[Any] = field(init=False)
     """What was made of these spectra and is kept with them."""
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
+    _shared: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
+    """Those that another process or this one has computed beforehand, until they are asked for."""
     _decompositions: Kept[Decomposition] = field(init=False)
     _pooled: Kept[Damping] = field(init=False)
     _roots: Kept[OutputRoot] = field(init=False)
@@ -229,12 +232,29 @@ class Spectra:
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
         if part not in self._tails:
-            self._tails[part] = self._compute_tails(part)
+            shared = self._shared.pop(part, None)
+            self._tails[part] = self._compute_tails(part) if shared is None else shared
         return self._tails[part]
 
     def is_computed(self, part: frozenset[str]) -> bool:
         """Whether a part's spectrum is at hand."""
         return part in self._tails
+
+    def share(self, parts: Iterable[frozenset[str]]) -> None:
+        """Of several processes let each compute the tails of some parts, and tell the others."""
+        known = self._tails.keys() | self._shared.keys()
+        missing = [part for part in dict.fromkeys(parts) if part not in known]
+        together = here()
+        if together.size == 1 or not missing:
+            return
+        found = together.spread(missing, self._compute_tails, owner=self.owner, at="spectra")
+        for names, tails in zip(missing, found, strict=True):
+            self._shared[names] = tails
+            self._write(self._key(tuple(sorted(names))), tails)
+
+    def owner(self, names: Iterable[str]) -> int:
+        """Which of several processes decomposes a group, modulo their number."""
+        return min(map(list(self.slices).index, names))
 
     @part("spectra")
     def _compute_tails(self, part: frozenset[str]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.calibration.distance import distance, output_rows
 from fxshare.calibration.losses import Loss, default_loss, next_token_logits
@@ -95,7 +96,7 @@ class Judge:
     def is_distance(self) -> bool:
         """Whether the loss is the distance to the dense output, which has no slope at zero."""
         self._dense([0])
-        return bool(self._outputs)
+        return any(here().gather(bool(self._outputs), "the loss"))
 
     def substituted(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], what: object = None
@@ -118,7 +119,8 @@ class Judge:
         return Lost(first.total + self._above_dense(on, rest), self.tokens)
 
     def losses(self, on: Candidate, which: Iterable[int]) -> list[float]:
-        """The loss itself on each of some calls, where it is no distance."""
+        """The loss itself on each of some calls, where it is no distance. Of several processes each
+        runs its share of the calls, always the same ones."""
         if self._candidate is not on:  # one copy at a time
             if self._candidate is not None:
                 self._candidate.forget(self._captured)
@@ -127,12 +129,16 @@ class Judge:
         def run(number: int) -> float:
             return self._run(on.made(), [number])[number]
 
-        found = []
-        for number in which:
+        def known(number: int) -> float:
             if self._remembered is None or on.what is None:
-                found.append(run(number))
-            else:
-                found.append(self._remembered((on.what, number), partial(run, number)))
+                return run(number)
+            return self._remembered((on.what, number), partial(run, number))
+
+        numbers = list(which)
+        found = here().spread(numbers, known, owner=int, at="judging")
+        if here().size > 1 and self._remembered is not None and on.what is not None:
+            for number, lost in zip(numbers, found, strict=True):
+                self._remembered((on.what, number), partial(float, lost))  # others have run it
         return found
 
     def _above_dense(self, on: Candidate, which: Sequence[int]) -> float:
@@ -143,7 +149,13 @@ class Judge:
     def _dense(self, which: Sequence[int]) -> float:
         missing = [number for number in which if number not in self._base]
         if missing:
-            self._base |= self._run(substituted(self._captured, (), {}, {}), missing)
+            dense = substituted(self._captured, (), {}, {})
+
+            def run(number: int) -> float:
+                return self._run(dense, [number])[number]
+
+            found = here().spread(missing, run, owner=int, at="judging")
+            self._base |= zip(missing, found, strict=True)
         return sum(self._base[number] for number in which)
 
     @part("judge")

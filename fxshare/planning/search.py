@@ -29,7 +29,7 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
-from fxshare.planning.kinds.basis import groups_of, make_problem
+from fxshare.planning.kinds.basis import groups_of, make_problem, shared
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.problem import Node, Problem
@@ -243,14 +243,16 @@ class Search:
         nodes = nodes_of(self.sites, spectra.slices)
         key = id(spectra), strategy
         if options.may_share != self.options.may_share:
-            return make_problem(nodes, spectra, options)
+            return shared(make_problem(nodes, spectra, options), spectra, options, strategy)
         if options != self.options:
             known = spectra.is_computed if key in self.problems else None
             self.problems.setdefault(key)
-            return make_problem(nodes, spectra, options, known=known)
+            made = make_problem(nodes, spectra, options, known=known)
+            return made if known else shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
-            found = self.problems[key] = make_problem(nodes, spectra, options)
+            made = make_problem(nodes, spectra, options)
+            found = self.problems[key] = shared(made, spectra, options, strategy)
         return found
 
     def dense_cost(self, planned: Planned) -> int:
@@ -272,6 +274,7 @@ class Search:
         fine = any(w.dtype == torch.float64 for w in self.weights.values())
         dtype = torch.float64 if fine else torch.float32
         one.factors = Factored(one.groups, one.spectra, refit, self.bias, dtype)
+        one.factors.share()
         one.refitted = refit
 
     def dense(self, factors: Factored) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, ValidationError
 from torch import nn
 
 from fxshare.base.files import write_text
+from fxshare.base.processes import here
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import dtype_of
 from fxshare.config import ShareConfig
@@ -67,8 +68,8 @@ class Stored(Frozen):
 
 
 def write_problem(work: Work | None, make: Callable[[], Stored]) -> None:
-    """Write the problem into a work folder that has none yet."""
-    if work is not None and not (work.path / _FILE).exists():
+    """Write the problem into a work folder that has none yet; of several processes the first."""
+    if work is not None and here().is_first and not (work.path / _FILE).exists():
         write_text(work.path / _FILE, make().model_dump_json(indent=1) + "\n")
 
 
