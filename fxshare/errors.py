@@ -60,10 +60,17 @@ class DataError(FxShareError):
 class ProcessError(FxShareError):
     """Another process of the group failed, was killed, or was given something else."""
 
-    def __init__(self, message: str, *, rank: int | None = None) -> None:
+    def __init__(self, message: str, *, rank: int | None = None, gone: bool = False) -> None:
         super().__init__(message)
+        self.gone = gone
+        """Whether it has ended without a word."""
         self.rank = rank
         """Which one, where that is known."""
+
+    @property
+    def of_first(self) -> bool:
+        """Whether it may be that the first rank, which speaks for all, is gone."""
+        return self.gone and self.rank in (0, None)
 
 
 class CheckFailed(FxShareError):

@@ -275,6 +275,7 @@ class Processes:
                     f"rank {one.rank} (process {one.pid}) is gone without a word: it was killed, "
                     "by the system where memory ran out, or ended itself",
                     rank=one.rank,
+                    gone=True,
                 )
         return None
 
@@ -292,7 +293,8 @@ class Processes:
         said = next(iter(str(error).splitlines()), "")
         return ProcessError(
             f"the connection to another rank was lost, which says nothing of why ({said}); look at "
-            "what it wrote"
+            "what it wrote",
+            gone=True,
         )
 
 

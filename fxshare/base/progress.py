@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ def stage(name: str, log: logging.Logger) -> Iterator[Stage]:
 
 def track(items: Iterable[T], what: str, *, total: int | None = None) -> Iterator[T]:
     """Yield ``items``; show ``what``, a bar and the time left on stderr when it is a terminal."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and here().is_first):
         yield from items
         return
     from rich.console import Console

@@ -18,7 +18,7 @@ from fxshare.base.processes import Processes, here
 from fxshare.calibration.gradients import Moment
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.lookups import RowCounter
-from fxshare.calibration.observed import GraphStage, InputObserver
+from fxshare.calibration.observed import GraphStage, InputObserver, TokenCounter
 from fxshare.calibration.stored import Part, read_part, write_part
 from fxshare.capture import Captured, quiet
 from fxshare.errors import CalibrationError
@@ -51,16 +51,21 @@ def merged(running: Running, seen: Seen, device: torch.device) -> Seen:
     everybody = together.gather(seen, "what was run")
     if isinstance(running, HookStage):
         _complete(running, together)
-    for observer in running.observers.values():
-        observer.unmasked = any(together.gather(observer.unmasked, "masks"))
-    for one in _sums(running):
-        tokens = sum(together.gather(one.tokens, "sums"))
-        one.merge(tokens, together.total, device)
-    for counter in running.counting:
-        if isinstance(counter, RowCounter):
-            counter.merge(together.total)
-        elif not isinstance(counter, InputObserver):
-            counter.tokens = sum(together.gather(counter.tokens, "tokens"))
+    observers, sums = list(running.observers.values()), _sums(running)
+    counters = [one for one in running.counting if not isinstance(one, InputObserver)]
+    counts = [one.tokens for one in (*sums, *counters)], [one.unmasked for one in observers]
+    everyone = together.gather(counts, "sums")
+    tokens = [sum(several) for several in zip(*(one for one, _ in everyone), strict=True)]
+    masks = zip(*(one for _, one in everyone), strict=True)
+    for observer, unmasked in zip(observers, masks, strict=True):
+        observer.unmasked = any(unmasked)
+    for one, count in zip((*sums, *counters), tokens, strict=True):
+        if isinstance(one, TokenCounter):
+            one.tokens = count
+        elif isinstance(one, RowCounter):
+            one.merge(together.total)
+        else:
+            one.merge(count, together.total, device)
     return Seen(
         sum(one.batches for one in everybody),
         frozenset[int]().union(*(one.starts for one in everybody)),

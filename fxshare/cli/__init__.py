@@ -26,6 +26,7 @@ from fxshare.cli.init import init_config
 from fxshare.cli.inspect import inspect_model
 from fxshare.cli.output import reports, show_error
 from fxshare.cli.plan import plan_model
+from fxshare.cli.ranks import speaks_of
 from fxshare.cli.schema import schema
 from fxshare.cli.validate import validate
 from fxshare.cli.verify import verify_model
@@ -63,20 +64,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception, debug: bool) -> int:
+    show = show_error if speaks_of(error) else _say_nothing
     if isinstance(error, _UsageError):
-        show_error(error.format_message(), hint=_usage(error))  # type: ignore[attr-defined]
+        show(error.format_message(), hint=_usage(error))  # type: ignore[attr-defined]
         return USAGE
     if isinstance(error, fxshare.errors.FxShareError):
-        show_error(str(error))
+        show(str(error))
         if isinstance(error, fxshare.errors.ConfigError):
             return USAGE
         return CHECK_FAILED if isinstance(error, fxshare.errors.CheckFailed) else KNOWN_ERROR
     if isinstance(error, OSError):
-        show_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        show(f"{error.filename or 'input or output'}: {error.strerror or error}")
         return KNOWN_ERROR
     hint = None if debug else "--debug shows where; please report it if it is not your model's code"
-    show_error(f"unexpected {type(error).__name__}: {error}", hint=hint)
+    show(f"unexpected {type(error).__name__}: {error}", hint=hint)
     return KNOWN_ERROR
+
+
+def _say_nothing(message: str, *, hint: str | None = None) -> None:
+    del message, hint
 
 
 def _usage(error: Exception) -> str:

@@ -21,6 +21,7 @@ from fxshare.cli.options import (
 )
 from fxshare.cli.output import Result, note
 from fxshare.cli.plan import read_plan
+from fxshare.cli.ranks import is_first
 
 if TYPE_CHECKING:
     from fxshare.loading.names import LoadedModel
@@ -92,6 +93,8 @@ def compile_model(
         seed=data.seed,
         work=work,
     )
+    if not is_first():
+        return Result(None, "")
     report = gm.fxshare.report
     found: dict[str, Any] = {**report.to_dict(), "saved_to": None}
     text = str(report)

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 import fxshare
+from fxshare.cli.ranks import in_ranks, is_first
 from fxshare.cli.stages import stages_shown
 
 P = ParamSpec("P")
@@ -36,7 +37,7 @@ def reports(command: Callable[P, Result]) -> Callable[P, None]:
 
     Until then stdout is stderr: what a model or a library prints does not get into the result; and
     every warning of ours is shown as a line. A command that takes ``verbose`` and ``quiet`` works
-    long, and its stages are shown as these say.
+    long, and its stages are shown as these say. Of several processes the first prints.
     """
 
     @functools.wraps(command)
@@ -49,7 +50,11 @@ def reports(command: Callable[P, Result]) -> Callable[P, None]:
                 during.enter_context(stages_shown(**how))
             warnings.simplefilter("always", fxshare.errors.FxShareWarning)
             warnings.showwarning = _show_warning(warnings.showwarning)
+            name = command.__name__.partition("_")[0]
+            during.enter_context(in_ranks(name, verbose=bool(kwargs.get("verbose"))))
             result = command(*args, **kwargs)
+        if not is_first():
+            return
         if kwargs.get("as_json"):
             print(json_text(result.data))
         elif result.text:

@@ -23,6 +23,7 @@ from fxshare.cli.options import (
     WorkFolder,
 )
 from fxshare.cli.output import Result, note, table
+from fxshare.cli.ranks import is_first
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,6 +89,8 @@ def plan_model(
         _check_data(sweep, data)
         made = _planned(model, wanted, data, allow_missing, work, sweep)
     found = made.survey
+    if not is_first():
+        return Result(None, "")
     plan = found.plan
     written = []
     if output is not None:

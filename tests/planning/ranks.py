@@ -3,12 +3,11 @@ group; what became of each goes to a file.
 
 ::
 
-    python -m tests.planning.ranks RANK SIZE FOLDER
+    python -m tests.planning.ranks RANK SIZE FOLDER [CHECK ...]
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ from tests.planning.models import MANY, PLAIN, batches, features, llama, plain_m
 from tests.strategies import no_warnings_of_ours
 from tests.toys import NANOGPT, VOCABULARY
 
-BUDGET = {**MANY, "budget": {"params_kept": 0.5}}
+WHOLE = {**MANY, "budget": {"params_kept": 0.5}}
+BUDGET = {**WHOLE, "planner": {"search": "off"}}
 EMBEDDED = {
     "weight_types": {
         "embed": {"pattern": r".*wte$", "embedding": True},
@@ -87,12 +87,6 @@ def refused(part: str, call: Callable[[], Any], kind: type[Exception] = ProcessE
 # What one process has computed, before there is a group
 
 
-@dataclasses.dataclass
-class Alone:
-    compiled: Any
-    statistics: dict[str, Statistics]
-
-
 def gathered(name: str, **keys: Any) -> Statistics:
     """Statistics of several kinds of models and data."""
     mode: Any = "fx"
@@ -122,15 +116,24 @@ KINDS += ["fewer batches than ranks"]
 
 
 def compiled(**keys: Any) -> Any:
-    given = {"calibration": batches(COUNT), **keys}
+    given = {"calibration": batches(COUNT), "check": False, **keys}
     with no_warnings_of_ours():
         return fxshare.compile(
             given.pop("model", None) or llama(), given.pop("cfg", BUDGET), **given
         )
 
 
-def measured_alone() -> Alone:
-    return Alone(compiled(), {name: gathered(name) for name in KINDS})
+class Alone:
+    """What the first rank has computed by itself, before there was a group."""
+
+    compiled: Any
+    statistics: Mapping[str, Statistics]
+    plan: Plan
+
+    @classmethod
+    def measure(cls) -> None:
+        cls.compiled = compiled(cfg=WHOLE)
+        cls.statistics = {name: gathered(name) for name in KINDS}
 
 
 # The checks
@@ -149,9 +152,13 @@ def numbers(statistics: Statistics) -> dict[str, Tensor]:
 
 @check
 def statistics(rank: int, size: int, folder: Path) -> None:
-    for name, expected in ALONE[0].statistics.items():
+    for name in KINDS:
         with in_step():
             found = gathered(name)
+        same_everywhere(bits(numbers(found)))
+        if rank > 0:
+            continue
+        expected = Alone.statistics[name]
         assert found.batches == expected.batches, name
         assert found.tokens == expected.tokens, name
         assert found.mean_loss == expected.mean_loss or name == "distance", name
@@ -159,7 +166,6 @@ def statistics(rank: int, size: int, folder: Path) -> None:
         for what, tensor in numbers(found).items():
             gap = worst(numbers(expected)[what], tensor).relative
             assert gap <= 1e-12, f"{name}: {what}: {gap}"
-        same_everywhere(bits(numbers(found)))
 
 
 @check
@@ -180,9 +186,12 @@ def statistics_in_files(rank: int, size: int, folder: Path) -> None:
 @check
 def plan_and_weights(rank: int, size: int, folder: Path) -> None:
     """The same bits on every rank, and those of one process up to the rounding of statistics."""
-    found, expected = compiled(), ALONE[0].compiled
+    found = compiled(cfg=WHOLE)
     same_everywhere(bits(found.state_dict()))
     same_everywhere([g.model_dump_json() for g in found.fxshare.plan.groups])
+    if rank > 0:
+        return
+    expected = Alone.compiled
     one, other = found.fxshare.plan, expected.fxshare.plan
     assert [(g.slices, g.rank, g.storage) for g in one.groups] == [
         (g.slices, g.rank, g.storage) for g in other.groups
@@ -205,7 +214,7 @@ def given_statistics_equal_bits(rank: int, size: int, folder: Path) -> None:
         measured = calibrate(captured, data, sites, gradients=True)  # in no step: alone
     names = [s.name for site in sites for s in site.slices if site.in_features == 16]
     parts = [frozenset(names[at : at + 1 + at % 2]) for at in range(len(names))]
-    groups = compiled_plan().groups
+    groups = Alone.plan.groups
 
     def computed() -> tuple[Any, ...]:
         spectra = Spectra(slice_statistics(sites, weights, measured))
@@ -238,12 +247,6 @@ def given_statistics_equal_bits(rank: int, size: int, folder: Path) -> None:
     assert shared == alone
 
 
-def compiled_plan() -> Plan:
-    found = ALONE[0].compiled.fxshare.plan
-    assert isinstance(found, Plan)
-    return found
-
-
 @check
 def judged_by_distance(rank: int, size: int, folder: Path) -> None:
     """What the dense model computes is with the rank that has the call."""
@@ -270,11 +273,11 @@ def judged_by_distance(rank: int, size: int, folder: Path) -> None:
 def work_folder(rank: int, size: int, folder: Path) -> None:
     """One writes, all read; a second run computes nothing that is there, nor does one process."""
     work = folder / "work"
-    first = compiled(work=work)
+    first = compiled(work=work, cfg=WHOLE)
     same_everywhere(bits(first.state_dict()))
     with in_step():
         before = {p: p.read_bytes() for p in sorted(work.rglob("*")) if p.is_file()}
-    again = compiled(work=work)
+    again = compiled(work=work, cfg=WHOLE)
     with in_step():
         after = {p: p.read_bytes() for p in sorted(work.rglob("*")) if p.is_file()}
     assert any("part.json" in str(p) for p in before)
@@ -282,11 +285,6 @@ def work_folder(rank: int, size: int, folder: Path) -> None:
         p: c for p, c in before.items() if p.name != "lock"
     }
     assert bits(again.state_dict()) == bits(first.state_dict())
-    plan = compiled_plan()
-    budget = {**BUDGET, "budget": {"params_kept": 0.7}}
-    other = compiled(work=work, cfg=budget)
-    assert len(other.fxshare.plan.groups) > 0
-    assert len(plan.groups) > 0
 
 
 @check
@@ -295,7 +293,7 @@ def other_modes(rank: int, size: int, folder: Path) -> None:
     sharing = {**MANY, "group_size": 2, "compression_rate": 0.6}
     for cfg in (MANY, sharing):
         same_everywhere(bits(compiled(cfg=cfg).state_dict()))
-    made = compiled(plan=compiled_plan())
+    made = compiled(plan=Alone.plan, check=True)
     same_everywhere(bits(made.state_dict()))
     with no_warnings_of_ours():
         found = fxshare.plan(llama(), BUDGET, calibration=iter(batches(COUNT)))
@@ -319,7 +317,7 @@ def different_arguments(rank: int, size: int, folder: Path) -> None:
     refused(f"rank {last} has another model", lambda: compiled(model=llama(seed=int(mine))))
     kept = {**BUDGET, "budget": {"params_kept": 0.6 if mine else 0.5}}
     refused(f"rank {last} has another configuration (budget)", lambda: compiled(cfg=kept))
-    given = compiled_plan() if mine else None
+    given = Alone.plan if mine else None
     refused(f"rank {last} has another plan", lambda: compiled(plan=given))
 
 
@@ -400,13 +398,10 @@ def a_rank_that_raises(rank: int, size: int, folder: Path) -> None:
     bad = batches(COUNT)
     bad[last] = torch.full_like(bad[last], VOCABULARY)  # out of range, for the rank that runs it
     said = f"calibration batch {last} failed in the model"
-    cfg = {**BUDGET, "planner": {"search": "off"}}
     if rank == last:
-        refused(said, lambda: compiled(calibration=bad, cfg=cfg), CalibrationError)
+        refused(said, lambda: compiled(calibration=bad), CalibrationError)
     else:
-        refused(
-            f"rank {last}: CalibrationError: {said}", lambda: compiled(calibration=bad, cfg=cfg)
-        )
+        refused(f"rank {last}: CalibrationError: {said}", lambda: compiled(calibration=bad))
 
 
 @check
@@ -426,17 +421,20 @@ def a_rank_that_is_killed(rank: int, size: int, folder: Path) -> None:
     refused(f"rank {last} (process ", lambda: compiled(loss=loss, work=work))
 
 
-ALONE: list[Alone] = []
-
-
-def main(rank: int, size: int, folder: Path) -> None:
+def main(rank: int, size: int, folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    ALONE.append(measured_alone())
+    plan = folder / "plan.json"
+    if rank == 0:
+        Alone.measure()
+        plan.write_text(Alone.compiled.fxshare.plan.to_json())
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size
     )
+    dist.barrier()
+    Alone.plan = Plan.from_json(plan.read_text())
     results = {}
-    for name, function in CHECKS.items():
+    for name in names or CHECKS:
+        function = CHECKS[name]
         start = time.monotonic()
         try:
             function(rank, size, folder)
@@ -448,4 +446,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
