@@ -186,7 +186,7 @@ class Processes:
         """The sum over all ranks, added in their order: the same bits on every rank."""
         if self.size == 1:
             return part
-        whole = torch.zeros(part.shape, dtype=part.dtype)
+        whole = torch.zeros(part.shape, dtype=part.dtype, device="cpu")
         own = part.detach().cpu().contiguous()
         for rank in range(self.size):
             whole += self._sent(own if rank == self.rank else torch.empty_like(own), rank)
@@ -207,7 +207,7 @@ class Processes:
                 self._sent(dense.as_strided((one.numel(),), (1,)), source)
             return list(tensors)
         return [
-            self._sent(torch.empty(shape.numel(), dtype=dtype), source).as_strided(shape, stride)
+            self._sent(_flat(shape.numel(), dtype), source).as_strided(shape, stride)
             for shape, stride, dtype in shapes
         ]
 
@@ -266,9 +266,10 @@ class Processes:
 
     def _known(self) -> ProcessError | None:
         """Whose failure or end is known by now."""
-        if self._bulletin and _store().check([self._bulletin]):
-            rank, _, text = _store().get(self._bulletin).decode().partition(" ")
-            return _failure(int(rank), text)
+        with contextlib.suppress(Exception):  # a store is with rank 0, which may be who is gone
+            if self._bulletin and _store().check([self._bulletin]):
+                rank, _, text = _store().get(self._bulletin).decode().partition(" ")
+                return _failure(int(rank), text)
         for one in self._peers:
             if not one.is_alive():
                 return ProcessError(
@@ -283,10 +284,7 @@ class Processes:
         """Who it was that a connection was lost to."""
         until = time.monotonic() + _NAMING
         while time.monotonic() < until:
-            try:
-                known = self._known()
-            except Exception:  # the store was rank 0's
-                known = None
+            known = self._known()
             if known is not None:
                 return known
             time.sleep(0.05)
@@ -296,6 +294,10 @@ class Processes:
             "what it wrote",
             gone=True,
         )
+
+
+def _flat(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def _of(everybody: Sequence[tuple[dict[int, R], object]], number: int) -> R:

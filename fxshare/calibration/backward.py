@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from fxshare.calibration.distance import DISTANCE
+from fxshare.calibration.draws import Draws
 from fxshare.calibration.hooked import HookStage
 from fxshare.calibration.losses import Labels, Loss, default_loss
 from fxshare.calibration.observed import GraphStage
 from fxshare.calibration.offload import offloaded
 from fxshare.capture.call import Call
 from fxshare.errors import CalibrationError
-
-_APART = 0x9E3779B97F4A7C15
-"""Between the seeds of two batches; the first one has the seed itself."""
 
 
 class Backward:
@@ -34,19 +32,18 @@ class Backward:
         self.running = running
         self.loss = loss
         self.labels: Labels = labels
-        self.seed = seed
+        self.draws = Draws(torch.Generator().manual_seed(seed))
         self.offload = offload
         self.name = ""
         self.losses: dict[int, float] = {}
         """By the number of the batch."""
 
     def __call__(self, call: Call, batch: object, number: int) -> None:
-        """Run the batch of that number, which decides on what is drawn for it: whoever runs which
-        other ones, it is the same."""
-        generator = torch.Generator().manual_seed((self.seed + number * _APART) % 2**63)
+        """Run the batch of that number."""
         with torch.enable_grad(), self._saving():
             output = self.running(call)
             if self.loss is None:
+                generator = self.draws.turn(output, call, self.labels)
                 value, self.name = default_loss(
                     output, call, labels=self.labels, generator=generator
                 )
@@ -63,6 +60,11 @@ class Backward:
                     f"the gradient at {tap.slices[0].name!r} ({name}) has NaN or infinite values; "
                     "leave such batches out, or calibrate in float32"
                 )
+
+    def complete(self, batches: int) -> None:
+        """Say that this was the last of so many batches, which not every process may have had."""
+        if self.loss is None:
+            self.draws.complete(batches)
 
     def _saving(self) -> AbstractContextManager[None]:
         return offloaded(self.running.module) if self.offload else nullcontext()

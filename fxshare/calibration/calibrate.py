@@ -180,7 +180,9 @@ def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -
     )
     observe = backward if gradients else lambda call, batch, number: running(call)
     try:
-        count, starts = _stream(captured, batches, running, observe, limits)
+        last, count, starts = _stream(captured, batches, running, observe, limits)
+        if gradients:
+            backward.complete(last)
         losses = Seen(count, starts, backward.losses, backward.name)
         seen = merged(running, losses, device_of(captured.model))
     finally:
@@ -266,13 +268,14 @@ def _stream(
     running: GraphStage | HookStage,
     observe: Callable[[Call, object, int], object],
     limits: _Limits,
-) -> tuple[int, frozenset[int]]:
-    """Run this process' share of the batches until the limits are reached; how many that were, and
-    the ids that samples started with."""
-    count = 0
+) -> tuple[int, int, frozenset[int]]:
+    """Run this process' share of the batches until the limits are reached; how many batches
+    that were in all and of this one, and the ids that samples started with."""
+    last = count = 0
     starts: set[int] = set()
     caller, together = captured.caller, here()
     for number, batch in enumerate(batches):
+        last = number + 1
         if number % together.size == together.rank:
             together.look()
             call = caller(batch)
@@ -280,13 +283,13 @@ def _stream(
             _run(observe, call, batch, number)
             count += 1
             starts |= first_ids(call)
-        if number + 1 == limits.batches:
+        if last == limits.batches:
             break
         if together.size == 1 and limits.max_tokens is not None:
             tokens = max((o.tokens for o in running.counting), default=0)
             if tokens >= limits.max_tokens:
                 break
-    return count, frozenset(starts)
+    return last, count, frozenset(starts)
 
 
 def _run(

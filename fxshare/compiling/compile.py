@@ -45,8 +45,8 @@ from passes.runner import Applied
 _LOG = logging.getLogger(__name__)
 
 
-@in_step()
 @plain_surroundings()
+@in_step()
 def compile(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource] | None = None,

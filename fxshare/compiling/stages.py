@@ -21,7 +21,7 @@ from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
 from fxshare.compiling.given import check_values
-from fxshare.compiling.together import agree, held
+from fxshare.compiling.together import agree, held, one_plan
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.data.usable import usable, usable_batches
 from fxshare.errors import CalibrationError, CaptureError, ConfigError, MatchError
@@ -96,6 +96,7 @@ def within_budget(
             seed=seed,
             work=work,
         )
+        made.plan = one_plan(made.plan)
         running.found(f"planned mode, {len(made.plan.groups)} groups")
     return made
 

@@ -33,8 +33,8 @@ from fxshare.sites.match import match
 from fxshare.sites.tensors import dense_weights
 
 
-@in_step()
 @plain_surroundings()
+@in_step()
 def make_plan_for(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource] | None = None,
@@ -83,8 +83,8 @@ class Survey:
     sweep: Sweep | None = None
 
 
-@in_step()
 @plain_surroundings()
+@in_step()
 def survey(
     model: nn.Module,
     cfg: ConfigSource | Sequence[ConfigSource],

@@ -13,6 +13,7 @@ from fxshare.base.processes import here
 from fxshare.config import ShareConfig
 from fxshare.errors import StoreError
 from fxshare.planning.work import Work, opened
+from fxshare.plans.plan import Plan
 
 
 def agree(
@@ -38,6 +39,17 @@ def agree(
     )
 
 
+def one_plan(plan: Plan) -> Plan:
+    """The plan of the first rank, which the others have to have found as well; how long that took
+    differs.
+
+    Raises :class:`ProcessError` where one has found another.
+    """
+    together = here()
+    together.agree({"plan, found on other machines or with other libraries,": plan.groups})
+    return together.broadcast(plan, "the plan")
+
+
 @contextlib.contextmanager
 def held(path: Path, made_from: Mapping[str, str], plan: str) -> Iterator[Work]:
     """The work folder, which the first rank holds and writes to, and the others read."""
@@ -56,4 +68,4 @@ def held(path: Path, made_from: Mapping[str, str], plan: str) -> Iterator[Work]:
     yield Work(path, plan)
 
 
-__all__ = ["agree", "held"]
+__all__ = ["agree", "held", "one_plan"]

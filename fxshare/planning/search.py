@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxshare.base.lazily import Lazily
 from fxshare.base.memory import trim
+from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
@@ -29,7 +30,7 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
-from fxshare.planning.kinds.basis import groups_of, make_problem, shared
+from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.problem import Node, Problem
@@ -243,16 +244,16 @@ class Search:
         nodes = nodes_of(self.sites, spectra.slices)
         key = id(spectra), strategy
         if options.may_share != self.options.may_share:
-            return shared(make_problem(nodes, spectra, options), spectra, options, strategy)
+            return _shared(make_problem(nodes, spectra, options), spectra, options, strategy)
         if options != self.options:
             known = spectra.is_computed if key in self.problems else None
             self.problems.setdefault(key)
             made = make_problem(nodes, spectra, options, known=known)
-            return made if known else shared(made, spectra, options, strategy)
+            return made if known else _shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
             made = make_problem(nodes, spectra, options)
-            found = self.problems[key] = shared(made, spectra, options, strategy)
+            found = self.problems[key] = _shared(made, spectra, options, strategy)
         return found
 
     def dense_cost(self, planned: Planned) -> int:
@@ -309,6 +310,13 @@ class Search:
             site.name for site in sites.values() if any(factors.shifts(s.name) for s in site.slices)
         )
         return Lazily(tuple(sites), weight), Lazily(shifted, bias)
+
+
+def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:
+    """The problem; several processes have divided what is surely asked of its spectra."""
+    if here().size > 1:
+        spectra.share(surely_priced(problem, options, strategy))
+    return problem
 
 
 def _better_half(plans: Sequence[Planned]) -> list[Planned]:

@@ -129,7 +129,7 @@ def test_a_run_goes_on_under_another_limit(tmp_path: Path, monkeypatch: pytest.M
         return write_part(folder, part)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fxshare.calibration.calibrate.write_part", killed)
+        patched.setattr("fxshare.calibration.shards.write_part", killed)
         with pytest.raises(KeyboardInterrupt):
             gathered(model, Keeping(0, tmp_path / "kept"))
     assert_equal(whole, gathered(model, Keeping(None, tmp_path / "kept")))

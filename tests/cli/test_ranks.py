@@ -21,7 +21,7 @@ import cli_toy
 
 class Killed(cli_toy.Toy):
     def forward(self, ids):
-        if os.environ.get("RANK") == "1":
+        if os.environ.get("RANK") == os.environ["KILLED"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(ids)
 
@@ -87,30 +87,38 @@ def test_a_wrong_command_is_told_once(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("factory", "told"),
+    ("factory", "killed", "told"),
     [
-        ("make", "error: rank 1 (process "),
-        ("raises", "error: rank 1: "),
+        ("make", 1, "error: rank 1 (process "),
+        ("make", 0, "error: rank 0 (process "),
+        ("raises", 1, "error: rank 1: "),
     ],
 )
-def test_a_rank_that_fails_ends_all(folder: Path, factory: str, told: str) -> None:
+def test_a_rank_that_fails_ends_all(
+    folder: Path, factory: str, killed: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "cli_killed.py").write_text(KILLED, encoding="utf-8")
+    monkeypatch.setenv("KILLED", str(killed))
     command = ("compile", f"cli_killed:{factory}", *COMMAND[2:], *OPTIONS)
     start = time.monotonic()
-    first, other = ranks(folder, *command, "--quiet", "-o", "never")
+    both = ranks(folder, *command, "--quiet", "-o", "never")
     assert time.monotonic() - start < 60
-    assert (first.returncode, first.stdout) == (1, "")
-    assert first.stderr.startswith(told)
-    assert other.returncode != 0
+    speaking = both[1 if killed == 0 else 0]
+    assert (speaking.returncode, speaking.stdout) == (1, "")
+    assert speaking.stderr.splitlines()[-1].startswith(told)
+    assert all(one.returncode != 0 for one in both)
     assert not (folder / "never").exists()
 
 
 @pytest.mark.slow
 def test_torchrun(folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    cfg = "weight_types: {fc: {pattern: '.*fc$'}, proj: {pattern: '.*proj$'}}\n"
+    (folder / "types.yaml").write_text(cfg + "block_pattern: 'blocks\\.(\\d+)'\n")
+    arguments = ["compile", "cli_toy:make", "-c", "types.yaml", *COMMAND[4:], *OPTIONS]
     budget = ("--keep", "0.8", "--work", "work-of-two")
     ran = subprocess.run(
-        [*command, "fxshare", *COMMAND, *OPTIONS, *budget, "--json"],
+        [*command, "fxshare", *arguments, *budget, "--json"],
         cwd=folder,
         capture_output=True,
         text=True,

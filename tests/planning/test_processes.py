@@ -21,6 +21,7 @@ OF_THREE = (
     "statistics",
     "plan_and_weights",
     "given_statistics_equal_bits",
+    "work_folder_of_one_process",
     "an_error_of_all",
     "a_rank_that_raises",
     "a_rank_that_is_killed",

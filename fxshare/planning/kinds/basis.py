@@ -85,18 +85,15 @@ def make_problem(
     )
 
 
-def shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:
-    """The problem; of several processes each has priced some of the parts that a strategy prices
-    first, whatever it finds: each slice by itself, and pairs of neighbours."""
-    if here().size == 1:
-        return problem
+def surely_priced(problem: Problem, options: Options, strategy: str) -> list[Part]:
+    """The parts that a strategy prices first, whatever it finds: each slice by itself, and pairs of
+    neighbours."""
     found = problem.singletons()
     if strategy != "separate":
         both = (a | b for a, b in problem.neighbours(found))
         found = found + [part for part in both if problem.may_join(part)]
     dense = {name for name, node in problem.nodes.items() if node.layer in options.keep_dense}
-    spectra.share(part for part in found if not part & dense)
-    return problem
+    return [part for part in found if not part & dense]
 
 
 @dataclass(frozen=True, eq=False)
