@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.planning.ranks import CHECKS
+from tests.planning.ending import summed
+from tests.planning.models import groups_of
+from tests.planning.ranks import CHECKS, WHOLE, compiled
 
 ROOT = Path(__file__).parents[2]
 OF_THREE = (
@@ -71,4 +73,8 @@ def test_ranks(size: int, names: tuple[str, ...], tmp_path: Path) -> None:
     assert set(found[0]) == set(names)
     # the last one was killed in the last of them
     assert set(found[-1]) == set(names) - {"a_rank_that_is_killed"}
-    assert "a_rank_that_is_killed" in names
+    # it had calibrated, and was judging plans: one process goes on from there
+    assert list((tmp_path / "killed" / "statistics").glob("part-*"))
+    continued = compiled(loss=summed, work=tmp_path / "killed", cfg=WHOLE)
+    undisturbed = compiled(loss=summed, cfg=WHOLE)
+    assert groups_of(continued.fxshare.plan) == groups_of(undisturbed.fxshare.plan)
