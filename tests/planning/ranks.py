@@ -483,6 +483,7 @@ def a_rank_that_is_killed(rank: int, size: int, folder: Path) -> None:
 
 def main(rank: int, size: int, folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
+    processes._MEETING = dt.timedelta(seconds=60)
     plan = folder / "plan.json"
     if rank == 0:
         Alone.measure(folder)

@@ -6,6 +6,7 @@ more.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -46,8 +47,9 @@ def run(size: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, tuple
             )
         started.append(process)
     try:
-        for process in started:
-            process.wait(timeout=300)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what the others found says why
+            for process in started:
+                process.wait(timeout=300)
     finally:
         for process in started:
             process.kill()
@@ -55,8 +57,8 @@ def run(size: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, tuple
     found = []
     for rank in range(size):
         results = folder / f"rank-{rank}.json"
-        assert results.exists(), (folder / f"said-{rank}").read_text()[-2000:]
-        found.append(json.loads(results.read_text()))
+        said = (folder / f"said-{rank}").read_text()[-2000:]
+        found.append(json.loads(results.read_text()) if results.exists() else {"start": (said, 0)})
     return found
 
 
