@@ -38,7 +38,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("plans", "calibration", "proposing"),
     ("factors", "cost_model", "result"),
     ("planning", "verifying", "dynamo"),
-    ("rewriting", "store", "views"),
+    ("rewriting", "store", "views", "estimating"),
     ("refining",),
     ("generation", "exporting"),
     ("compiling", "loading"),

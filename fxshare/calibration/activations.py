@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +25,13 @@ def at_most(captured: Captured, call: Call) -> int:
 
     Attention over long sequences may exceed it, which :func:`activation_bytes` sees.
     """
+    return most_bytes(captured.module, call)
+
+
+def most_bytes(module: nn.Module, call: Call) -> int:
+    """:func:`at_most` of a module."""
     rows = max((t.shape[0] * t.shape[1] for t in tensors(call) if t.ndim >= 2), default=1)
-    outputs = sum(sum(p.shape) for p in captured.module.parameters() if p.ndim >= 2)
+    outputs = sum(sum(p.shape) for p in module.parameters() if p.ndim >= 2)
     return 4 * _NUMBERS * rows * outputs
 
 
@@ -35,15 +41,22 @@ def activation_bytes(captured: Captured, call: Call, *, gradients: bool) -> int:
 
     Runs on fake tensors; where the model cannot, the answer is :func:`at_most`.
     """
+    found = alive_bytes(captured.run, call, gradients=gradients)
+    return at_most(captured, call) if found is None else found
+
+
+def alive_bytes(run: Callable[[Call], object], call: Call, *, gradients: bool) -> int | None:
+    """:func:`activation_bytes` of whatever takes calls; None where it does not run on fake
+    tensors."""
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     fake_call = pytree.tree_map_only(Tensor, fakes.from_tensor, dict(call))
     alive = _Alive()
     try:
         with torch.set_grad_enabled(gradients), failures_unsaid(), fakes, alive:
-            output = captured.run(fake_call)
+            output = run(fake_call)
             del output
     except Exception:
-        return at_most(captured, call)
+        return None
     return alive.most + (3 * alive.largest if gradients else 0)
 
 
@@ -89,4 +102,4 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= size
 
 
-__all__ = ["activation_bytes", "at_most"]
+__all__ = ["activation_bytes", "alive_bytes", "at_most", "most_bytes"]

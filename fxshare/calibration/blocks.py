@@ -20,6 +20,13 @@ def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool =
     return sum(_needed(captured, sites, gradients)[1].values())
 
 
+def shared_inputs(captured: Captured, sites: Sequence[Site]) -> dict[str, str]:
+    """Of every site the first of those that read the same activation."""
+    together, _ = _needed(captured, sites, False)
+    order = {site.name: number for number, site in enumerate(sites)}
+    return {name: min(part, key=lambda one: order[one]) for name, part in together.items()}
+
+
 def blocks_of(
     captured: Captured, sites: Sequence[Site], *, gradients: bool, most_bytes: int | None
 ) -> list[tuple[Site, ...]]:
@@ -80,11 +87,12 @@ def _needed(
         needed[site.name] += 8 * site.out_features * len(site.lookups)
         if gradients:
             needed[site.name] += GramAccumulator.bytes_needed(site.in_features) * len(site.lookups)
-            needed[site.name] += sum(_moment_bytes(site, s) for s in site.slices if site.calls)
+            needed[site.name] += sum(moment_bytes(site, s) for s in site.slices if site.calls)
     return together, needed
 
 
-def _moment_bytes(site: Site, s: SliceSpec) -> int:
+def moment_bytes(site: Site, s: SliceSpec) -> int:
+    """Of the gradient at what a slice writes."""
     if is_diagonal(site, s):
         return DiagonalAccumulator(s.out_features).nbytes
     if is_projected(site, s):

@@ -11,7 +11,7 @@ are in files too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,46 +86,114 @@ def make_room(
     # of several processes all divide alike: that of the one which has least
     now = together.gather((resident(), free() // (2 * together.on_this_machine)), "memory")
     used = max(one for one, _ in now)
-    given, limit = limit, used + min(half for _, half in now) if limit is None else limit
+    whole = used + min(half for _, half in now) if limit is None else limit
     needed = bytes_needed(captured, sites, gradients=gradients)
-    width = max((site.in_features for site in sites if site.calls), default=1)
-    work = 4 * 8 * width * width + (_bytes_of(weights) if gradients else 0)
-    left = limit - used - work
-    activations = at_most(captured, call)
-    if rounds * needed + activations + _MOST_KEPT > left:
-        activations = activation_bytes(captured, call, gradients=gradients)
-    offload = gradients and activations + _LEAST_KEPT > left
+    space = Space(
+        resident=used,
+        statistics=rounds * needed,
+        block=lambda: min(needed, largest_block(captured, sites, gradients=gradients)),
+        work=work_bytes(sites, _bytes_of(weights) if gradients else 0),
+        at_most=at_most(captured, call),
+        activations=lambda: activation_bytes(captured, call, gradients=gradients),
+        offloads=gradients,
+    )
+    divided = divide(space, whole, asked=limit is not None, folder=folder)
+    if divided.limit < divided.least:
+        raise CalibrationError(divided.refusal(given=limit is not None))
+    keeping = Keeping(offload=divided.offload)
+    if not divided.fits:
+        # what planning keeps is given back before statistics are gathered
+        most = None if needed <= divided.left else divided.left
+        keeping = Keeping(most, folder, None, divided.offload)
+        if folder is None:
+            scratch = Scratch(rounds * needed)
+            keeping = Keeping(most, scratch.path, scratch, divided.offload)
+    return Room(
+        divided.limit,
+        space.resident,
+        divided.activations,
+        space.work,
+        needed,
+        divided.kept,
+        keeping,
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """What takes memory while calibrating and planning, in bytes.
+
+    ``statistics`` are those of all rounds, ``block()`` the least of them that has to be in memory
+    at a time, ``work`` one matrix and a copy of the matched weights. The activations of a batch are
+    ``at_most`` so many, and by a closer look, which takes time, ``activations()``; where the loss
+    is differentiated they may go to a file (``offloads``).
+    """
+
+    resident: int
+    statistics: int
+    block: Callable[[], int]
+    work: int
+    at_most: int
+    activations: Callable[[], int]
+    offloads: bool
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A limit of memory, divided: where statistics do not ``fit`` they go to files, in parts of at
+    most ``left`` bytes; ``least`` is what it takes at least."""
+
+    space: Space
+    limit: int
+    activations: int
+    offload: bool
+    left: int
+    fits: bool
+    kept: int
+    least: int
+
+    def refusal(self, *, given: bool) -> str:
+        """Why a limit below the least is too small, and the way out."""
+        space, said = self.space, f"max_memory {shown(self.limit)}"
+        statistics = max(0 if self.fits else space.block(), _LEAST_KEPT)
+        return (
+            f"{said if given else f'{shown(self.limit)} of memory'} is too small: "
+            f"{shown(space.resident)} are in use, {shown(space.work)} go to one matrix and a "
+            f"candidate, {shown(self.activations)} to the activations of a batch, and "
+            f"{shown(statistics)} to statistics; set calibration: {{max_memory: "
+            f"{self.least / 1e9 + 0.1:.1f}GB}}, give smaller batches, or match fewer weights"
+        )
+
+
+def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> Divided:
+    """Divide ``limit`` bytes. With a folder statistics go there whether or not they would fit; and
+    to files where they are many and nobody ``asked`` for the limit."""
+    left = limit - space.resident - space.work
+    activations = space.at_most
+    if space.statistics + activations + _MOST_KEPT > left:
+        activations = space.activations()
+    offload = space.offloads and activations + _LEAST_KEPT > left
     if offload:
         activations = _OFFLOADED
     left -= activations
-    fits = folder is None and rounds * needed + _LEAST_KEPT <= left
-    if fits and given is None and rounds * needed > _MOST_IN_MEMORY:
+    fits = folder is None and space.statistics + _LEAST_KEPT <= left
+    if fits and not asked and space.statistics > _MOST_IN_MEMORY:
         # nobody asked for so much memory, and files that were just written are read at its speed
-        fits = not has_room(rounds * needed)
-    block = min(needed, largest_block(captured, sites, gradients=gradients)) if not fits else 0
-    if not fits and max(block, _LEAST_KEPT) > left:
-        least = used + work + activations + max(block, _LEAST_KEPT)
-        said = f"max_memory {shown(limit)}" if given is not None else f"{shown(limit)} of memory"
-        raise CalibrationError(
-            f"{said} is too small: {shown(used)} are in use, {shown(work)} go to one matrix and a "
-            f"candidate, {shown(activations)} to the activations of a batch, and "
-            f"{shown(max(block, _LEAST_KEPT))} to statistics; set calibration: {{max_memory: "
-            f"{least / 1e9 + 0.1:.1f}GB}}, give smaller batches, or match fewer weights"
-        )
-    kept = min(_MOST_KEPT, left - rounds * needed if fits else left)
-    keeping = Keeping(offload=offload)
-    if not fits:
-        # what planning keeps is given back before statistics are gathered
-        most = None if needed <= left else left
-        keeping = Keeping(most, folder, None, offload)
-        if folder is None:
-            scratch = Scratch(rounds * needed)
-            keeping = Keeping(most, scratch.path, scratch, offload)
-    return Room(limit, used, activations, work, needed, kept, keeping)
+        fits = not has_room(space.statistics)
+    kept = min(_MOST_KEPT, left - space.statistics if fits else left)
+    block = 0 if fits else space.block()
+    least = space.resident + space.work + activations + max(block, _LEAST_KEPT)
+    return Divided(space, limit, activations, offload, left, fits, kept, least)
+
+
+def work_bytes(sites: Sequence[Site], weights: int) -> int:
+    """For one matrix at a time, and a copy of ``weights`` bytes of matched weights."""
+    width = max((site.in_features for site in sites if site.calls), default=1)
+    return 4 * 8 * width * width + weights
 
 
 def _bytes_of(weights: Mapping[str, Tensor]) -> int:
     return sum(w.numel() * w.element_size() for w in weights.values())
 
 
-__all__ = ["Room", "make_room"]
+__all__ = ["Divided", "Room", "Space", "divide", "make_room", "work_bytes"]

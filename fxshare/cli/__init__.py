@@ -20,6 +20,7 @@ import fxshare
 from fxshare.cli.bench import bench_app
 from fxshare.cli.compile import compile_model
 from fxshare.cli.demo import demo
+from fxshare.cli.estimate import estimate_model
 from fxshare.cli.eval import evaluate_model
 from fxshare.cli.export import export_model
 from fxshare.cli.init import init_config
@@ -111,6 +112,7 @@ def make_app() -> typer.Typer:
     app.command("init")(reports(init_config))
     app.command("validate")(reports(validate))
     app.command("plan")(reports(plan_model))
+    app.command("estimate")(reports(estimate_model))
     app.command("compile")(reports(compile_model))
     app.command("verify")(reports(verify_model))
     app.command("inspect")(reports(inspect_model))

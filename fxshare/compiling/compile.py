@@ -16,6 +16,7 @@ from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Mode, device_of, dtype_of
+from fxshare.compiling.foretold import foretell
 from fxshare.compiling.given import check_plan, check_values, named_passes
 from fxshare.compiling.stages import Stages, configuration, prepare, within_budget, working
 from fxshare.config import ConfigSource
@@ -126,6 +127,8 @@ def compile(
     own = (*named_passes(cfg), *passes)
     given = None if plan is None else plan.groups  # how long it took to make is each rank's own
     here().agree({"call": "compile", "plan": given, "passes": [type(p).__name__ for p in own]})
+    if plan is None:
+        foretell(stages, work)
     with working(stages, work, loss, seed) as (stages, held):
         plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
     rewritten, applied = rewrite(

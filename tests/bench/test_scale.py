@@ -22,10 +22,10 @@ from fxshare.bench.scale import run as running
 from fxshare.bench.scale.child import in_own_process
 from fxshare.bench.scale.measure import METHODS, Job, ScaleRun, Settings, measure, types_of
 from fxshare.bench.scale.run import Growth, ScaleBench, bench_scale, jobs
-from fxshare.bench.scale.shapes import SHAPES, ModelShape
 from fxshare.bench.scale.table import draw, lines_below, table
 from fxshare.cli import main
 from fxshare.errors import ConfigError, StoreError
+from fxshare.models.shapes import SHAPES, ModelShape
 
 pytest.importorskip("transformers")
 
@@ -87,15 +87,15 @@ def test_the_table_has_a_row_a_stage_and_totals(found: ScaleBench) -> None:
     header, rows = table(found)
     assert header == [
         *("shape", "method", "stage"),
-        *("1 layer: s", "GB"),
-        *("2 layers: s", "GB"),
+        *("1 layer: s", "estimated", "GB", "estimated"),
+        *("2 layers: s", "estimated", "GB", "estimated"),
     ]
     assert {len(row) for row in rows} == {len(header)}
     for method in METHODS:
         mine = [row for row in rows if row[1] == method]
         assert {row[2] for row in mine[:-1]} >= STAGES[method]
         assert mine[-1][2] == "total"
-        for column in (3, 5):
+        for column in (3, 7):
             # each is rounded to hundredths
             parts = sum(float(row[column]) for row in mine[:-1])
             assert parts == pytest.approx(float(mine[-1][column]), abs=0.005 * (len(mine) + 1))
@@ -133,7 +133,7 @@ def test_what_failed_has_no_figures_and_says_why(tmp_path: Path) -> None:
     assert [one.layers for one in bench.beside] == [2]
     rows = {tuple(row[1:3]): row[3:] for row in table(bench)[1]}
     assert rows["planned", "total"][0] == "4.00"
-    assert rows["planned", "total"][2:] == ["–", "–"]
+    assert rows["planned", "total"][4:] == ["–"] * 4
     assert "failed: gpt2, 4 layers, planned: out of luck" in lines_below(bench)
     draw(bench, tmp_path / "scale.svg")
     draw(bad, tmp_path / "none.svg")

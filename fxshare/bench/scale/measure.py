@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.spent import Spent, part, peak_bytes, recording
-from fxshare.bench.scale.shapes import ModelShape
 from fxshare.bench.speed.device import dtype_of_name, threads
 from fxshare.calibration.losses import default_loss
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.errors import ConfigError, FxShareWarning
+from fxshare.estimating.estimate import estimate
+from fxshare.estimating.stages import Estimate, StageEstimate
+from fxshare.models.shapes import ModelShape
 from fxshare.proposing.propose import init
 from fxshare.result.module import record_of
 
@@ -93,17 +95,26 @@ class ScaleRun:
     peak_bytes: int = 0
     kept: float | None = None
     stages: tuple[Spent, ...] = ()
+    estimated: tuple[StageEstimate, ...] = ()
+    """What :func:`fxshare.estimate` said beforehand of its stages, and of the peak."""
+    estimated_bytes: int = 0
     failed: str = ""
     """Why there are no figures."""
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> ScaleRun:
         """The inverse of ``asdict``."""
-        return ScaleRun(**{**plain, "stages": tuple(Spent(**one) for one in plain["stages"])})
+        stages = tuple(Spent(**one) for one in plain["stages"])
+        estimated = tuple(StageEstimate(**one) for one in plain.get("estimated", ()))
+        return ScaleRun(**{**plain, "stages": stages, "estimated": estimated})
 
     def to_dict(self) -> dict[str, Any]:
         """The run as plain data."""
-        return {**asdict(self), "stages": [asdict(one) for one in self.stages]}
+        lists = {
+            "stages": [asdict(one) for one in self.stages],
+            "estimated": [asdict(one) for one in self.estimated],
+        }
+        return {**asdict(self), **lists}
 
 
 def measure(job: Job) -> ScaleRun:
@@ -116,6 +127,7 @@ def measure(job: Job) -> ScaleRun:
         model = shape.model(dtype_of_name(settings.dtype), seed=settings.seed)
         parameters = sum(p.numel() for p in model.parameters())
         work = partial(_METHODS[job.method], model, _batches(shape, settings), settings)
+        foretold = _estimated(model, job)
         before = peak_bytes()
         wall, cpu = time.perf_counter(), time.process_time()
         with recording() as spent:
@@ -133,7 +145,30 @@ def measure(job: Job) -> ScaleRun:
         peak_bytes=max(one.peak_bytes for one in stages),
         kept=kept,
         stages=stages,
+        estimated=() if foretold is None else foretold.stages,
+        estimated_bytes=0 if foretold is None else foretold.memory,
     )
+
+
+def _estimated(model: nn.Module, job: Job) -> Estimate | None:
+    """What the compilation would take, by an estimate that has not seen it."""
+    mode, settings = _modes(job.settings).get(job.method), job.settings
+    if mode is None:
+        return None
+    return estimate(
+        model,
+        [types_of(model, settings.split), mode],
+        tokens=settings.tokens // settings.length * settings.length,
+        length=settings.length,
+        batch_size=settings.batch_size,
+    )
+
+
+def _modes(settings: Settings) -> Mapping[Method, Mapping[str, Any]]:
+    return {
+        "planned": {"budget": {"params_kept": settings.keep}},
+        "basis sharing": {"group_size": 2, "compression_rate": settings.keep},
+    }
 
 
 def _batches(shape: ModelShape, settings: Settings) -> list[Tensor]:
@@ -162,12 +197,11 @@ def _compress(
 
 
 def _planned(model: nn.Module, batches: list[Tensor], settings: Settings) -> float:
-    return _compress(model, batches, settings, mode={"budget": {"params_kept": settings.keep}})
+    return _compress(model, batches, settings, mode=_modes(settings)["planned"])
 
 
 def _basis_sharing(model: nn.Module, batches: list[Tensor], settings: Settings) -> float:
-    mode = {"group_size": 2, "compression_rate": settings.keep}
-    return _compress(model, batches, settings, mode=mode)
+    return _compress(model, batches, settings, mode=_modes(settings)["basis sharing"])
 
 
 def _forward_and_backward(model: nn.Module, batches: list[Tensor], settings: Settings) -> None:

@@ -13,9 +13,9 @@ from fxshare.base.memory import free, shown
 from fxshare.base.progress import stage
 from fxshare.bench.scale.child import in_own_process
 from fxshare.bench.scale.measure import METHODS, Job, Method, ScaleRun, Settings
-from fxshare.bench.scale.shapes import ModelShape
 from fxshare.bench.speed.device import dtype_of_name
 from fxshare.errors import ConfigError
+from fxshare.models.shapes import ModelShape
 
 _LOG = logging.getLogger(__name__)
 

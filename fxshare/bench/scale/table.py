@@ -19,11 +19,12 @@ _MARKS = {"planned": "o", "basis sharing": "s", "forward and backward": "^"}
 
 def table(result: ScaleBench) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a row a stage and a total of each method; for each number of layers the
-    processor seconds, and the most memory of the process meanwhile."""
+    processor seconds, and the most memory of the process meanwhile, each beside what was estimated
+    before."""
     layers = sorted({run.layers for run in result.runs})
     header = ["shape", "method", "stage"]
     for count in layers:
-        header += [f"{counted(count)}: s", "GB"]
+        header += [f"{counted(count)}: s", "estimated", "GB", "estimated"]
     rows = []
     for shape in dict.fromkeys(run.shape for run in result.runs):
         for method in METHODS:
@@ -36,11 +37,14 @@ def _rows(shape: str, method: Method, runs: Sequence[ScaleRun | None]) -> list[l
     stages = [{} if run is None else {one.name: one for one in run.stages} for run in runs]
     names = list(dict.fromkeys(name for some in stages for name in some))
     found = []
-    for name in names:
-        cells = [cell for some in stages for cell in _cells(some.get(name))]
+    for name in (*names, TOTAL):
+        cells = []
+        for run, some in zip(runs, stages, strict=True):
+            whole = name == TOTAL and run is not None
+            one = _total(run) if whole and run is not None else some.get(name)
+            cells += _cells(one, run, name)
         found.append([shape, method, name, *cells])
-    totals = [cell for run in runs for cell in _cells(None if run is None else _total(run))]
-    return [*found, [shape, method, TOTAL, *totals]]
+    return found
 
 
 def _total(run: ScaleRun) -> Spent | None:
@@ -49,10 +53,16 @@ def _total(run: ScaleRun) -> Spent | None:
     return Spent(TOTAL, 1, run.cpu_seconds, run.seconds, run.peak_bytes)
 
 
-def _cells(one: Spent | None) -> list[str]:
-    if one is None:
-        return ["–", "–"]
-    return [f"{one.cpu_seconds:.2f}", f"{one.peak_bytes / 1e9:.2f}"]
+def _cells(one: Spent | None, run: ScaleRun | None, name: str) -> list[str]:
+    """What was measured and estimated of a stage; the memory is estimated of the whole."""
+    if one is None or run is None:
+        return ["–"] * 4
+    said = {each.name: each.seconds for each in run.estimated}
+    size = "–"
+    if name == TOTAL and said:
+        said[TOTAL], size = sum(said.values()), f"{run.estimated_bytes / 1e9:.2f}"
+    seconds = f"{said[name]:.2f}" if name in said else "–"
+    return [f"{one.cpu_seconds:.2f}", seconds, f"{one.peak_bytes / 1e9:.2f}", size]
 
 
 def lines_below(result: ScaleBench) -> list[str]:

@@ -121,10 +121,13 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             ModelShape("gpt2-medium", 1024, 24, 16, 4096, 50257, context=1024, is_gpt2=True),
             ModelShape("tinyllama", 2048, 22, 32, 5632, 32000, kv_heads=4),
             ModelShape("llama-7b", 4096, 32, 32, 11008, 32000),
+            ModelShape("llama-70b", 8192, 80, 64, 28672, 32000, kv_heads=8, context=4096),
+            ModelShape("llama-405b", 16384, 126, 128, 53248, 128256, kv_heads=8, context=8192),
         )
     }
 )
-"""Those that have a name: GPT-2, GPT-2 medium, TinyLlama-1.1B and Llama-7B."""
+"""Those that have a name: GPT-2, GPT-2 medium, TinyLlama-1.1B, Llama-7B, Llama 2 70B and Llama 3.1
+405B."""
 
 
 __all__ = ["SHAPES", "ModelShape"]

@@ -1,0 +1,229 @@
+"""What a search over plans takes: prices, factors, and judging them on what is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxshare.config import ShareConfig
+from fxshare.cost_model.pace import NOTHING, Amount, Pace
+from fxshare.estimating import pricing
+from fxshare.estimating.calibrating import forward, loss
+from fxshare.estimating.counted import Counted
+from fxshare.estimating.pricing import Candidate, Candidates, Terms
+from fxshare.planning.trials import trials
+from fxshare.sites.site import Site
+
+_PRICES = 49
+_DECOMPOSED, _MADE, _POOLED = (share * 0.75 * 0.75 for share in (0.3, 0.2, 0.15))
+"""Of what is kept, the shares for decompositions, factors and roots: see
+:class:`fxshare.factors.spectra.Spectra`."""
+_SLOPE_BATCHES = 4
+_PER_NODE = 60
+"""Calls that do next to nothing, by node and price: partitions are found in Python."""
+_PER_COPY = 150
+"""And by node of a graph with other weights."""
+_CALLS = 40
+"""Operations of a small step that do next to nothing."""
+_SWAPS = 8
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search does how often, told by the configuration.
+
+    ``plans`` are realised, and judged on ``held_back`` batches, the first share of them or all;
+    ``copies`` of the model are made to do so.
+    """
+
+    solved: int
+    plans: int
+    copies: int
+    judged: float
+    rounds: int
+    shared: Candidates
+
+    @staticmethod
+    def of(cfg: ShareConfig, parts: Candidates, batches: int) -> Searched:
+        """The trials of a configuration on so many batches."""
+        planner = cfg.planner
+        mergeable = not planner.may_share and planner.strategy in ("auto", "same_input")
+        first = len(trials(planner.search, mergeable=mergeable))
+        if planner.search == "off":
+            return Searched(1, 1, 0, 0.0, 1, parts)
+        held = max(batches // 10, 1)
+        share = 1 / 3 if held > 1 else 1.0
+        half = -(-first // 2)
+        solved, copies = first, first + half
+        judged = (first + 1) * share + half * (1 - share) + half * share
+        for number in range(planner.remeasure):
+            again = max(half - number, 1)
+            solved += again + (number == 0)
+            copies += again + -(-again // 2) + 1
+            judged += again * share + -(-again // 2)
+        # with merging it is mostly the plan without
+        plans = solved - (1 if mergeable else 0)
+        return Searched(solved, plans, copies, judged * held, 1 + planner.remeasure, parts)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched over: the model as it was counted, and what is kept of what is computed."""
+
+    pace: Pace
+    counted: Counted
+    sites: Sequence[Site]
+    itemsize: int
+    keep: float
+    kept: int
+    singular: frozenset[int]
+    stored: bool
+    """Whether decompositions go to a work folder, from which they are read again."""
+
+
+def terms_of(subject: Subject, parts: Candidates) -> Terms:
+    """What prices depend on: roots are kept where they fit."""
+    reads = {one.read: one.inputs for part in parts.alone for one in part}
+    size = sum(16 * inputs * inputs for inputs in reads.values())
+    return Terms(
+        subject.pace,
+        subject.singular,
+        pricing.readers_of(parts.alone),
+        tight=size > _POOLED * subject.kept,
+    )
+
+
+def spectra(subject: Subject, searched: Searched) -> Amount:
+    """The prices of all candidates, on the statistics of every round."""
+    parts = searched.shared
+    terms, found = terms_of(subject, parts), NOTHING
+    for part in parts.alone:
+        found += pricing.price(terms, part, aware=True)
+        if searched.copies:  # a trial goes by activation error
+            found += pricing.price(terms, part, aware=False)
+    for part in parts.shared:
+        found += pricing.price(terms, part, aware=True)
+    return found * searched.rounds
+
+
+def factorised(subject: Subject, searched: Searched) -> Amount:
+    """The factors of every plan that is realised."""
+    pace, alone = subject.pace, searched.shared.alone
+    terms = terms_of(subject, searched.shared)
+    size = sum(8 * _rank(subject, c) * (c[0].inputs + _outputs(c)) for c in alone)
+    times = searched.plans if size <= _MADE * subject.kept else searched.plans + searched.copies
+    held = pricing.decomposition_bytes(alone) <= _DECOMPOSED * subject.kept
+    again = not held and not subject.stored
+    found = NOTHING
+    for part in alone:
+        found += pricing.make_factors(terms, part, _rank(subject, part), again=again)
+        if subject.stored and not held:
+            found += pace.moved(8 * 4 * min(part[0].inputs, _outputs(part)) ** 2)
+    return found * times
+
+
+def refitted(subject: Subject, searched: Searched) -> Amount:
+    """Coefficients fitted to their own inputs, in the better half of the plans, where groups share:
+    about half of them."""
+    found = NOTHING
+    for part in searched.shared.alone:
+        inputs, rank = part[0].inputs, _rank(subject, part)
+        found += subject.pace.product(rank, inputs, inputs)
+        found += subject.pace.product(rank, inputs, rank + _outputs(part))
+        found += subject.pace.calls(_CALLS)
+    return found * (searched.plans / 2 if searched.shared.shared else 0)
+
+
+def multiplied_out(subject: Subject, copies: float) -> Amount:
+    """Weights of candidates, for so many copies of the model."""
+    found = NOTHING
+    for site in subject.sites:
+        for s in site.slices:
+            inputs, outputs = site.in_features, s.out_features
+            rank = pricing.rank_of(inputs, outputs, subject.keep)
+            found += subject.pace.product(outputs, rank, inputs, "single")
+            found += subject.pace.moved(12 * rank * (inputs + outputs) + 8 * inputs * outputs)
+            found += subject.pace.calls(_CALLS)
+    return found * copies
+
+
+def judged(subject: Subject, batches: float) -> Amount:
+    """A forward pass and the loss of so many batches."""
+    once = forward(subject.pace, subject.counted, subject.itemsize)
+    return (once + loss(subject.pace, subject.counted, backward=False)) * batches
+
+
+def slope(subject: Subject, batches: int) -> Amount:
+    """A central difference along the plan's change, on a few batches."""
+    some = min(_SLOPE_BATCHES, batches)
+    return judged(subject, 2 * some) + multiplied_out(subject, 4)
+
+
+def solved(subject: Subject, searched: Searched) -> Amount:
+    """Partitions at all prices."""
+    nodes = len(searched.shared.alone)
+    return subject.pace.calls(searched.solved * nodes * _PRICES * _PER_NODE / 2)
+
+
+def copied(subject: Subject, searched: Searched) -> Amount:
+    """What else a trial does: copies of the model, and what plans by activation error lose."""
+    pace, nodes = subject.pace, len(searched.shared.alone)
+    matched = sum(site.weights for site in subject.sites)
+    found = pace.moved(12 * matched) * searched.copies
+    found += pace.calls((searched.copies + searched.plans) * nodes * _PER_COPY)
+    for part in searched.shared.alone:
+        inputs, outputs = part[0].inputs, _outputs(part)
+        one = pace.product(outputs, inputs, inputs)
+        if outputs >= inputs:
+            one += pace.product(inputs, outputs, inputs) * 2 + pace.root(inputs)
+        found += one * searched.rounds
+    return found
+
+
+def moments(subject: Subject, searched: Searched) -> Amount:
+    """Statistics expanded from what is kept of them: of an input and an output, for every slice."""
+    found = NOTHING
+    for part in searched.shared.alone:
+        side = min(part[0].inputs, _outputs(part))
+        found += subject.pace.moved(8 * 24 * side * side) + subject.pace.calls(_CALLS)
+    inputs = {one.read: one.inputs for part in searched.shared.alone for one in part}
+    for size in inputs.values():
+        found += subject.pace.moved(8 * 24 * size * size) * 2
+    return found * searched.rounds
+
+
+def realised(subject: Subject, parts: Sequence[Candidate]) -> Amount:
+    """Factors in the model's dtype, pivoted, with the error of every slice."""
+    pace, found = subject.pace, NOTHING
+    for part in parts:
+        inputs, outputs, rank = part[0].inputs, _outputs(part), _rank(subject, part)
+        found += pace.product(outputs, rank, inputs) + pace.product(outputs, rank, rank)
+        # elimination, the table twice, and a few swaps
+        found += pace.product(rank, rank, inputs) * 3
+        found += pace.moved(8 * _SWAPS * 3 * rank * inputs) + pace.moved(8 * 9 * outputs * inputs)
+        found += pace.calls(10 * _CALLS + 2 * inputs)
+    return found
+
+
+def _rank(subject: Subject, part: Candidate) -> int:
+    return pricing.rank_of(part[0].inputs, _outputs(part), subject.keep)
+
+
+def _outputs(part: Candidate) -> int:
+    return sum(one.outputs for one in part)
+
+
+__all__ = [
+    "Searched",
+    "Subject",
+    "copied",
+    "factorised",
+    "judged",
+    "moments",
+    "multiplied_out",
+    "realised",
+    "refitted",
+    "slope",
+    "solved",
+    "spectra",
+]
