@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxshare.config import ShareConfig, load_config
     from fxshare.dynamo.backend import backend
     from fxshare.errors import FxShareError, FxShareWarning
+    from fxshare.estimating.estimate import estimate
     from fxshare.exporting import export
     from fxshare.loading.load import load
     from fxshare.plans import Plan
@@ -43,6 +44,7 @@ _HOMES = {
     "ShareModule": "fxshare.result.module:ShareModule",
     "backend": "fxshare.dynamo.backend:backend",
     "compile": "fxshare.compiling.compile:compile",
+    "estimate": "fxshare.estimating.estimate:estimate",
     "export": "fxshare.exporting:export",
     "init": "fxshare.proposing.propose:init",
     "load": "fxshare.loading.load:load",
@@ -86,6 +88,7 @@ __all__ = [
     "ShareModule",
     "backend",
     "compile",
+    "estimate",
     "export",
     "init",
     "load",

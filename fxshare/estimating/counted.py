@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
@@ -100,16 +101,18 @@ def _watch(
     hooks: ExitStack,
 ) -> None:
     """Note which tensor every linear of a site is given while the hooks are there."""
+    # tensors are gone soon, and another one may have the number of what is in there
     known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    numbers = itertools.count()
     modules = dict(model.named_modules())
 
     def watch(site: str, module: nn.Module) -> None:
         def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
             if x is not None:
-                number = known[x] if x in known else len(known)
-                known[x] = number
-                reads.setdefault(site, ("input", number, x.shape[-1]))
+                if x not in known:
+                    known[x] = next(numbers)
+                reads.setdefault(site, ("input", known[x]))
                 rows_of[site] = rows_of.get(site, 0) + x.numel() // max(x.shape[-1], 1)
 
         handle = module.register_forward_pre_hook(look, with_kwargs=True)

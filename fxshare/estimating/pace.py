@@ -116,7 +116,6 @@ def _path(place: torch.device, dtype: str, threads: int) -> Path:
     return path.with_name(f"pace-{path.name}")
 
 
-@functools.lru_cache(maxsize=8)
 def _read(path: Path) -> Pace | None:
     try:
         data: Any = parse_json(path.read_bytes())

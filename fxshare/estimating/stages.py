@@ -344,13 +344,15 @@ class _Estimating:
         """The peak: what is in use, and what is held beside it at once."""
         space = divided.space
         held = self._rounds * needed.all if self._calibrates else 0
-        if not divided.fits:
-            held = min(held, max(divided.left, 0))
         kept = 0
         if self._planned:
             each = sum(16 * one[0].inputs ** 2 + 24 * _numbers(one) for one in parts.alone)
             kept = min(divided.kept, 2 * pricing.decomposition_bytes(parts.alone) + each)
-        return space.resident + space.work + divided.activations + held + max(kept, 0)
+        if divided.fits:
+            at_once = held + kept
+        else:  # what planning keeps is given back before statistics are gathered
+            at_once = max(min(needed.all, divided.left), kept)
+        return space.resident + space.work + divided.activations + max(at_once, 0)
 
     def _disk(self, divided: Divided, needed: Bytes, parts: Candidates) -> Disk:
         statistics = self._rounds * needed.all if self._calibrates else 0
