@@ -18,8 +18,9 @@ _PRICES = 49
 _DECOMPOSED, _MADE, _POOLED = (share * 0.75 * 0.75 for share in (0.3, 0.2, 0.15))
 """Of what is kept, the shares for decompositions, factors and roots: see
 :class:`fxshare.factors.spectra.Spectra`."""
-_SLOPE_BATCHES = 4
-_PER_NODE = 60
+_SLOPE_BATCHES = 8
+"""Two at least, and all where the slope is much smaller than its spread."""
+_PER_NODE = 25
 """Calls that do next to nothing, by node and price: partitions are found in Python."""
 _PER_COPY = 150
 """And by node of a graph with other weights."""
@@ -156,7 +157,7 @@ def judged(subject: Subject, batches: float) -> Amount:
 def slope(subject: Subject, batches: int) -> Amount:
     """A central difference along the plan's change, on a few batches."""
     some = min(_SLOPE_BATCHES, batches)
-    return judged(subject, 2 * some) + multiplied_out(subject, 4)
+    return judged(subject, 2 * some) + multiplied_out(subject, 6)
 
 
 def solved(subject: Subject, searched: Searched) -> Amount:

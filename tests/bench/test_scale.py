@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -41,8 +41,28 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def found() -> ScaleBench:
-    return bench_scale([TINY], [2, 1], SMALL, run=measure)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScaleBench]:
+    with pytest.MonkeyPatch.context() as patched:
+        # estimates measure the machine and keep its rates
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield bench_scale([TINY], [2, 1], SMALL, run=measure)
+
+
+def test_estimates_stand_beside_what_was_measured(found: ScaleBench) -> None:
+    for run in found.runs:
+        if run.method == "forward and backward":
+            assert (run.estimated, run.estimated_bytes) == ((), 0)
+            continue
+        said = {one.name: one.seconds for one in run.estimated}
+        assert set(said) <= {one.name for one in run.stages}
+        assert all(seconds >= 0 for seconds in said.values())
+        assert run.estimated_bytes > 0
+    header, rows = table(found)
+    totals = {row[1]: row for row in rows if row[2] == "total"}
+    assert header[4] == "estimated"
+    assert totals["forward and backward"][4] == "–"
+    parts = sum(float(r[4]) for r in rows if r[1] == "planned" and r[4] != "–" and r[2] != "total")
+    assert float(totals["planned"][4]) == pytest.approx(parts, abs=0.1)
 
 
 def test_every_method_is_measured_at_every_number_of_layers(found: ScaleBench) -> None:
@@ -154,6 +174,8 @@ def test_named_shapes_are_the_published_ones(name: str) -> None:
         "gpt2-medium": 354_823_168,
         "tinyllama": 1_100_048_384,
         "llama-7b": 6_738_415_616,
+        "llama-70b": 68_976_648_192,
+        "llama-405b": 405_853_388_800,
     }
     assert ModelShape.parse(name).parameters() == numbers[name]
 
@@ -270,7 +292,7 @@ def test_an_interruption_ends_the_process_without_a_traceback(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--shape", "gpt3"], "--shape: expected gpt2, gpt2-medium, tinyllama, llama-7b, or d,L,h"),
+        (["--shape", "gpt3"], "llama-7b, llama-70b, llama-405b, or d,L,h"),
         (["--shape", "32,2,2,64"], "found '32,2,2,64'"),
         (["--shape", "32,2,3,64,101"], "d a multiple of 2h"),
         (["--shape", "32,2,32,64,101"], "d a multiple of 2h"),  # heads of one number
