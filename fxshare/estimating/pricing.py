@@ -196,18 +196,16 @@ def output_root(pace: Pace, size: int) -> Amount:
     return largest(pace, size) + pace.root(size) * 2
 
 
-def make_factors(terms: Terms, part: Candidate, rank: int, *, again: bool) -> Amount:
-    """The factors of a group at a rank; ``again`` where its decomposition was not kept."""
+def make_factors(terms: Terms, part: Candidate, rank: int) -> Amount:
+    """The factors of a group at a rank, of its decomposition."""
     pace, inputs, outputs = terms.pace, part[0].inputs, sum(one.outputs for one in part)
     found = pace.calls(_CALLS)
-    if again:
-        found += price(terms, part, aware=True)
     if outputs < inputs:
         found += pace.product(rank, outputs, inputs) + pace.product(outputs, outputs, rank)
         if terms.readers[part[0].read] > 1 and terms.tight:
             found += pace.product(outputs, inputs, inputs)
     else:
-        if terms.tight and not again:
+        if terms.tight:
             found += terms.input_root(inputs)
         # a triangular system, the root times the vectors, and the coefficients
         found += pace.product(rank, inputs, inputs) * 1.5 + pace.product(outputs, inputs, rank)

@@ -15,9 +15,11 @@ from fxshare.planning.trials import trials
 from fxshare.sites.site import Site
 
 _PRICES = 49
-_DECOMPOSED, _MADE, _POOLED = (share * 0.75 * 0.75 for share in (0.3, 0.2, 0.15))
-"""Of what is kept, the shares for decompositions, factors and roots: see
-:class:`fxshare.factors.spectra.Spectra`."""
+DECOMPOSED, MADE, POOLED = 0.5, 0.15, 0.1
+"""Shares of what is kept for decompositions, factors and roots, as
+:class:`fxshare.factors.spectra.Spectra` has them."""
+_AWARE = 0.75 * 0.75
+"""Of what planning keeps, what the spectra by the loss have."""
 _SLOPE_BATCHES = 8
 """Two at least, and all where the slope is much smaller than its spread."""
 _PER_NODE = 25
@@ -90,7 +92,7 @@ def terms_of(subject: Subject, parts: Candidates) -> Terms:
         subject.pace,
         subject.singular,
         pricing.readers_of(parts.alone),
-        tight=size > _POOLED * subject.kept,
+        tight=size > POOLED * _AWARE * subject.kept,
     )
 
 
@@ -112,14 +114,18 @@ def factorised(subject: Subject, searched: Searched) -> Amount:
     pace, alone = subject.pace, searched.shared.alone
     terms = terms_of(subject, searched.shared)
     size = sum(8 * _rank(subject, c) * (c[0].inputs + _outputs(c)) for c in alone)
-    times = searched.plans if size <= _MADE * subject.kept else searched.plans + searched.copies
-    held = pricing.decomposition_bytes(alone) <= _DECOMPOSED * subject.kept
-    again = not held and not subject.stored
+    fits = size <= MADE * _AWARE * subject.kept
+    times = searched.plans if fits else searched.plans + searched.copies
+    # what is kept stays; what is not is read from a work folder, or made again
+    whole = pricing.decomposition_bytes(alone)
+    lacking = 1 - min(DECOMPOSED * _AWARE * subject.kept / max(whole, 1), 1.0)
     found = NOTHING
     for part in alone:
-        found += pricing.make_factors(terms, part, _rank(subject, part), again=again)
-        if subject.stored and not held:
-            found += pace.moved(8 * 4 * min(part[0].inputs, _outputs(part)) ** 2)
+        found += pricing.make_factors(terms, part, _rank(subject, part))
+        if subject.stored:
+            found += pace.moved(8 * 4 * min(part[0].inputs, _outputs(part)) ** 2) * lacking
+        else:
+            found += pricing.price(terms, part, aware=True) * lacking
     return found * times
 
 

@@ -22,13 +22,14 @@ from fxshare.calibration.room import make_room
 from fxshare.compiling.stages import Stages, prepare
 from fxshare.config import load_config
 from fxshare.errors import ConfigError, FxShareError, MatchError, StoreError
-from fxshare.estimating import pricing
+from fxshare.estimating import pricing, searching
 from fxshare.estimating.calibrating import statistics_bytes
 from fxshare.estimating.counted import count, count_captured
 from fxshare.estimating.disk import check_room
 from fxshare.estimating.estimate import estimate, estimate_captured
 from fxshare.estimating.pace import measured, pace_at_hand, pace_for
 from fxshare.estimating.stages import Estimate
+from fxshare.factors import spectra
 from fxshare.models.shapes import ModelShape
 from fxshare.proposing.propose import init
 from fxshare.sites.tensors import dense_weights
@@ -189,6 +190,11 @@ def test_candidates_are_slices_pairs_and_rows_whole() -> None:
     merged = pricing.candidates(stages.sites, reads, strategy="grown", merged=True)
     # of q, k, v three pairs, of gate and up one, in each of four layers
     assert len(merged) == len(names["grown"]) + 4 * (3 + 1)
+
+
+def test_what_is_kept_is_divided_as_planning_does() -> None:
+    here = searching.DECOMPOSED, searching.MADE, searching.POOLED
+    assert here == (spectra._DECOMPOSED, spectra._MADE, spectra._POOLED)
 
 
 def test_ranks_keep_the_share_that_is_wanted() -> None:
