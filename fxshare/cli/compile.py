@@ -24,6 +24,7 @@ from fxshare.cli.plan import read_plan
 from fxshare.cli.ranks import is_first
 
 if TYPE_CHECKING:
+    from fxshare.config import ShareConfig
     from fxshare.loading.names import LoadedModel
 
 
@@ -82,6 +83,8 @@ def compile_model(
     cfg = cfg or wanted.from_model(loaded, model)
     batches = data.batches(loaded)
     note(f"compiling {model} ({type(loaded.model).__name__})")
+    if output is not None:
+        _check_room(output, loaded, cfg)
     example = None if batches else example_ids(loaded.model, seed=data.seed)
     gm = fxshare.compile(
         loaded.model,
@@ -125,6 +128,21 @@ def _check_free(output: Path | None, force: bool) -> None:
             f"{output} has files and was not written by fxshare; --force replaces only folders "
             "that were. Choose another"
         )
+
+
+def _check_room(output: Path, loaded: LoadedModel, cfg: ShareConfig) -> None:
+    """Refuse a disk that what is to be saved cannot fit on: what is kept of the model at least."""
+    from fxshare.estimating.disk import check_room
+    from fxshare.planning.options import bytes_of
+
+    budget = cfg.budget
+    kept = cfg.compression_rate or (budget.params_kept if budget is not None else None) or 0.0
+    check_room(
+        output,
+        int(min(kept, 1.0) * bytes_of(loaded.model)),
+        "the result",
+        "give -o a folder on a larger disk",
+    )
 
 
 def _save(gm: Any, loaded: LoadedModel, example: object, output: Path, force: bool) -> None:

@@ -84,6 +84,12 @@ def estimate(
     batch = example if example is not None else _batch(model, tokens, length, batch_size)
     counted = count(model, found.sites, batch, gradients=config.mode == "planned")
     data = _data(tokens, counted.rows)
+    if config.mode == "planned" and config.planner.search != "off" and data.batches < 2:
+        raise ConfigError(
+            f"{tokens:,} tokens in batches of {counted.rows:,} are one, and a search needs at "
+            "least 2, of which one is held back to judge plans; give smaller batches, more tokens, "
+            "or planner: {search: off}"
+        )
     return estimate_of(model, config, found.sites, counted, data, pace, work=work)
 
 

@@ -26,6 +26,8 @@ _PER_NODE = 25
 """Calls that do next to nothing, by node and price: partitions are found in Python."""
 _PER_COPY = 150
 """And by node of a graph with other weights."""
+_BISECTED = 6
+"""Plans between which a limit of the loss is found."""
 _CALLS = 40
 """Operations of a small step that do next to nothing."""
 _SWAPS = 8
@@ -64,6 +66,8 @@ class Searched:
             solved += again + (number == 0)
             copies += again + -(-again // 2) + 1
             judged += again * share + -(-again // 2)
+        if cfg.budget is not None and cfg.budget.max_loss_increase is not None:
+            solved, copies, judged = solved + _BISECTED, copies + _BISECTED, judged + _BISECTED
         # with merging it is mostly the plan without
         plans = solved - (1 if mergeable else 0)
         return Searched(solved, plans, copies, judged * held, 1 + planner.remeasure, parts)
@@ -113,7 +117,8 @@ def factorised(subject: Subject, searched: Searched) -> Amount:
     """The factors of every plan that is realised."""
     pace, alone = subject.pace, searched.shared.alone
     terms = terms_of(subject, searched.shared)
-    size = sum(8 * _rank(subject, c) * (c[0].inputs + _outputs(c)) for c in alone)
+    # in float32: so plans are judged
+    size = sum(4 * _rank(subject, c) * (c[0].inputs + _outputs(c)) for c in alone)
     fits = size <= MADE * _AWARE * subject.kept
     times = searched.plans if fits else searched.plans + searched.copies
     # what is kept stays; what is not is read from a work folder, or made again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,16 @@ def test_refusals(options: tuple[str, ...], reason: str, fxshare: Run) -> None:
     ran = fxshare("estimate", *options)
     assert ran.code == 2
     assert reason in ran.err
+
+
+def test_a_result_that_the_disk_has_no_room_for_is_refused_first(
+    fxshare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    command = ("compile", "cli_toy:make", "-c", "sharing.yaml", "-o", str(tmp_path / "out"))
+    ran = fxshare(*command)
+    assert ran.code == 1
+    assert "of the result go there, and 0 MB are free; give -o a folder on a larger" in ran.err
+    assert "match: started" not in ran.err
+    assert not (tmp_path / "out").exists()

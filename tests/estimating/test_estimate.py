@@ -89,6 +89,14 @@ def test_stages_are_those_that_a_compilation_records() -> None:
     assert seconds(alone, "calibrate") < 0.7 * seconds(estimated(), "calibrate")
 
 
+def test_a_limit_of_the_loss_is_found_between_more_plans() -> None:
+    free, limited = estimated(), estimated(TINY, {"budget": {"max_loss_increase": 0.1}})
+    # one batch is held back: 7 plans and the dense model, a refit of 4, and 4 and 2 again
+    more = (18 + 6) / 18
+    assert seconds(limited, "judge") == pytest.approx(more * seconds(free, "judge"))
+    assert seconds(limited, "spectra") == seconds(free, "spectra")
+
+
 def test_more_data_and_more_layers_take_longer() -> None:
     least = estimated()
     for more in (estimated(tokens=2048), estimated("64,4,4,160,257"), estimated("128,2,4,320,257")):
@@ -231,6 +239,7 @@ def test_llama_7b_in_seconds() -> None:
         ({"length": 1}, "length: expected at least 2 tokens a window, found 1"),
         ({"length": 4096}, "length 4096: LlamaForCausalLM was made for at most 2048 tokens"),
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
+        ({"tokens": 128}, "128 tokens in batches of 128 are one, and a search needs at least 2"),
         ({"device": "h900"}, "--device: expected one of cpu, cuda, a100, h100"),
     ],
 )
