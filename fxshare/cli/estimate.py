@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxshare.cli.option_groups import Wanted, spread
+from fxshare.cli.option_groups import Wanted, refuse_compiled, spread
 from fxshare.cli.options import AsJson, Debug, Length, Quiet, Verbose
 from fxshare.cli.output import Result, say, table
 
@@ -82,6 +82,8 @@ def estimate_model(
     from fxshare.loading.described import describe
 
     cfg = wanted.from_files()
+    if cfg is None:
+        refuse_compiled(model)
     made = describe(model, dtype=None if dtype is None else _dtype(dtype))
     found = estimate(
         made,

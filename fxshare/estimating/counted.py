@@ -57,6 +57,7 @@ def count(model: nn.Module, sites: Sequence[Site], batch: object, *, gradients: 
             step: Sequence[Operation] = record_step(model, call)
     except Exception:  # whatever the model's code makes of tensors without values
         step = ()
+        rows_of.clear()
 
     def run(fake: Call) -> object:
         args, kwargs = as_called(model, fake)
@@ -65,7 +66,7 @@ def count(model: nn.Module, sites: Sequence[Site], batch: object, *, gradients: 
     alive = alive_bytes(run, call, gradients=gradients) if step else None
     return Counted(
         step=step or _linears(model, _rows(call)),
-        rows=_rows(call),
+        rows=max(rows_of.values(), default=_rows(call)),
         reads={site.name: reads.get(site.name, site.name) for site in sites},
         rows_of=rows_of,
         logits=_logits(model),

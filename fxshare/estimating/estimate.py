@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxshare.base.placement import device_of, dtype_of
 from fxshare.base.surroundings import plain_surroundings
@@ -15,6 +16,7 @@ from fxshare.errors import ConfigError, MatchError
 from fxshare.estimating.counted import count, count_captured, made_up
 from fxshare.estimating.pace import pace_at_hand, pace_for
 from fxshare.estimating.stages import Data, Estimate, estimate_of
+from fxshare.models.examples import made_up_call
 from fxshare.models.traits import context_of, example_ids
 from fxshare.models.wrapped import unwrapped
 from fxshare.proposing.propose import init
@@ -51,8 +53,8 @@ def estimate(
         Of the calibration data, in windows of ``length`` (what the model was made for, at most
         2048, where None), ``batch_size`` a batch.
     example
-        A batch instead, of a model that reads something else than token ids; ``tokens`` are rows
-        as its sites see them then.
+        A batch instead, of a model whose inputs cannot be made up; ``tokens`` are rows as the
+        busiest of its linears sees them, of an image the patches.
     work
         Whether a work folder will be used.
     device
@@ -111,9 +113,13 @@ def estimate_captured(
 
 def _batch(model: nn.Module, tokens: int, length: int | None, batch_size: int) -> object:
     if example_ids(model) is None:
+        call = made_up_call(model)
+        if call is not None:
+            place = device_of(model)
+            return pytree.tree_map_only(Tensor, lambda t: t.to(place), call)
         raise ConfigError(
-            f"{type(model).__name__} does not read token ids, or does not say how many it knows, "
-            "so that no batch can be made up; give example=..., a batch of its inputs"
+            f"{type(model).__name__} does not say what it reads, so that no batch can be made up; "
+            "give example=..., a batch of its inputs"
         )
     context = context_of(model)
     if length is None and context is None:

@@ -276,6 +276,26 @@ def test_what_cannot_be_run_without_values_is_counted_by_its_linears() -> None:
     assert seconds(found, "capture") > 0
 
 
+def test_models_of_images_are_counted_by_patches() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    with torch.device("meta"):
+        images = ViTForImageClassification(config)
+    cfg = [init(images), BUDGET]
+    found = estimate(images, cfg, tokens=34 * 8, device=DEVICE)
+    twice = estimate(images, cfg, tokens=34 * 16, device=DEVICE)
+    # 16 patches and one more of each of two images: 8 batches, of which 7 are for statistics
+    assert seconds(twice, "calibrate") == pytest.approx(15 / 7 * seconds(found, "calibrate"))
+
+
 # in a compilation -----------------------------------------------------------------------------
 
 
