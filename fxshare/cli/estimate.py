@@ -138,9 +138,10 @@ def _text(name: str, found: Estimate) -> str:
     ]
     if not found.fits:
         lines.append(
-            f"does not fit: it takes at least {shown(found.least)} of memory, for which the other "
-            f"figures are; on a machine that has it --max-memory {found.least / 1e9 + 0.1:.1f}GB, "
-            "or give smaller batches or fewer weights"
+            f"does not fit: it takes at least {shown(found.least)} of memory, with many passes "
+            "over the data; the other figures are those of a machine on which one pass does. Give "
+            f"--max-memory {found.least / 1e9 + 0.1:.1f}GB or more there, smaller batches, or "
+            "fewer weights"
         )
     lines.append(f"{found.device}: {_ORIGINS[found.origin]}; right to a factor of about 2")
     return "\n".join(lines)

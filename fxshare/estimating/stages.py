@@ -61,8 +61,9 @@ class Estimate:
     """What compiling a model takes, stage by stage.
 
     ``memory`` is the peak of the process, ``limit`` what it was divided from, and ``least`` what it
-    takes at least: above the limit the model does not ``fit``, and figures are those at the least.
-    ``passes`` are those over the data of one round of statistics.
+    takes at least, with many passes over the data: above the limit the model does not ``fit``, and
+    figures are those of a machine on which one pass does. ``passes`` are those of one round of
+    statistics.
     """
 
     mode: str
@@ -197,7 +198,8 @@ class _Estimating:
         return cfg.compression_rate if cfg.compression_rate is not None else 1.0
 
     def _divided(self, needed: Bytes) -> Divided:
-        """Memory as it is divided before anything runs; where that is too little, the least."""
+        """Memory as it is divided before anything runs; where that is too little, what is enough
+        for one pass over the data."""
         on_meta = device_of(self.model).type == "meta"
         used = resident() + (self._bytes if on_meta else 0)
         counted = self.counted
@@ -215,7 +217,9 @@ class _Estimating:
         asked = self.cfg.calibration.max_memory is not None
         found = divide(space, limit, asked=asked, folder=folder)
         if found.limit < found.least:
-            return divide(space, found.least, asked=True, folder=folder)
+            # at the least there would be a pass for every block: what one pass takes says more
+            enough = found.least + needed.all
+            return divide(space, enough, asked=True, folder=folder)
         return found
 
     def _limit(self, used: int) -> int:
