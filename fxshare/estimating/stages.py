@@ -237,6 +237,8 @@ class _Estimating:
         self, parts: Candidates, divided: Divided, needed: Bytes, passes: int
     ) -> Iterator[tuple[str, Amount]]:
         once = forward(self.pace, self.counted, self._itemsize)
+        if self._itemsize < 4:  # what is checked of half precision is run in float32
+            once *= max(self.pace.model[-1][1] / self.pace.single[-1][1], 1.0)
         python = self.pace.calls(_PER_SLICE * sum(len(site.slices) for site in self.sites))
         yield "capture", once * _CAPTURE_PASSES + python
         if self._planned and self.data.batches:
