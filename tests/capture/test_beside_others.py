@@ -119,17 +119,19 @@ class _Noisy(nn.Module):
 
 @pytest.mark.parametrize("mode", ["fx", "export", "modules"])
 def test_no_number_is_drawn_twice_beside_a_compilation(mode: Any) -> None:
-    stop = threading.Event()
+    stop, drawing = threading.Event(), threading.Event()
     found: list[tuple[float, float, float]] = []
 
     def draw() -> None:
         while not stop.wait(1e-4):
             one = torch.rand(1, dtype=torch.float64).item()
             found.append((one, random.random(), np.random.rand()))
+            drawing.set()
 
     thread = threading.Thread(target=draw)
     thread.start()
     try:
+        assert drawing.wait(60)  # on a busy machine a compilation may end before a thread begins
         cfg = {"weight_types": {"fc": {"pattern": "fc|0"}}}
         model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
         fxshare.compile(model, cfg, example=torch.randn(2, 4), capture=mode)
