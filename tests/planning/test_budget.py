@@ -476,6 +476,9 @@ def test_what_was_tried_is_told_and_the_best_is_kept() -> None:
 def test_a_conv1d_is_judged_the_right_way_round() -> None:
     """GPT-2 keeps its weights (in, out), and square ones among them do not show it by shape."""
     model = GPT2.model()
+    with torch.no_grad():  # as it is initialised the attention changes next to nothing
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.mul_(30)
     cfg = {
         "weight_types": {"proj": {"pattern": r".*\.attn\.c_proj$"}},
         "block_pattern": r"h\.(\d+)",

@@ -31,6 +31,16 @@ OF_THREE = (
 )
 
 
+# what takes least; all checks, and three ranks, are slow tests
+FEW = (
+    "statistics",
+    "plan_and_weights",
+    "given_statistics_equal_bits",
+    "a_rank_that_raises",
+    "a_rank_that_is_killed",
+)
+
+
 def run(size: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, tuple[str, float]]]:
     """What became of the checks, by rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -62,7 +72,15 @@ def run(size: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, tuple
     return found
 
 
-@pytest.mark.parametrize(("size", "names"), [(2, tuple(CHECKS)), (3, OF_THREE)])
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (2, FEW),
+        pytest.param(2, tuple(CHECKS), marks=pytest.mark.slow),
+        pytest.param(3, OF_THREE, marks=pytest.mark.slow),
+    ],
+    ids=["2", "2, all", "3"],
+)
 def test_ranks(size: int, names: tuple[str, ...], tmp_path: Path) -> None:
     found = run(size, tmp_path, names)
     failed = {
