@@ -325,6 +325,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert run.stdout is not None
         assert run.stdout.readline() == "started\n"
+        run.stdout.close()
         return run
 
     begin = time.perf_counter()
