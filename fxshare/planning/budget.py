@@ -239,16 +239,17 @@ def _searched(
 ) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
-    found = search.run(spectra, _trials(cfg.planner, search.options))
+    todo = _trials(cfg.planner, search.options)
+    found = search.run(spectra, todo)
     if search.judge is None:
         return found
-    best, tried, kept = found.best, found.tried, found.kept
+    best, tried = found.best, found.tried
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
         search.problems.clear()
-        # what was not worth all of the held-back data is not tried again
-        rerun = search.run(spectra_again, kept, label=_label(number))
-        tried, kept = tried + rerun.tried, rerun.kept
+        # all of them: which trial is best on statistics near the plan, the first round does not say
+        rerun = search.run(spectra_again, todo, label=_label(number))
+        tried += rerun.tried
         if rerun.best.measured < best.measured:
             best, spectra = rerun.best, spectra_again
     assert cfg.budget is not None
@@ -256,7 +257,7 @@ def _searched(
     if limit is not None:
         within = _within_loss(search, best, spectra, limit)
         best, tried = within.best, tried + within.tried
-    return Found(best, tried, kept)
+    return Found(best, tried)
 
 
 def _label(number: int) -> str:
@@ -321,7 +322,7 @@ def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit:
             f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
             f"{best.measured:.3g}. Raise it, or match fewer weights"
         )
-    return Found(kept, tuple(tried), (kept.trial,))
+    return Found(kept, tuple(tried))
 
 
 def _outlook(

@@ -78,12 +78,10 @@ SpectraByMetric = Mapping[bool, Spectra]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best plan of some trials, the outcomes of all that could be carried out, and the trials
-    of the better half, which were judged on everything."""
+    """The best plan of some trials, and the outcomes of all that could be carried out."""
 
     best: Planned
     tried: tuple[Tried, ...]
-    kept: tuple[Trial, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +154,8 @@ class Search:
         best = self._best(better, spectra[True])
         for at, twin in twins.items():
             found[at].take(twin)
-        kept = [one for at, one in enumerate(found) if twins.get(at, one) in better]
         tried = tuple(_outcome(one, label) for one in found)
-        return Found(best, tried, tuple(one.trial for one in kept))
+        return Found(best, tried)
 
     def _try(self, one: Planned, aware: Spectra) -> None:
         """Realise a plan, without the refit that is left to measurement, and measure it on the
