@@ -62,10 +62,9 @@ class Searched:
         solved, copies = first, first + half
         judged = (first + 1) * share + half * (1 - share) + half * share
         for number in range(planner.remeasure):
-            again = max(half - number, 1)
-            solved += again + (number == 0)
-            copies += again + -(-again // 2) + 1
-            judged += again * share + -(-again // 2)
+            solved += first + (number == 0)
+            copies += first + half + 1
+            judged += first * share + half
         if cfg.budget is not None and cfg.budget.max_loss_increase is not None:
             solved, copies, judged = solved + _BISECTED, copies + _BISECTED, judged + _BISECTED
         # with merging it is mostly the plan without
