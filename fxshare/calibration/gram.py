@@ -10,7 +10,7 @@ Letters: I features in, T rows (tokens) of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -305,20 +305,26 @@ class DiagonalAccumulator:
         return float(self.gram().sum())
 
 
-def pooled_gram(grams: Sequence[Tensor]) -> Tensor:
-    """The mean of Gram matrices ``(features, features)``, each already divided by its tokens.
+def pooled_gram(grams: Iterable[Tensor]) -> Tensor:
+    """The mean of Gram matrices ``(features, features)``, each already divided by its tokens; one
+    after the other is taken.
 
     A plain sum over layers would let those with more tokens, or with padding, dominate. Raises
     CalibrationError where there is none or the shapes differ.
     """
-    if not grams:
-        raise CalibrationError("expected at least 1 Gram matrix to pool, found none")
-    pooled_II = grams[0].to(torch.float64, copy=True)
-    for index, gram_II in enumerate(grams[1:], start=1):
+    pooled_II: Tensor | None = None
+    count = 0
+    for index, gram_II in enumerate(grams):
+        count += 1
+        if pooled_II is None:
+            pooled_II = gram_II.to(torch.float64, copy=True)
+            continue
         if gram_II.shape != pooled_II.shape:
             raise CalibrationError(
                 f"Gram matrix {index} of the pool: expected {tuple(pooled_II.shape)} like the "
                 f"first, found {tuple(gram_II.shape)}; only sites of one width share a basis"
             )
         pooled_II += gram_II.to(pooled_II)
-    return pooled_II.div_(len(grams))
+    if pooled_II is None:
+        raise CalibrationError("expected at least 1 Gram matrix to pool, found none")
+    return pooled_II.div_(count)

@@ -88,7 +88,7 @@ def sharing_factors(
             whitening = identity_whitening(group.in_features)
         elif whitening is None or key != statistics.key(sites_of[group.name]):
             key = statistics.key(sites_of[group.name])
-            pooled = pooled_gram([statistics.gram(name) for name in sites_of[group.name]])
+            pooled = pooled_gram(statistics.gram(name) for name in sites_of[group.name])
             whitening = whiten(pooled, relative_floor=cfg.calibration.relative_floor)
         try:
             factors = factorise([rows[name] for name in group.slices], whitening, group.rank)

@@ -110,8 +110,11 @@ class Spectra:
         size = 16 * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Damping:
-            parts = [one.gram_II for one in inputs.values()]
-            one = parts[0] if len(parts) == 1 else pooled_gram(parts)
+            if len(inputs) == 1:
+                (alone,) = inputs.values()
+                return Damping(alone.gram_II, self.relative_floor)
+            # one at a time: those of all layers of a wide input are gigabytes
+            one = pooled_gram(member.gram_II for member in inputs.values())
             return Damping(one, self.relative_floor)
 
         return self._pooled.get(frozenset(inputs), make, size)
