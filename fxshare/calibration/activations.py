@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +84,6 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, result: Tensor) -> None:
         storage = result.untyped_storage()
         key = storage._cdata
-        size = math.prod(result.shape) * result.element_size()
         if key not in self._holders:
             self._holders[key] = 0
             size = storage.nbytes()

@@ -13,7 +13,7 @@ from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import ConfigError, PlanError
 from fxshare.planning.kinds.basis import groups_of, make_problem
 from fxshare.planning.nodes import nodes_for
-from fxshare.planning.options import limit_of, options_for
+from fxshare.planning.options import Unit, limit_of, options_for
 from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
 from fxshare.planning.stored_problem import Stored, StoredSpectra, read_problem
@@ -84,10 +84,10 @@ def _config(stored: Stored, cfg: Sequence[ConfigSource], overrides: Sequence[str
     return found if found.budget is not None else load_config([found, known])
 
 
-def _outlook(solution: Solution, stored: Stored, unit: str, seconds: float) -> Outlook:
+def _outlook(solution: Solution, stored: Stored, unit: Unit, seconds: float) -> Outlook:
     return Outlook(
         loss_name=stored.loss_name,
-        unit=unit,  # type: ignore[arg-type]
+        unit=unit,
         budget=solution.budget if math.isfinite(solution.budget) else solution.cost,
         cost=solution.cost,
         price=solution.price,
