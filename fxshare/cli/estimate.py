@@ -38,7 +38,7 @@ def estimate_model(
     *,
     wanted: Wanted,
     tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", help="Of the calibration data; 0 for none.")
+        int, typer.Option("--tokens", metavar="N", help="Of the calibration data.")
     ] = 8192,
     length: Length = None,
     batch_size: Annotated[
