@@ -99,9 +99,10 @@ def opened(path: Path, fingerprint: Mapping[str, str], plan: str) -> Iterator[Wo
     """
     if path.exists() and not path.is_dir():
         raise StoreError(f"work folder {path}: expected a folder, found a file; give another")
-    if path.is_dir() and any(path.iterdir()) and not (path / "work.json").exists():
-        known = {"lock"}
-        if {one.name for one in path.iterdir()} - known:
+    if path.is_dir() and not (path / "work.json").exists():
+        # a run that was killed at its very beginning leaves these
+        begun = ("lock", ".work.json.")
+        if not all(one.name.startswith(begun) for one in path.iterdir()):
             raise StoreError(
                 f"work folder {path} has files and no work.json: it is no work folder; give another"
             )
@@ -128,7 +129,7 @@ def _compare(path: Path, fingerprint: Mapping[str, str]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{file} cannot be read: {error}; remove the folder, or give another"
-        ) from (error)
+        ) from error
     if number != FORMAT:
         raise StoreError(
             f"{path} has format {number!r}, this fxshare reads {FORMAT}; remove it, or give another"

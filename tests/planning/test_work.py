@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fxshare
+from fxshare.base.unfinished import PARTIAL, hidden
 from fxshare.compiling.replan import replan
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError, PlanError, StoreError
@@ -198,6 +199,14 @@ def test_folders_that_are_none(kind: str, tmp_path: Path) -> None:
         compiled(folder, plan=plan, **keys)
     if kind == "full":
         assert [one.name for one in folder.iterdir()] == ["other.txt"]
+
+
+def test_a_run_that_was_killed_at_its_very_beginning(whole: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "lock").write_text("1")
+    hidden(folder / "work.json", PARTIAL).write_text('{"form')
+    assert same(whole, compiled(folder))
 
 
 def test_damaged_files_are_computed_again_or_named(whole: Any, folder: Path) -> None:
