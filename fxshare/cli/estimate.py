@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxshare.cli.option_groups import Wanted, refuse_compiled, spread
-from fxshare.cli.options import AsJson, Debug, Length, Quiet, Verbose
+from fxshare.cli.options import AsJson, Debug, Length, Quiet, RowsOfABatch, Verbose
 from fxshare.cli.output import Result, say, table
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def estimate_model(
         int, typer.Option("--tokens", metavar="N", help="Of the calibration data.")
     ] = 8192,
     length: Length = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, metavar="B", help="Windows per batch.")
-    ] = 4,
+    batch_size: RowsOfABatch = None,
     work: Annotated[bool, typer.Option("--work", help="With a work folder.")] = False,
     dtype: Annotated[
         str | None,

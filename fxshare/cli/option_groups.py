@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import fxshare
 from fxshare.cli.options import (
-    BatchSize,
     Calibration,
     Configs,
     Keep,
@@ -24,6 +23,7 @@ from fxshare.cli.options import (
     MaxMemory,
     NoBos,
     Padded,
+    RowsOfABatch,
     Samples,
     Seed,
     Sets,
@@ -165,7 +165,7 @@ class Data:
     text_key: TextKey = None
     padded: Padded = False
     length: Length = None
-    batch_size: BatchSize = 4
+    batch_size: RowsOfABatch = None
     seed: Seed = 0
     no_bos: NoBos = False
 

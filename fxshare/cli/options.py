@@ -161,6 +161,16 @@ Length = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="B", help="Windows per batch.")]
+RowsOfABatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="B",
+        help="Windows per batch. Default: 4, and fewer where that would leave fewer than ten.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of every random choice.")]
 Original = Annotated[
     str | None,

@@ -48,13 +48,14 @@ class Sampling:
     right, with an ``attention_mask`` that leaves the filling out. Otherwise samples are windows of
     exactly ``length`` tokens over everything, one document after the other. ``count`` None: all, of
     a source of more than :data:`LARGE` bytes :data:`DEFAULT_SAMPLES`. ``bos``: every sample of text
-    starts with what the tokenizer puts before a text, mostly a BOS token.
+    starts with what the tokenizer puts before a text, mostly a BOS token. ``batch_size`` None:
+    :func:`rows_of_a_batch`.
     """
 
     length: int
     count: int | None = None
     padded: bool = False
-    batch_size: int = 4
+    batch_size: int | None = 4
     seed: int = 0
     bos: bool = True
 
@@ -81,7 +82,14 @@ def sample_batches(
     source = _Source(spec, tokenizer, vocabulary, key, sampling)
     if sampling.padded:
         return _padded_batches(*source.rows(), sampling)
-    return list(torch.split(source.windows(), sampling.batch_size))
+    windows = source.windows()
+    return list(torch.split(windows, sampling.batch_size or rows_of_a_batch(len(windows))))
+
+
+def rows_of_a_batch(count: int) -> int:
+    """Of how many samples a batch is made of ``count``, where nobody says: four, and fewer where
+    that would leave fewer than ten batches, of which a search holds one back."""
+    return max(1, min(4, count // 10))
 
 
 @dataclass(frozen=True)
@@ -260,8 +268,9 @@ def _reservoir(
 
 def _padded_batches(rows: list[Tensor], filling: int, sampling: Sampling) -> list[Batch]:
     batches: list[Batch] = []
-    for start in range(0, len(rows), sampling.batch_size):
-        part = rows[start : start + sampling.batch_size]
+    size = sampling.batch_size or rows_of_a_batch(len(rows))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         ids_BL = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=filling)
         lengths_B = torch.tensor([len(row) for row in part])
         mask_BL = torch.arange(ids_BL.shape[1])[None, :] < lengths_B[:, None]
@@ -269,4 +278,4 @@ def _padded_batches(rows: list[Tensor], filling: int, sampling: Sampling) -> lis
     return batches
 
 
-__all__ = ["DEFAULT_SAMPLES", "LARGE", "Batch", "Sampling", "sample_batches"]
+__all__ = ["DEFAULT_SAMPLES", "LARGE", "Batch", "Sampling", "rows_of_a_batch", "sample_batches"]

@@ -12,6 +12,7 @@ from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import Captured
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.cost_model.pace import Pace
+from fxshare.data.batches import rows_of_a_batch
 from fxshare.errors import ConfigError, MatchError
 from fxshare.estimating.counted import count, count_captured, made_up
 from fxshare.estimating.pace import pace_at_hand, pace_for
@@ -34,7 +35,7 @@ def estimate(
     *,
     tokens: int,
     length: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     example: object = None,
     work: bool = False,
     device: str = "cpu",
@@ -51,7 +52,8 @@ def estimate(
         The configuration; where None, what :func:`fxshare.init` finds in the model.
     tokens
         Of the calibration data, in windows of ``length`` (what the model was made for, at most
-        2048, where None), ``batch_size`` a batch.
+        2048, where None), ``batch_size`` a batch (where None 4, and fewer where that would leave
+        fewer than ten batches, as the command line does).
     example
         A batch instead, of a model whose inputs cannot be made up; ``tokens`` are rows as the
         busiest of its linears sees them, of an image the patches.
@@ -111,7 +113,7 @@ def estimate_captured(
     return estimate_of(captured.model, cfg, sites, counted, data, pace, work=work)
 
 
-def _batch(model: nn.Module, tokens: int, length: int | None, batch_size: int) -> object:
+def _batch(model: nn.Module, tokens: int, length: int | None, batch_size: int | None) -> object:
     if example_ids(model) is None:
         call = made_up_call(model)
         if call is not None:
@@ -133,10 +135,11 @@ def _batch(model: nn.Module, tokens: int, length: int | None, batch_size: int) -
             f"length {length}: {type(model).__name__} was made for at most {context} tokens; give "
             "a smaller one"
         )
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
     length = min(context or _LONGEST, _LONGEST) if length is None else length
-    return made_up(model, min(batch_size, max(-(-tokens // length), 1)), length)
+    windows = max(-(-tokens // length), 1)
+    return made_up(model, min(batch_size or rows_of_a_batch(windows), windows), length)
 
 
 def _data(tokens: int, rows: int) -> Data:

@@ -690,3 +690,13 @@ def test_weights_are_mapped_and_equal(folder: Path) -> None:
     for path in (folder / "model").glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.equal(loaded[name], tensor)
+
+
+@pytest.mark.parametrize(("samples", "sizes"), [(4, [1] * 4), (25, [2] * 12 + [1]), (40, [4] * 10)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_samples_make_small_batches(tmp_path, samples, sizes, padded):
+    """A search holds every tenth batch back: four windows are four batches, not one."""
+    (tmp_path / "a.txt").write_text("\n\n".join(["twelve bytes"] * 60))
+    sampling = Sampling(length=12, count=samples, padded=padded, batch_size=None)
+    found = sample_batches(str(tmp_path / "a.txt"), sampling, tokenizer=byte_tokenizer())
+    assert [len(b["input_ids"] if padded else b) for b in found] == sizes
