@@ -217,6 +217,12 @@ def decomposition_bytes(parts: Sequence[Candidate]) -> int:
     return sum(8 * _size(part) ** 2 for part in parts)
 
 
+def filed_bytes(parts: Sequence[Candidate]) -> int:
+    """Of the factors of these candidates at every rank."""
+    widths = ((one, one[0].inputs + sum(member.outputs for member in one)) for one in parts)
+    return sum(4 * _size(one) * width for one, width in widths)
+
+
 def written_bytes(parts: Sequence[Candidate], least: int = 256) -> int:
     """What of them goes to a work folder."""
     return sum(8 * _size(part) ** 2 for part in parts if _size(part) >= least)
@@ -248,6 +254,7 @@ __all__ = [
     "Terms",
     "candidates",
     "decomposition_bytes",
+    "filed_bytes",
     "make_factors",
     "price",
     "rank_of",

@@ -15,7 +15,7 @@ from fxshare.planning.trials import trials
 from fxshare.sites.site import Site
 
 _PRICES = 49
-DECOMPOSED, MADE, POOLED = 0.5, 0.15, 0.1
+DECOMPOSED, MADE, POOLED = 0.35, 0.15, 0.25
 """Shares of what is kept for decompositions, factors and roots, as
 :class:`fxshare.factors.spectra.Spectra` has them."""
 _AWARE = 0.75 * 0.75
@@ -113,7 +113,29 @@ def spectra(subject: Subject, searched: Searched) -> Amount:
 
 
 def factorised(subject: Subject, searched: Searched) -> Amount:
-    """The factors of every plan that is realised."""
+    """The factors of every plan that is realised: those of every rank are made once for each of
+    the spectra, and plans read what they take of them."""
+    if subject.itemsize == 8:
+        return _factorised_each(subject, searched)
+    pace, terms, found = subject.pace, terms_of(subject, searched.shared), NOTHING
+    for part in searched.shared.alone:
+        width, rank = part[0].inputs + _outputs(part), _rank(subject, part)
+        full = min(part[0].inputs, _outputs(part))
+        spectra = searched.rounds * (2 if searched.copies else 1)
+        found += pricing.make_factors(terms, part, full) * spectra
+        read = pace.moved(4 * 3 * rank * width) + pace.calls(_CALLS)
+        found += read * (searched.plans + searched.copies)
+        # in the end those of the plan in float64
+        found += pricing.make_factors(terms, part, rank)
+        if subject.stored:
+            found += pace.moved(8 * 4 * full**2)
+        else:
+            found += pricing.price(terms, part, aware=True)
+    return found
+
+
+def _factorised_each(subject: Subject, searched: Searched) -> Amount:
+    """The factors of every plan of a model in float64, each made for itself."""
     pace, alone = subject.pace, searched.shared.alone
     terms = terms_of(subject, searched.shared)
     # in float32: so plans are judged

@@ -172,6 +172,11 @@ class _Estimating:
         return 1 + (planner.remeasure if self._planned and planner.search != "off" else 0)
 
     @property
+    def _spectra(self) -> int:
+        """How many spectra there are: of every round, by the loss and by activation error."""
+        return self._rounds * (1 if self.cfg.planner.search == "off" else 2)
+
+    @property
     def _itemsize(self) -> int:
         return dtype_of(self.model).itemsize
 
@@ -365,13 +370,13 @@ class _Estimating:
         scratch = 0 if divided.fits or self.work else statistics
         if divided.offload:
             scratch += self.counted.alive or self.counted.most
+        if self._planned and self._itemsize < 8:
+            scratch += self._spectra * pricing.filed_bytes(parts.alone)
         written = 0
         if self.work:
             written = statistics
             if self._planned:
-                # by activation error on the first statistics, and by the loss on all
-                times = 1 if self.cfg.planner.search == "off" else self._rounds + 1
-                written += times * pricing.written_bytes(parts.alone)
+                written += self._spectra * pricing.written_bytes(parts.alone)
         output = self._bytes - self._matched + int(self._keep * self._matched)
         return Disk(scratch, written, output)
 

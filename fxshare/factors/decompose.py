@@ -49,12 +49,13 @@ class InputSide:
             return self.product_II
         return congruent(self.product_II, self.pooled.root)
 
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """The basis and the coefficients of full rank: ``S S⁻¹ = 1`` up to rounding only."""
+        basis_RI = torch.eye(self.features, dtype=dtype, device=self.product_II.device)
+        return basis_RI, [one.weight_OI.to(dtype, copy=True) for one in self.members]
+
     def factors(self, leading_IR: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of eigenvectors, products with weights in ``dtype``."""
-        features, rank = leading_IR.shape
-        if rank == features:  # S S⁻¹ = 1 up to rounding only
-            basis_RI = torch.eye(features, dtype=dtype, device=leading_IR.device)
-            return basis_RI, [one.weight_OI.to(dtype, copy=True) for one in self.members]
         basis_RI, to_rank_IR = leading_IR.T, leading_IR
         if self.pooled.largest > 0:
             root_II = self.pooled.root
@@ -157,10 +158,16 @@ class Decomposition:
     significant: int
     """How many eigenvalues are more than rounding: directions beyond are arbitrary."""
 
-    def factors(self, side: Side, rank: int, dtype: torch.dtype = torch.float64) -> Factors:
+    def factors(
+        self, side: Side, rank: int, dtype: torch.dtype = torch.float64, *, exact: bool = True
+    ) -> Factors:
         """The best factors of that rank of the side that was decomposed. In float32 they are to
-        judge a plan by: its products are no finer, and take half the time."""
-        basis_RI, coefficients = side.factors(self.vectors[:, -rank:].flip(1), dtype)
+        judge a plan by: its products are no finer, and take half the time. Not ``exact``, the first
+        rows of those of full rank are those of every other."""
+        if exact and isinstance(side, InputSide) and rank == side.features:
+            basis_RI, coefficients = side.whole(dtype)
+        else:
+            basis_RI, coefficients = side.factors(self.vectors[:, -rank:].flip(1), dtype)
         norm_R = torch.stack([c.pow(2).sum(0) for c in coefficients]).sum(0).sqrt()
         scale_R = balance(basis_RI, norm_R)
         return Factors(
@@ -178,6 +185,19 @@ def decompose(side: Side) -> Decomposition:
     spectrum = values.flip(0).clamp(min=0)
     least = rounding(len(spectrum)) * float(spectrum.sum())
     return Decomposition(spectrum, vectors, int((spectrum > least).sum()))
+
+
+def leading_values(matrix: Tensor, count: int, seed: int) -> Tensor:
+    """The ``count`` leading Ritz values of a symmetric positive matrix, descending (Halko,
+    Martinsson & Tropp 2011, subspace iteration)."""
+    generator = torch.Generator().manual_seed(seed)
+    width = min(count + 16, matrix.shape[0])
+    block = torch.randn(matrix.shape[0], width, generator=generator, dtype=torch.float64)
+    block = block.to(matrix.device)
+    for _ in range(4):
+        block, _ = torch.linalg.qr(matrix @ block)
+    values: Tensor = torch.linalg.eigvalsh(block.T @ matrix @ block)
+    return values.flip(0)[:count]
 
 
 def rounding(size: int) -> float:

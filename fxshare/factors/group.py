@@ -98,7 +98,7 @@ def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
         # it started
         floor = spectra.pooled(factors.group.slices).floor
         made.coefficients = {
-            name: _refit(one, factors.basis_RI.double(), factors.coefficients[name], floor)
+            name: _refit(one, factors.basis_RI, factors.coefficients[name], floor)
             for name, one in members.items()
         }
     return replace(made, bias_shift=_shifts(made)) if bias else made
@@ -115,11 +115,12 @@ def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
 
 
 def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
-    projected_RI = torch.add(basis_RI @ one.gram_II.double(), basis_RI, alpha=floor)
-    inner_RR = projected_RI @ basis_RI.T
-    right_RO = projected_RI @ one.weight_OI.double().T
+    # what rounding to float32 loses, to judge a plan by, is squared in the loss
+    projected_RI = torch.add(basis_RI @ one.gram_II.to(basis_RI), basis_RI, alpha=floor)
+    inner_RR = (projected_RI @ basis_RI.T).double()
+    right_RO = projected_RI @ one.weight_OI.to(basis_RI).T
     root_RR, failed = torch.linalg.cholesky_ex(inner_RR)
     if failed:
         return coefficient
-    refitted: Tensor = torch.cholesky_solve(right_RO, root_RR).T.to(coefficient.dtype)
+    refitted: Tensor = torch.cholesky_solve(right_RO.double(), root_RR).T.to(coefficient.dtype)
     return refitted if bool(refitted.isfinite().all()) else coefficient

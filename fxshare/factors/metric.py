@@ -80,15 +80,16 @@ class SliceStatistics:
 
     def quadratic_loss(self, product_OI: Tensor) -> float:
         """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of another weight Ŵ; where ``A`` was not kept, of one that
-        is ``W X`` for some X, as are all that have a basis of the inputs."""
-        gap_OI = self.weight_OI.double() - product_OI
+        is ``W X`` for some X, as are all that have a basis of the inputs. Computed in the dtype of
+        the product."""
+        gap_OI = (self.weight_OI.double() - product_OI).to(product_OI.dtype)
         product_II = self.product_II
         if product_II is not None:
-            through_II = _solved(self.weight_OI.double(), gap_OI)
+            through_II = _solved(self.weight_OI.double(), gap_OI.double())
             return 0.5 * float((product_II @ through_II @ self.gram_II * through_II).sum())
         moment = self.moment_OO
-        left_OI = gap_OI if moment is None else _times(moment.double(), gap_OI)
-        return 0.5 * float((left_OI @ self.gram_II.double() * gap_OI).sum())
+        left_OI = gap_OI if moment is None else _times(moment.to(gap_OI), gap_OI)
+        return 0.5 * float((left_OI @ self.gram_II.to(gap_OI) * gap_OI).sum(dtype=torch.float64))
 
 
 class _Measured(SliceStatistics):

@@ -11,7 +11,6 @@ stacked ``A_i^½ W_i S``: one eigenproblem of the smaller side per candidate
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxshare.base.cache import read_entry, write_entry
+from fxshare.base.cache import write_entry
 from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.calibration.gram import pooled_gram
@@ -36,9 +35,18 @@ from fxshare.factors.decompose import (
     Side,
     decompose,
     is_wide,
+    leading_values,
     rounding,
     weighted_product,
 )
+from fxshare.factors.entries import (
+    entry_of,
+    options_key,
+    read_decomposition,
+    read_tails,
+    write_decomposition,
+)
+from fxshare.factors.every_rank import EveryRank, Filed, every_rank
 from fxshare.factors.factorise import Factors
 from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
@@ -47,7 +55,7 @@ from fxshare.factors.triangles import mirrored
 # rows of a decomposition from which on it is written
 _LEAST_WRITTEN = 256
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.5, 0.15, 0.1, 0.08, 0.12, 0.05
+_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.35, 0.15, 0.25, 0.08, 0.12, 0.05
 
 
 @dataclass(eq=False)
@@ -71,11 +79,14 @@ class Spectra:
     model and one set of data: what is kept goes by names then, decompositions too."""
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
+    filed: Filed | None = None
+    """Where the factors of every rank go, for those in float32."""
     made: Kept[Any] = field(init=False)
     """What was made of these spectra and is kept with them."""
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     _shared: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     """Those that another process or this one has computed beforehand, until they are asked for."""
+    _every_rank: dict[tuple[str, ...], EveryRank] = field(default_factory=dict)
     _decompositions: Kept[Decomposition] = field(init=False)
     _pooled: Kept[Damping] = field(init=False)
     _roots: Kept[OutputRoot] = field(init=False)
@@ -85,8 +96,9 @@ class Spectra:
 
     def __post_init__(self) -> None:
         self.made = Kept(int(_MADE * self.room))
-        # a plan takes those of all its groups in turn
-        self._decompositions = Kept(int(_DECOMPOSED * self.room), stays=True)
+        # a plan takes those of all its groups in turn; where it takes rows, one decomposition each
+        decomposed = _DECOMPOSED if self.filed is None else 0.0
+        self._decompositions = Kept(int(decomposed * self.room), stays=decomposed > 0)
         self._pooled = Kept(int(_POOLED * self.room))
         self._products = Kept(int(_PRODUCTS * self.room))
         self._images = Kept(int(_IMAGES * self.room), stays=True)
@@ -136,15 +148,35 @@ class Spectra:
             raise FactoriseError(
                 f"rank of {len(members)} weights: expected from 1 to {limit}, found {rank}"
             )
+        if dtype == torch.float32 and self.filed is not None:
+            every = self.every_rank(names)
+            if rank <= every.significant and rank < limit:
+                return every.factors(rank)
         whole = self.decomposition(names)
         # at full rank either form gives back weights that have it
         if rank > whole.significant and not (rank == limit and _have_rank(members, limit)):
             damped = self.decomposition(names, damped=True)
             return damped.factors(self._inputs(names, damped=True), rank, dtype)
-        if is_wide(members):  # what is left to do takes no moment of the inputs
-            side: Side = OutputSide(members, [self._root(name) for name in names])
-            return whole.factors(side, rank, dtype)
-        return whole.factors(self._side(names), rank, dtype)
+        return whole.factors(self._left(names), rank, dtype)
+
+    def every_rank(self, names: tuple[str, ...]) -> EveryRank:
+        """The factors of a group at every rank, in float32."""
+        found = self._every_rank.get(names)
+        if found is None:
+            assert self.filed is not None
+            whole = self.decomposition(names)
+            found, is_kept = every_rank(whole, self._left(names), self.filed)
+            if is_kept:
+                self._every_rank[names] = found
+        return found
+
+    def _left(self, names: tuple[str, ...]) -> Side:
+        """The side of a group that is decomposed: what is left to do takes no moment of the inputs
+        where that is its outputs."""
+        members = [self.slices[name] for name in names]
+        if is_wide(members):
+            return OutputSide(members, [self._root(name) for name in names])
+        return self._side(names)
 
     def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
         """The decomposition of a group on its smaller side; with ``damped`` over its inputs, with
@@ -273,10 +305,11 @@ class Spectra:
         if self.sketch is not None and self.sketch < full // 2:
             matrix = side.matrix()
             total = float(matrix.diagonal().sum())
-            leading = _leading(mirrored(matrix), self.sketch, self.seed)
+            leading = leading_values(mirrored(matrix), self.sketch, self.seed)
         elif len(names) == 1:
             # what is not shared is factorised at some rank in almost every plan
-            leading = self.decomposition(names).spectrum
+            whole = self.decomposition(names) if self.filed is None else self.every_rank(names)
+            leading = whole.spectrum
             total = float(leading.sum())
         else:
             matrix = side.matrix()
@@ -303,26 +336,20 @@ class Spectra:
     def _read_decomposition(self, names: tuple[str, ...], damped: bool) -> Decomposition | None:
         if self.cache is None or not self.name:
             return None
-        content = read_entry(self.cache, f"{self._key(names)}.{'damped' if damped else 'vectors'}")
-        if content is None:
-            return None
-        numbers = torch.frombuffer(bytearray(content), dtype=torch.float64)
-        # N values and N² numbers of the vectors, and how many values are significant
-        size = math.isqrt(len(numbers))
-        numbers = numbers.to(self.slices[names[0]].weight_OI.device)
-        vectors = numbers[1 + size :].view(size, size)
-        return Decomposition(numbers[1 : 1 + size], vectors, int(numbers[0]))
+        return read_decomposition(self.cache, self._decomposed_as(names, damped), self._device())
 
     def _write_decomposition(
         self, names: tuple[str, ...], damped: bool, found: Decomposition
     ) -> None:
         # what takes no time is not worth a file: the heads of a large model are thousands
-        if self.cache is None or not self.name or len(found.spectrum) < _LEAST_WRITTEN:
-            return
-        parts = [found.vectors.new_tensor([found.significant]), found.spectrum]
-        numbers = torch.cat([*parts, found.vectors.reshape(-1)]).cpu().numpy()
-        key = f"{self._key(names)}.{'damped' if damped else 'vectors'}"
-        write_entry(self.cache, key, numbers.tobytes())
+        if self.cache is not None and self.name and len(found.spectrum) >= _LEAST_WRITTEN:
+            write_decomposition(self.cache, self._decomposed_as(names, damped), found)
+
+    def _decomposed_as(self, names: tuple[str, ...], damped: bool) -> str:
+        return f"{self._key(names)}.{'damped' if damped else 'vectors'}"
+
+    def _device(self) -> torch.device:
+        return next(iter(self.slices.values())).weight_OI.device
 
     def _key(self, names: tuple[str, ...]) -> str | None:
         if self.cache is None:
@@ -353,22 +380,6 @@ class Spectra:
         write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
 
 
-def options_key(name: str, relative_floor: float, sketch: int | None, seed: int = 0) -> str:
-    """See :attr:`Spectra.key_of_options`."""
-    return f"{name} {relative_floor} {sketch} {seed}"
-
-
-def entry_of(options: str, names: tuple[str, ...]) -> str:
-    """The name of a group's spectrum among others of named statistics."""
-    return hashlib.sha256(repr((options, names)).encode()).hexdigest()
-
-
-def read_tails(folder: Path, entry: str) -> NDArray[np.float64] | None:
-    """The tails that were kept under a name; None where they were not."""
-    content = read_entry(folder, f"{entry}.spectrum")
-    return None if content is None else np.frombuffer(content, np.float64).copy()
-
-
 def _total(products: Iterable[Tensor]) -> Tensor:
     """The sum; the products themselves stay as they are, and one alone is not copied."""
     found: Tensor | None = None
@@ -385,16 +396,3 @@ def _total(products: Iterable[Tensor]) -> Tensor:
 def _have_rank(members: Sequence[SliceStatistics], rank: int) -> bool:
     stacked_OI = torch.cat([one.weight_OI.double() for one in members])
     return int(torch.linalg.matrix_rank(stacked_OI)) >= rank
-
-
-def _leading(matrix: Tensor, count: int, seed: int) -> Tensor:
-    """The ``count`` leading Ritz values of a symmetric positive matrix, descending (Halko,
-    Martinsson & Tropp 2011, subspace iteration)."""
-    generator = torch.Generator().manual_seed(seed)
-    width = min(count + 16, matrix.shape[0])
-    block = torch.randn(matrix.shape[0], width, generator=generator, dtype=torch.float64)
-    block = block.to(matrix.device)
-    for _ in range(4):
-        block, _ = torch.linalg.qr(matrix @ block)
-    values: Tensor = torch.linalg.eigvalsh(block.T @ matrix @ block)
-    return values.flip(0)[:count]

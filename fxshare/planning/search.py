@@ -25,6 +25,7 @@ from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.every_rank import Filed
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
@@ -208,6 +209,7 @@ class Search:
                 cache=self.cache if self.work is None else self.work.spectra(number),
                 name="" if self.work is None else f"{number} {aware} {self.bias}",
                 sketch=self.sketch,
+                filed=None if self._is_double else Filed(),
                 # plans by activation error are one or two of a search
                 room=self.room * 3 // 4 if aware else self.room // 4,
             )
@@ -266,11 +268,14 @@ class Search:
         several = any(_inputs(group, one.spectra) > 1 for group in one.groups)
         return self.refit is None and self.judge is not None and several
 
+    @property
+    def _is_double(self) -> bool:
+        return any(w.dtype == torch.float64 for w in self.weights.values())
+
     def _realise(self, one: Planned, *, refit: bool) -> None:
         assert one.spectra is not None
         # weights multiplied out are float32 at least, which is enough to judge them by
-        fine = any(w.dtype == torch.float64 for w in self.weights.values())
-        dtype = torch.float64 if fine else torch.float32
+        dtype = torch.float64 if self._is_double else torch.float32
         one.factors = Factored(one.groups, one.spectra, refit, self.bias, dtype)
         one.factors.share()
         one.refitted = refit
@@ -354,7 +359,8 @@ def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
     groups = []
     for group in one.groups:
         factors = one.factors[group.name]
-        lost = sum(slices[name].quadratic_loss(factors.product(name)) for name in group.slices)
+        products = ((name, factors.product(name, factors.basis_RI.dtype)) for name in group.slices)
+        lost = sum(slices[name].quadratic_loss(product) for name, product in products)
         groups.append(group.model_copy(update={"loss": lost}))
     one.groups = tuple(groups)
     one.predicted = sum(group.loss or 0.0 for group in groups)

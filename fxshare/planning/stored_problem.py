@@ -18,8 +18,8 @@ from fxshare.calibration.statistics import Statistics
 from fxshare.capture import dtype_of
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, PlanError, StoreError
+from fxshare.factors.entries import entry_of, options_key, read_tails
 from fxshare.factors.metric import SliceStatistics
-from fxshare.factors.spectra import entry_of, options_key, read_tails
 from fxshare.planning.options import bytes_of
 from fxshare.planning.work import Work
 from fxshare.sites.site import Frozen, Site, Skipped

@@ -182,7 +182,8 @@ def test_a_limit_makes_passes_over_the_data_and_files() -> None:
     assert tight.memory <= 1.01 * tight.limit  # what this process holds moves
     assert seconds(tight, "calibrate") > 1.5 * seconds(free, "calibrate")
     worked = estimated(shape, work=True)
-    assert worked.disk.work > worked.disk.scratch == 0
+    # the factors of every rank are files in any case
+    assert worked.disk.work > worked.disk.scratch == free.disk.scratch > 0
 
 
 def test_candidates_are_slices_pairs_and_rows_whole() -> None:

@@ -1,0 +1,97 @@
+"""The factors of groups at every rank at once, to judge plans by.
+
+The eigenvectors of a group do not depend on the rank: the basis of rank r is the first r rows of
+the one of full rank, and the coefficients of rank r are the first r columns. The plans of a search
+differ in ranks more than in groups, so both are made once, in float32, and lie in a file, of which
+a plan reads what it takes.
+
+Legend: I input features, O outputs of all members, N the smaller of both, R rank, X = I + O.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from fxshare.factors.decompose import Decomposition, Side
+from fxshare.factors.factorise import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class EveryRank:
+    """A group's factors at full rank, of which those beyond ``significant`` are arbitrary.
+
+    ``rows(r)`` are the first r rows ``(R, X)`` in float32: row k is row k of the basis and column k
+    of the stacked coefficients, of ``outputs`` a member.
+    """
+
+    rows: Callable[[int], Tensor]
+    outputs: tuple[int, ...]
+    spectrum: Tensor
+    significant: int
+
+    def factors(self, rank: int) -> Factors:
+        """The factors of a rank."""
+        rows_RX = self.rows(rank)
+        features = rows_RX.shape[1] - sum(self.outputs)
+        return Factors(
+            basis_RI=rows_RX[:, :features],
+            coefficients=tuple(
+                c.T for c in torch.split(rows_RX[:, features:], list(self.outputs), 1)
+            ),
+            spectrum=self.spectrum,
+            lost=float(self.spectrum[rank:].sum()),
+            total=float(self.spectrum.sum()),
+        )
+
+
+class Filed:
+    """Rows of matrices in a file that is gone with the process, however that ends."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    def keep(self, rows_NX: Tensor) -> Callable[[int], Tensor] | None:
+        """Write a float32 matrix; what reads its first rows, or None where there is no disk for
+        it."""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="fxshare-")  # noqa: SIM115
+                self._end = weakref.finalize(self, self._file.close)
+            begin = self._file.seek(0, 2)
+            self._file.write(rows_NX.cpu().contiguous().numpy().data)
+            self._file.flush()
+        except OSError:
+            return None
+        width, device = rows_NX.shape[1], rows_NX.device
+        return lambda count: self._read(begin, count, width).to(device)
+
+    def _read(self, begin: int, count: int, width: int) -> Tensor:
+        assert self._file is not None
+        found_RX = torch.empty(count, width)
+        self._file.seek(begin)
+        self._file.readinto(found_RX.numpy().data)  # type: ignore[attr-defined]
+        return found_RX
+
+
+def every_rank(whole: Decomposition, side: Side, filed: Filed) -> tuple[EveryRank, bool]:
+    """All factors of a decomposed group, and whether they are in the file."""
+    found = whole.factors(side, len(whole.spectrum), torch.float32, exact=False)
+    rows_NX = torch.cat([found.basis_RI, *(c.T for c in found.coefficients)], dim=1)
+    outputs = tuple(len(c) for c in found.coefficients)
+    rows = filed.keep(rows_NX)
+
+    def in_memory(count: int) -> Tensor:
+        return rows_NX[:count]
+
+    made = EveryRank(rows or in_memory, outputs, found.spectrum, whole.significant)
+    return made, rows is not None
+
+
+__all__ = ["EveryRank", "Filed", "every_rank"]
