@@ -17,6 +17,8 @@ from torch import Tensor
 # up to here all eigenvalues take no longer than an iteration's calls
 _FEW = 256
 _STEPS = 40
+# eigenvalues below the floor up to which they alone are looked for
+_FEW_BELOW = 8
 
 
 class Damping:
@@ -64,9 +66,14 @@ class Damping:
         ``(N,)`` of one."""
         if self.moment.ndim == 1:
             return self.moment.clamp(min=self.floor).sqrt()
+        root: Tensor
         if not self.singular:
-            root: Tensor
             root, failed = torch.linalg.cholesky_ex(self.moment)
+            if not failed:
+                return root
+        raised = _raised(self.moment, self.floor, self.floored)
+        if raised is not None:
+            root, failed = torch.linalg.cholesky_ex(raised)
             if not failed:
                 return root
         # G = V e Vᵀ = (V √e)(V √e)ᵀ, and with (V √e)ᵀ = Q R, G = Rᵀ R
@@ -74,6 +81,30 @@ class Damping:
         scaled = (vectors * values.clamp(min=self.floor).sqrt()).T
         upper: Tensor = torch.linalg.qr(scaled, mode="r").R
         return upper.T
+
+
+def _raised(moment_NN: Tensor, floor: float, count: int) -> Tensor | None:
+    """The moment with its ``count`` eigenvalues below the floor raised to it, where these are few:
+    behind a LayerNorm it is one. Their vectors are found by inverse iteration of a block with
+    Rayleigh-Ritz (Parlett 1998, ch. 14); None where it does not converge at once."""
+    size = len(moment_NN)
+    if size <= _FEW or not 0 < count <= _FEW_BELOW:
+        return None
+    root, failed = torch.linalg.cholesky_ex(_shifted(moment_NN, floor))
+    if failed:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(size, 2 * count + 4, generator=generator, dtype=torch.float64)
+    block = block.to(moment_NN.device)
+    for _ in range(4):
+        block, _ = torch.linalg.qr(torch.cholesky_solve(block, root))
+        image = moment_NN @ block
+        values, turned = torch.linalg.eigh(block.T @ image)
+        low, vectors = values[:count], block @ turned[:, :count]
+        rest = (image @ turned[:, :count] - vectors * low).norm()
+        if float(rest) <= 1e-4 * floor:
+            return torch.addmm(moment_NN, vectors * (floor - low).clamp(min=0), vectors.T)
+    return None
 
 
 def _shifted(moment: Tensor, by: float) -> Tensor:
@@ -84,7 +115,7 @@ def _shifted(moment: Tensor, by: float) -> Tensor:
 
 def _negative(symmetric: Tensor) -> int:
     """How many eigenvalues are negative: as many as of D in ``L D Lᵀ`` (Sylvester's inertia)."""
-    factor, pivots = torch.linalg.ldl_factor(symmetric)
+    factor, pivots, _ = torch.linalg.ldl_factor_ex(symmetric)  # an exact 0 is no failure
     # a block of two, which negative pivots mark, has an eigenvalue of either sign
     single = pivots > 0
     return int((factor.diagonal()[single] < 0).sum()) + int((~single).sum()) // 2

@@ -13,9 +13,9 @@ class Kept(Generic[Value]):
     """Values by key; those that were not asked for longest go when there are too many. The value
     asked for last is always kept.
 
-    With ``stays`` what is kept stays, and what then finds no room is not kept: of values that are
-    asked for in turn, again and again, as many as there is room for are found, where otherwise each
-    would be gone just before its turn.
+    With ``stays`` what is kept stays, and of what then finds no room only the last is kept: of
+    values that are asked for in turn, again and again, as many as there is room for are found,
+    where otherwise each would be gone just before its turn.
     """
 
     def __init__(self, most_bytes: int, *, stays: bool = False) -> None:
@@ -23,12 +23,17 @@ class Kept(Generic[Value]):
         self.stays = stays
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._bytes = 0
+        self._last: tuple[Hashable, Value] | None = None
+        """What found no room."""
 
     def get(self, key: Hashable, make: Callable[[], Value], size: int) -> Value:
         """The value of a key; made where it is not kept, and then kept as ``size`` bytes."""
         if key not in self._values:
             if self.stays and self._bytes + size > self.most_bytes:
-                return make()
+                if self._last is None or self._last[0] != key:
+                    self._last = None  # before there is another
+                    self._last = key, make()
+                return self._last[1]
             self._drop(size)  # before there is another
             self._values[key] = make(), size
             self._bytes += size
@@ -48,7 +53,7 @@ class Kept(Generic[Value]):
     def clear(self) -> None:
         """Keep nothing."""
         self._values.clear()
-        self._bytes = 0
+        self._bytes, self._last = 0, None
 
     def _drop(self, wanted: int) -> None:
         while self._values and self._bytes + wanted > self.most_bytes:

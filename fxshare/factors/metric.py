@@ -33,7 +33,7 @@ def slice_statistics(
     tokens or a slice that got no gradient.
     """
     found: dict[str, SliceStatistics] = {}
-    kept: Kept[Tensor] = Kept(most_bytes)
+    kept: Kept[Tensor] = Kept(most_bytes, stays=True)
     for site in sites:
         # what is looked up gets no bias that could take up a mean
         biased = centred and site.bias and not site.lookups
@@ -70,6 +70,10 @@ class SliceStatistics:
     def unweighted(self) -> SliceStatistics:
         """The same slice by its activation error alone."""
         return replace(self, moment_OO=None, product_II=None, trace=0.0)
+
+    def release(self) -> None:
+        """Give back the memory of moments that can be expanded again, those of other slices of the
+        same calibration too."""
 
     @cached_property
     def image_of_mean(self) -> Tensor:
@@ -169,6 +173,9 @@ class _Measured(SliceStatistics):
 
         side = min(self.weight_OI.shape) if self.is_projected else len(self.weight_OI)
         return self._kept.get(("moment", name), make, 8 * side * side)
+
+    def release(self) -> None:
+        self._kept.clear()
 
     def unweighted(self) -> SliceStatistics:
         """The same slice by its activation error alone."""

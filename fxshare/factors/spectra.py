@@ -115,6 +115,8 @@ class Spectra:
             kept.clear()
         self._products.clear()
         self.made.clear()
+        for one in self.slices.values():
+            one.release()
 
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""

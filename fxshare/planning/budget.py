@@ -244,16 +244,18 @@ def _searched(
     if search.judge is None:
         return found
     best, tried = found.best, found.tried
+    assert cfg.budget is not None
+    limit = cfg.budget.max_loss_increase
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
+        # a limit of the loss is looked for at other prices too
+        again = search.measured_again(best.solution.price if limit is None else None)
         search.problems.clear()
         # all of them: which trial is best on statistics near the plan, the first round does not say
-        rerun = search.run(spectra_again, todo, label=_label(number))
+        rerun = again.run(spectra_again, todo, label=_label(number))
         tried += rerun.tried
         if rerun.best.measured < best.measured:
             best, spectra = rerun.best, spectra_again
-    assert cfg.budget is not None
-    limit = cfg.budget.max_loss_increase
     if limit is not None:
         within = _within_loss(search, best, spectra, limit)
         best, tried = within.best, tried + within.tried

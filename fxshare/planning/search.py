@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
-from fxshare.planning.solver.problem import Node, Problem
+from fxshare.planning.solver.contenders import contenders
+from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
 from fxshare.planning.work import Work
@@ -103,8 +104,13 @@ class Search:
     sketch: int | None = None
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
-    problems: dict[object, Problem | None] = field(default_factory=dict, repr=False)
-    """What was solved on the spectra at hand, by strategy; None where it had a floor."""
+    problems: dict[tuple[int, str, bool], Problem | None] = field(default_factory=dict, repr=False)
+    """What was solved on the spectra at hand, by strategy and whether types are merged; None where
+    it had a floor."""
+    contend: dict[tuple[str, bool], Callable[[Part], bool]] = field(
+        default_factory=dict, repr=False
+    )
+    """Which groups are priced, likewise; where there is none whichever the strategy asks for."""
 
     def run(self, spectra: SpectraByMetric, todo: Sequence[Trial], *, label: str = "") -> Found:
         """Try every trial on the statistics of these spectra.
@@ -241,19 +247,32 @@ class Search:
         collected: trials that differ in blending only, and other budgets, solve it once. With one
         the groups are those that were priced for the first trial of that strategy."""
         nodes = nodes_of(self.sites, spectra.slices)
-        key = id(spectra), strategy
-        if options.may_share != self.options.may_share:
-            return _shared(make_problem(nodes, spectra, options), spectra, options, strategy)
-        if options != self.options:
-            known = spectra.is_computed if key in self.problems else None
-            self.problems.setdefault(key)
+        of = strategy, options.may_share != self.options.may_share
+        key = id(spectra), *of
+        known: Callable[[Part], bool] | None = self.contend.get(of)
+        if options.floor != self.options.floor:
+            if key in self.problems:
+                return make_problem(nodes, spectra, options, known=spectra.is_computed)
+            self.problems[key] = None
             made = make_problem(nodes, spectra, options, known=known)
-            return made if known else _shared(made, spectra, options, strategy)
+            return _shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
-            made = make_problem(nodes, spectra, options)
+            made = make_problem(nodes, spectra, options, known=known)
             found = self.problems[key] = _shared(made, spectra, options, strategy)
         return found
+
+    def measured_again(self, price: float | None) -> Search:
+        """The search on other statistics; with a price only those groups are priced on them that
+        contend near it on these."""
+        if not price:
+            return replace(self, problems={})
+        contend = {
+            (strategy, merged): contenders(problem, price)
+            for (_, strategy, merged), problem in self.problems.items()
+            if problem is not None
+        }
+        return replace(self, problems={}, contend=contend)
 
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""
@@ -317,7 +336,8 @@ class Search:
 def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:
     """The problem; several processes have divided what is surely asked of its spectra."""
     if here().size > 1:
-        spectra.share(surely_priced(problem, options, strategy))
+        surely = surely_priced(problem, options, strategy)
+        spectra.share(part for part in surely if problem.considers(part))
     return problem
 
 

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxshare.factors import damping
+from fxshare.factors import damping
 from fxshare.factors.damping import Damping, largest_eigenvalue
 from fxshare.factors.kept import Kept
 from tests.planning.build import gram
@@ -111,3 +113,29 @@ def test_what_stays_is_found_in_turn_where_the_last_one_kept_would_not_be() -> N
         assert kept.found(99) is None
     assert counts == {False: 20, True: 5 + 3 * 2}
     assert kept.found(0) == 0
+
+
+@pytest.mark.parametrize("below", [1, 3])
+def test_few_eigenvalues_below_the_floor_are_raised_without_the_others(
+    monkeypatch: pytest.MonkeyPatch, below: int
+) -> None:
+    """Behind a LayerNorm one eigenvalue is 0, and the vectors of the others are not computed."""
+    size = damping._FEW + 44
+    x = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(0)).double()
+    null = torch.linalg.qr(torch.randn(size, below, dtype=torch.float64))[0]
+    x = x - x @ null @ null.T
+    moment = x.T @ x / len(x)
+    values, vectors = torch.linalg.eigh(moment)
+    one = Damping(moment, 1e-6)
+    expected = (vectors * values.clamp(min=one.floor)) @ vectors.T
+    whole = torch.linalg.eigh
+
+    def small(matrix: Tensor) -> object:
+        assert len(matrix) < size
+        return whole(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", small)
+    assert one.floored == below
+    off = (one.root @ one.root.T - expected).abs().max()
+    assert off < 1e-3 * one.floor  # the floor itself is what a matrix left as it is would lack
+    assert float((moment - expected).abs().max()) > 1e-3 * one.floor

@@ -212,6 +212,7 @@ class _Collected:
     no budget has a part in it."""
 
     prices: Sequence[float]
+    partitions: Sequence[frozenset[Part]]
     values: Sequence[float]
     bounds: Sequence[float]
     paths: Sequence[_Path]
@@ -222,11 +223,13 @@ def _collect(problem: Problem, strategy: str) -> _Collected:
     problem.fix_prices(prices)
     position = {name: at for at, name in enumerate(problem.nodes)}
     partitions: dict[frozenset[Part], list[Part]] = {}
+    found = []
     for price in prices:
         # in the slices' order: some strategies give sets, whose order changes from run to run
         parts = STRATEGIES[strategy](problem, price)
         parts = sorted(parts, key=lambda part: min(position[name] for name in part))
-        partitions.setdefault(frozenset(parts), parts)
+        found.append(frozenset(parts))
+        partitions.setdefault(found[-1], parts)
     # over every partition collected, not only the one found at this price: a heuristic may have
     # found a better one at another price, and the bound must hold for that one too
     values = [
@@ -235,7 +238,7 @@ def _collect(problem: Problem, strategy: str) -> _Collected:
     ]
     bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
-    return _Collected(prices, values, bounds, paths)
+    return _Collected(prices, found, values, bounds, paths)
 
 
 def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solution:
