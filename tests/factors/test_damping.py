@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxshare.factors import damping
-from fxshare.factors import damping
 from fxshare.factors.damping import Damping, largest_eigenvalue
 from fxshare.factors.kept import Kept
 from tests.planning.build import gram
