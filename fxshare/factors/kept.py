@@ -15,12 +15,14 @@ class Kept(Generic[Value]):
 
     With ``stays`` what is kept stays, and of what then finds no room only the last is kept: of
     values that are asked for in turn, again and again, as many as there is room for are found,
-    where otherwise each would be gone just before its turn.
+    where otherwise each would be gone just before its turn. So it is with values above ``largest``
+    bytes, which would take the place of many others.
     """
 
-    def __init__(self, most_bytes: int, *, stays: bool = False) -> None:
+    def __init__(self, most_bytes: int, *, stays: bool = False, largest: int | None = None) -> None:
         self.most_bytes = most_bytes
         self.stays = stays
+        self.largest = most_bytes if largest is None else largest
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._bytes = 0
         self._last: tuple[Hashable, Value] | None = None
@@ -29,7 +31,7 @@ class Kept(Generic[Value]):
     def get(self, key: Hashable, make: Callable[[], Value], size: int) -> Value:
         """The value of a key; made where it is not kept, and then kept as ``size`` bytes."""
         if key not in self._values:
-            if self.stays and self._bytes + size > self.most_bytes:
+            if self.stays and (self._bytes + size > self.most_bytes or size > self.largest):
                 if self._last is None or self._last[0] != key:
                     self._last = None  # before there is another
                     self._last = key, make()

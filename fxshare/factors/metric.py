@@ -33,7 +33,7 @@ def slice_statistics(
     tokens or a slice that got no gradient.
     """
     found: dict[str, SliceStatistics] = {}
-    kept: Kept[Tensor] = Kept(most_bytes, stays=True)
+    kept: Kept[Tensor] = Kept(most_bytes, stays=True, largest=most_bytes // 16)
     for site in sites:
         # what is looked up gets no bias that could take up a mean
         biased = centred and site.bias and not site.lookups

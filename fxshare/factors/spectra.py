@@ -212,8 +212,8 @@ class Spectra:
         together: dict[object, list[str]] = {}
         for name in names:
             together.setdefault(self.slices[name].input, []).append(name)
-        products = [self._product(tuple(part), damped) for part in together.values()]
-        product_II = _total(products)
+        # one at a time: those of all layers of a wide input are gigabytes
+        product_II = _total(self._product(tuple(part), damped) for part in together.values())
         return InputSide([self.slices[name] for name in names], self.pooled(names), product_II)
 
     def _readers_of(self, read: object) -> int:

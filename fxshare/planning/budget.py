@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fxshare.base.memory import give_back
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.keeping import Keeping
 from fxshare.calibration.losses import Loss
@@ -294,6 +295,7 @@ def _remeasured(
     on = substituted(captured, search.sites, *search.dense(middle.factors))
     for one in spectra.values():
         one.release()
+    give_back()
     return gather(on, number + 1)
 
 
