@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fxshare.loading.load import load
     from fxshare.plans import Plan
     from fxshare.proposing.propose import init, propose
+    from fxshare.refining.refine import refine
     from fxshare.result.module import Compiled, ShareModule
     from fxshare.result.record import Record
     from fxshare.rewriting.lowering import lower, readable
@@ -53,6 +54,7 @@ _HOMES = {
     "plan": "fxshare.compiling.survey:make_plan_for",
     "propose": "fxshare.proposing.propose:propose",
     "readable": "fxshare.rewriting.lowering:readable",
+    "refine": "fxshare.refining.refine:refine",
     "save": "fxshare.store.save:save",
     "verify": "fxshare.verifying.verify:verify",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "plan",
     "propose",
     "readable",
+    "refine",
     "save",
     "verify",
 ]

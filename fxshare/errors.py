@@ -45,6 +45,10 @@ class PlanError(FxShareError):
     """A plan that is contradictory or does not fit the model."""
 
 
+class RefineError(FxShareError):
+    """Refining that cannot be done: nothing to train, data or a teacher that do not fit, ..."""
+
+
 class StoreError(FxShareError):
     """A folder that is not ours, is damaged, comes from a newer version, or cannot be written."""
 
@@ -98,6 +102,7 @@ __all__ = [
     "PassError",
     "PlanError",
     "ProcessError",
+    "RefineError",
     "RequiresError",
     "ShapeError",
     "StoreError",

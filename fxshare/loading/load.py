@@ -161,6 +161,8 @@ def _record(folder: Path, manifest: Manifest) -> Record:
         relaxed=manifest.relaxed,
         slice_errors=manifest.slice_errors,
         bias_shifts=manifest.bias_shifts,
+        other_shifts=manifest.other_shifts,
+        refined=manifest.refined,
         inputs=decode_inputs(manifest.inputs),
         frozen=manifest.frozen,
         frozen_when_lowered=manifest.frozen_when_lowered,

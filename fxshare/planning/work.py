@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fxshare.base.cache import read_entry, write_entry
 from fxshare.base.files import write_text
+from fxshare.base.fingerprints import name_of, of_batches, of_json, of_model
 from fxshare.base.lock import only_here
 from fxshare.calibration.losses import Loss
 from fxshare.config import ShareConfig
@@ -160,11 +160,11 @@ def fingerprint(
     decides["labels"] = cfg.planner.labels
     decides["held_back"] = cfg.planner.search != "off"
     decides["sites"] = [site.model_dump(mode="json") for site in sites]
-    data = {} if batches is None else {"data": _of_batches(batches)}
+    data = {} if batches is None else {"data": of_batches(batches)}
     return data | {
-        "model": _of_tensors(_state(model)),
-        "configuration": _of_json(decides),
-        "loss": "default" if loss is None else _name_of(loss),
+        "model": of_model(model),
+        "configuration": of_json(decides),
+        "loss": "default" if loss is None else name_of(loss),
         "seed": str(seed),
         "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
     }
@@ -175,50 +175,7 @@ def plan_key(cfg: ShareConfig) -> str:
     named = cfg.model_dump(mode="json")
     parts = {name: named[name] for name in ("budget", "planner")}
     parts["relative_floor"] = cfg.calibration.relative_floor
-    return _of_json(parts)[:16]
-
-
-def _of_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _name_of(loss: Loss) -> str:
-    module = getattr(loss, "__module__", type(loss).__module__)
-    return f"{module}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview | bytes:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    if not flat.numel():
-        return b""
-    return flat.view(torch.uint8).numpy().data
-
-
-def _of_batches(batches: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        leaves, spec = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-        digest.update(str(spec).encode())
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-                digest.update(_bytes_of(leaf))
-            else:
-                digest.update(repr(leaf).encode())
-    return digest.hexdigest()
+    return of_json(parts)[:16]
 
 
 __all__ = ["Work", "fingerprint", "opened", "plan_key"]

@@ -16,6 +16,7 @@ from fxshare.config import ShareConfig
 from fxshare.models.source import Source
 from fxshare.plans.plan import Plan
 from fxshare.result.inputs import InputSpec
+from fxshare.result.refinement import Refinement
 from fxshare.result.report import Report
 from passes import Origin
 from passes.graph.slices import Slice
@@ -60,6 +61,8 @@ class Record:
     ``slice_errors`` are ``‖W − C B‖_F / ‖W‖_F`` per slice as they were when factorised, so that a
     rewrite that wired the wrong basis can be told from one that is merely lossy.
     ``bias_shifts`` are ``‖b' − b‖`` per slice whose bias took up the mean of what was lost.
+    ``other_shifts`` are ``‖p' − p‖`` per parameter outside of every slice that refining trained.
+    ``refined`` says what refining did, one entry a run.
     ``inputs`` are the two example calls as specs (names to :class:`InputSpec` or constants).
     ``fills_mask`` says whether a mask of ones stands for an attention mask that is left out.
     ``lowering`` is how the graph was lowered (``"memory"``, ``"speed"``) or made readable again
@@ -80,6 +83,8 @@ class Record:
     relaxed: tuple[int, ...] = ()
     slice_errors: Mapping[str, float] = field(default_factory=dict)
     bias_shifts: Mapping[str, float] = field(default_factory=dict)
+    other_shifts: Mapping[str, float] = field(default_factory=dict)
+    refined: tuple[Refinement, ...] = ()
     inputs: tuple[Mapping[str, Any], ...] = ()
     fills_mask: bool = True
     extra_passes: tuple[str, ...] = ()

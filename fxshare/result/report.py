@@ -25,7 +25,8 @@ class GroupReport:
 
     ``flops_*`` are floating-point operations per token (a multiply-add counts 2), the basis
     product counted once per distinct input. ``weighted_error`` is ``Σ‖(W − C B) S‖² / Σ‖W S‖²``;
-    None where nothing was factorised.
+    None where nothing was factorised. ``refined`` is how far refining moved the weights that the
+    group stands for, ``‖C' B' − C B‖ / ‖C B‖``; None where it was not refined.
     """
 
     name: str
@@ -46,6 +47,7 @@ class GroupReport:
     weighted_error: float | None
     floored: int
     seconds: float
+    refined: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Report:
         """Header and rows of the table."""
         header = ["group", "layers", "slices", "in→out", "rank", "numbers before", "after", "kept"]
         header += ["bytes after", "FLOPs/token before", "after", "weighted error", "s"]
+        refined = any(g.refined is not None for g in self.groups)
+        header += ["moved by refining"] if refined else []
         rows = [
             [
                 g.name,
@@ -133,6 +137,7 @@ class Report:
                 f"{g.flops_after:,}",
                 "–" if g.weighted_error is None else f"{g.weighted_error:.3e}",
                 f"{g.seconds:.2f}",
+                *([_moved(g.refined)] if refined else []),
             ]
             for g in self.groups
         ]
@@ -204,6 +209,10 @@ def _rank(row: GroupReport) -> str:
     if row.rank is None:
         return row.storage
     return str(row.rank) if row.storage == PLAIN.name else f"{row.rank} {row.storage}"
+
+
+def _moved(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _layers(layers: tuple[int, ...]) -> str:

@@ -76,7 +76,7 @@ def lower(gm: nn.Module, *, prefer: Prefer = "memory", example: object = None) -
         raise ConfigError(f"prefer: expected 'memory' or 'speed', found {prefer!r}")
     record = record_of(gm)
     if record.lowered is not None and record.lowered.prefer == prefer:
-        return _copy(gm, record)
+        return shared_copy(gm, record)
     if record.lowered is not None:
         gm = readable(gm)
         record = record_of(gm)
@@ -102,7 +102,7 @@ def readable(gm: nn.Module) -> Compiled:
     record = record_of(gm)
     lowered = record.lowered
     if lowered is None:
-        return _copy(gm, record)
+        return shared_copy(gm, record)
     result = _readable_module(gm, lowered)
     changed = lowered.dense or lowered.written_out
     steps: tuple[Step, ...] = (*record.lowering, "readable") if changed else ()
@@ -237,9 +237,12 @@ def _share_module(gm: fx.GraphModule) -> ShareModule:
     return result
 
 
-def _copy(gm: nn.Module, record: Record) -> Compiled:
-    """A copy that shares its tensors."""
-    result = structure_copy(gm, clone_buffers=False)
+def shared_copy(
+    gm: nn.Module, record: Record, instead: Mapping[int, object] | None = None
+) -> Compiled:
+    """A copy that shares its tensors, but for those ``instead`` of which, by ``id``, others are
+    put; with ``record`` for its own."""
+    result = structure_copy(gm, clone_buffers=False, memo=instead)
     if isinstance(result, fx.GraphModule):
         result = _share_module(result)
     return attach(result, record, verbs_of(gm))

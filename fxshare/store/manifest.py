@@ -17,6 +17,7 @@ from fxshare.base.names import as_class_name, as_file_name, as_module_path
 from fxshare.capture import FrontEnd
 from fxshare.errors import StoreError
 from fxshare.result.record import Step
+from fxshare.result.refinement import Refinement
 from fxshare.store.probe import Probe
 from passes.graph.names import shortened
 
@@ -139,6 +140,9 @@ class Manifest(_Frozen):
     """Whether a mask of ones stands for an attention mask that is left out."""
     slice_errors: dict[ModulePath, float]
     bias_shifts: dict[ModulePath, float] = Field(default_factory=dict)
+    other_shifts: dict[ModulePath, float] = Field(default_factory=dict)
+    refined: tuple[Refinement, ...] = ()
+    """What refining did; see :class:`fxshare.Record`."""
     tensors: dict[ModulePath, TensorEntry]
     graph_sha256: str
     probe: Probe | None

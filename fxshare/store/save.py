@@ -159,6 +159,8 @@ def _manifest(
         fills_mask=record.fills_mask,
         slice_errors=dict(record.slice_errors),
         bias_shifts=dict(record.bias_shifts),
+        other_shifts=dict(record.other_shifts),
+        refined=record.refined,
         tensors=tensors,
         graph_sha256=record.graph_sha256,
         probe=probe if isinstance(probe, Probe) else None,

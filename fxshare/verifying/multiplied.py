@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,10 +50,12 @@ def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) ->
     ``by_call`` makes each weight when its module is called and drops it after: memory of one
     weight, and time for every call. A weight that is read without a call stays the original's then.
     """
-    plan = record_of(gm).plan
+    record = record_of(gm)
+    plan = record.plan
     copy = structure_copy(model)
+    _put_others(copy, gm, record.other_shifts)
     biases: dict[str, Tensor] = {}
-    if plan.mode == "planned":
+    if plan.mode == "planned" or record.bias_shifts:
         moved = ((site.name, site_bias(gm, site)) for site in plan.sites)
         biases = {name: bias for name, bias in moved if bias is not None}
     products = Products(gm, plan)
@@ -68,6 +70,18 @@ def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) ->
         for name in site.calls:
             _make_when_called(copy.get_submodule(name), products, site)
     return copy
+
+
+def _put_others(copy: nn.Module, gm: nn.Module, names: Iterable[str]) -> None:
+    """Let the copy have the parameters of ``gm`` of these names, which refining has moved."""
+    now = dict(gm.named_parameters(remove_duplicate=False))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        holder = copy.get_submodule(path)
+        old = holder._parameters[leaf]
+        assert old is not None
+        new = now[name].detach().to(old.device, old.dtype)
+        holder._parameters[leaf] = nn.Parameter(new, requires_grad=False)
 
 
 def _is_called(model: nn.Module, site: Site) -> bool:

@@ -109,7 +109,7 @@ def verify(
     """
     record = record_of(gm)
     model = unwrapped(model)
-    _check_sites(model, record.plan)
+    check_sites(model, record.plan)
     model = runnable(model)
     calls = _calls(model, gm, inputs, seed)
     if not calls:
@@ -133,7 +133,7 @@ def verify(
         if by_call and not all(check.ok for check in checks):
             # the model may read a weight without calling its module
             checks = _outputs(multiplied_out(left, gm), left, right, calls, limit)
-    checks += [_weights(model, gm), _biases(model, gm)]
+    checks += [_weights(model, gm), _biases(model, gm), *_others(model, gm)]
     result = Verification(record.plan.mode, str(dtype).removeprefix("torch."), depth, tuple(checks))
     if strict and not result.ok:
         raise CheckFailed(str(result))
@@ -160,7 +160,8 @@ def _outputs(
     return checks
 
 
-def _check_sites(model: nn.Module, plan: Plan) -> None:
+def check_sites(model: nn.Module, plan: Plan) -> None:
+    """:class:`FxShareError` where ``model`` has not the weights that the plan is about."""
     for site in plan.sites:
         try:
             found = f"one of {tuple(site_tensors(model, site)[0].shape)}"
@@ -275,3 +276,23 @@ def _biases(model: nn.Module, gm: nn.Module) -> Check:
             if not gap <= result.relative:
                 result = Distance(gap, gap, expected, moved, f"bias of {s.name}", (s.out_features,))
     return Check("shift of each slice's bias", result, _limit(gm), result.found)
+
+
+def _others(model: nn.Module, gm: nn.Module) -> list[Check]:
+    """The worst deviation of the shift of a parameter outside of all sites, where refining trained
+    some."""
+    shifts = record_of(gm).other_shifts
+    if not shifts:
+        return []
+    then = dict(model.named_parameters(remove_duplicate=False))
+    now = dict(gm.named_parameters(remove_duplicate=False))
+    result = Distance(0.0, 0.0, 0.0, 0.0, "parameter", ())
+    for name, expected in shifts.items():
+        gap = moved = math.inf
+        if name in then and name in now:
+            old = then[name].detach().double()
+            moved = float((now[name].detach().to(old.device).double() - old).norm())
+            gap = abs(moved - expected) / max(float(old.norm()), 1e-30)
+        if not gap <= result.relative:
+            result = Distance(gap, gap, expected, moved, name, ())
+    return [Check("shift of each other refined parameter", result, _limit(gm), result.found)]

@@ -1,0 +1,1 @@
+"""Training the factors of a compiled model towards what the original computes."""

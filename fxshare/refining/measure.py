@@ -1,0 +1,98 @@
+"""The loss on data that is not trained on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxshare.base.spent import part
+from fxshare.capture import Call, Caller, device_of
+from fxshare.capture.call import to_device
+from fxshare.refining.objectives import Objective, data_loss
+from fxshare.refining.student import Student
+from fxshare.result.refinement import Measured
+
+_KEPT_BYTES = 1 << 26
+
+
+@dataclass
+class Teacher:
+    """What the student is to come near to: a module in eval mode, or none."""
+
+    module: nn.Module | None
+    objective: Objective
+
+    def targets(self, call: Call, device: torch.device) -> Any:
+        """What the objective keeps of its output, on the student's device."""
+        if self.module is None or not self.objective.needs_teacher:
+            return None
+        with torch.no_grad():
+            output = self.module(**to_device(call, device_of(self.module)))
+            found = self.objective.targets(output, call)
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), found)
+
+
+class Measure:
+    """Measures a student on some batches; of few the teacher's targets are kept."""
+
+    def __init__(self, batches: Sequence[object], caller: Caller, teacher: Teacher) -> None:
+        self._batches = batches
+        self._caller = caller
+        self._teacher = teacher
+        self._targets: dict[int, Any] = {}
+        self._bytes = 0
+        self.tokens = 0
+        """That the last measurement was on."""
+        self.bad: int | None = None
+        """The batch of the last measurement whose loss was not finite."""
+        self.seconds = 0.0
+        """That the last measurement took."""
+
+    @part("measure")
+    def __call__(self, student: Student) -> Measured:
+        """The losses of its present state; infinite where they are not finite."""
+        began = time.monotonic()
+        student.round()
+        total = data = 0.0
+        count = predicted = 0
+        self.bad = None
+        objective = self._teacher.objective
+        with torch.no_grad():
+            for number, batch in enumerate(self._batches):
+                call = self._caller(batch)
+                targets = self._targets_of(number, call, student.device)
+                output = student(call)
+                found = objective.loss(output, targets, call, batch)
+                own = data_loss(output, call)
+                value = float(found.total)
+                if not math.isfinite(value) and self.bad is None:
+                    self.bad = number
+                total += value
+                count += found.count
+                if own is not None:
+                    data += float(own.total)
+                    predicted += own.count
+        self.tokens, self.seconds = count, time.monotonic() - began
+        mean = total / max(count, 1)
+        result = Measured(mean if math.isfinite(mean) else math.inf)
+        return replace(result, data_loss=data / predicted) if predicted else result
+
+    def _targets_of(self, number: int, call: Call, device: torch.device) -> Any:
+        if number in self._targets:
+            return self._targets[number]
+        found = self._teacher.targets(call, device)
+        size = sum(t.nbytes for t in pytree.tree_leaves(found) if isinstance(t, Tensor))
+        if self._bytes + size <= _KEPT_BYTES:
+            self._bytes += size
+            self._targets[number] = found
+        return found
+
+
+__all__ = ["Measure", "Teacher"]

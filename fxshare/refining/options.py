@@ -1,0 +1,79 @@
+"""What refining is asked to do, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fxshare.errors import ConfigError
+
+ObjectiveName = Literal["kl", "ce", "hidden"]
+Also = Literal["norms", "biases"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineOptions:
+    """The options of :func:`fxshare.refine` that are plain values; its docstring says what they
+    are."""
+
+    minutes: float | None = None
+    steps: int | None = None
+    objective: ObjectiveName | None = None
+    temperature: float = 1.0
+    data_weight: float = 0.0
+    learning_rate: float | None = None
+    also: tuple[Also, ...] = ()
+    accumulate: int = 1
+    autocast: bool | None = None
+    compile: bool = False
+    offload: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises :class:`ConfigError` for the first value that cannot be meant."""
+        if self.minutes is None and self.steps is None:
+            raise ConfigError(
+                "refine: expected minutes=... or steps=..., found neither; say how long it may take"
+            )
+        _check("minutes", self.minutes, 0.0, math.inf, "a number above 0")
+        _check("temperature", self.temperature, 0.0, math.inf, "a number above 0")
+        _check("learning_rate", self.learning_rate, 0.0, 1.0, "a number above 0 and below 1")
+        for name in ("steps", "accumulate"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
+                raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        if not (_is_number(self.data_weight) and 0 <= self.data_weight <= 1):
+            raise ConfigError(f"data_weight: expected 0 to 1, found {self.data_weight!r}")
+        if self.objective not in (None, *get_args(ObjectiveName)):
+            names = ", ".join(get_args(ObjectiveName))
+            raise ConfigError(f"objective: expected one of {names}, found {self.objective!r}")
+
+    @property
+    def limit(self) -> float:
+        """The seconds that there are; infinite where steps alone are counted."""
+        return math.inf if self.minutes is None else 60 * self.minutes
+
+
+def also_of(names: Collection[str] | str) -> tuple[Also, ...]:
+    """``names`` as a tuple without repetitions; :class:`ConfigError` for another kind."""
+    given = (names,) if isinstance(names, str) else tuple(names)
+    known = get_args(Also)
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"also: expected some of {', '.join(known)}, found {name!r}")
+    return tuple(name for name in known if name in given)
+
+
+def _check(name: str, value: Any, low: float, high: float, expected: str) -> None:
+    if value is not None and not (_is_number(value) and low < value < high):
+        raise ConfigError(f"{name}: expected {expected}, found {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+__all__ = ["Also", "ObjectiveName", "RefineOptions", "also_of"]

@@ -1,0 +1,137 @@
+"""The copy of a compiled model that is trained, with numbers of its own to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.calibration.offload import offloaded
+from fxshare.capture import Call, device_of
+from fxshare.capture.call import to_device
+from fxshare.capture.steered import set_training
+from fxshare.refining.parameters import Trainable
+from fxshare.result.module import Compiled, record_of
+from fxshare.result.record import Record
+from fxshare.rewriting.lowering import shared_copy
+from passes.graph.graph import structure_copy
+
+State = Mapping[str, Tensor]
+_LEAST_SCALE = 1e-2
+# gradients of half precision with five bits of exponent vanish unless they are scaled
+_LOSS_SCALE = 1024.0
+
+
+class Student:
+    """``gm`` with copies of the trained parameters, in eval mode; everything else is shared with
+    ``gm``, and frozen.
+
+    Parameters in half precision are trained in float32 and rounded before each run: a step is
+    smaller than their last digit.
+    """
+
+    def __init__(self, gm: nn.Module, trainable: Trainable) -> None:
+        self.gm = gm
+        self.trainable = trainable
+        named = dict(gm.named_parameters())
+        self._stored = {
+            name: nn.Parameter(named[name].detach().clone(memory_format=torch.preserve_format))
+            for name in trainable.names
+        }
+        instead: dict[int, object] = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+            for parameter in named.values()
+        }
+        instead.update({id(named[name]): own for name, own in self._stored.items()})
+        self.module: nn.Module = structure_copy(gm, memo=instead, one_code=True)
+        set_training(self.module, False)
+        self.masters: dict[str, Tensor] = {
+            name: own.detach() if own.itemsize > 2 else own.detach().float()
+            for name, own in self._stored.items()
+        }
+        """What the optimiser changes; of a parameter in full precision its own memory."""
+        half = any(own.dtype == torch.float16 for own in self._stored.values())
+        self._loss_scale = _LOSS_SCALE if half else 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return device_of(self.gm)
+
+    def __call__(self, call: Call, *, run: Any = None) -> Any:
+        """The output for a call; ``run`` in place of the module, where it was compiled."""
+        return (run or self.module)(**to_device(call, self.device))
+
+    def backward(self, loss: Tensor, *, share: float = 1.0) -> None:
+        """Add the gradient of a share of ``loss`` to what is there."""
+        (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients at the masters, taken away from the parameters; zero where there is
+        none."""
+        found = {}
+        for name, own in self._stored.items():
+            master = self.masters[name]
+            gradient = torch.zeros_like(master) if own.grad is None else own.grad.to(master.dtype)
+            found[name] = gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
+            own.grad = None
+        return found
+
+    def scaled_down(self) -> bool:
+        """Halve what the loss is multiplied by, where it is; False where it is not."""
+        if self._loss_scale <= 1.0:
+            return False
+        self._loss_scale /= 2
+        return True
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter has one."""
+        return any(own.grad is not None for own in self._stored.values())
+
+    def scales(self) -> dict[str, float]:
+        """The size of each trained tensor, by which its learning rate is multiplied."""
+        return {
+            name: max(float(master.double().pow(2).mean().sqrt()), _LEAST_SCALE)
+            for name, master in self.masters.items()
+        }
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Put the masters, rounded, where the module reads them."""
+        for name, own in self._stored.items():
+            if own.dtype != self.masters[name].dtype:
+                own.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what is trained."""
+        return {name: master.clone() for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def put(self, state: State) -> None:
+        """Go on from another state."""
+        for name, master in self.masters.items():
+            master.copy_(state[name])
+        self.round()
+
+    def offloading(self, wanted: bool) -> AbstractContextManager[None]:
+        """Activations in a file until the backward pass, where ``wanted``."""
+        return offloaded(self.module) if wanted else nullcontext()
+
+    def result(self, state: State | None, record: Record | None = None) -> Compiled:
+        """A compiled model with this state, or with that of ``gm`` where None; tensors that were
+        not trained are those of ``gm``, and all flags are as there."""
+        named = dict(self.gm.named_parameters())
+        instead: dict[int, object] = {}
+        for name in self.trainable.names:
+            old = named[name]
+            new = old.detach() if state is None else state[name].to(old.dtype)
+            instead[id(old)] = nn.Parameter(
+                new.clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad
+            )
+        return shared_copy(self.gm, record or record_of(self.gm), instead)
+
+
+__all__ = ["State", "Student"]
