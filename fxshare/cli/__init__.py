@@ -28,6 +28,7 @@ from fxshare.cli.inspect import inspect_model
 from fxshare.cli.output import reports, show_error
 from fxshare.cli.plan import plan_model
 from fxshare.cli.ranks import speaks_of
+from fxshare.cli.refine import refine_model
 from fxshare.cli.schema import schema
 from fxshare.cli.validate import validate
 from fxshare.cli.verify import verify_model
@@ -114,6 +115,7 @@ def make_app() -> typer.Typer:
     app.command("plan")(reports(plan_model))
     app.command("estimate")(reports(estimate_model))
     app.command("compile")(reports(compile_model))
+    app.command("refine")(reports(refine_model))
     app.command("verify")(reports(verify_model))
     app.command("inspect")(reports(inspect_model))
     app.command("eval")(reports(evaluate_model))

@@ -78,7 +78,7 @@ def compile_model(
 
     cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
-    _check_free(output, force)
+    check_free(output, force)
     loaded = load_model(model, allow_missing=allow_missing)
     cfg = cfg or wanted.from_model(loaded, model)
     batches = data.batches(loaded)
@@ -102,13 +102,13 @@ def compile_model(
     found: dict[str, Any] = {**report.to_dict(), "saved_to": None}
     text = str(report)
     if output is not None:
-        _save(gm, loaded, batches[0] if batches else example, output, force)
+        save_checked(gm, loaded, batches[0] if batches else example, output, force)
         found["saved_to"] = str(output)
         text += f"\nsaved to {output}"
     return Result(found, text)
 
 
-def _check_free(output: Path | None, force: bool) -> None:
+def check_free(output: Path | None, force: bool) -> None:
     """Refuse before hours of work what saving would refuse after them."""
     from fxshare.loading.names import is_saved
 
@@ -145,7 +145,7 @@ def _check_room(output: Path, loaded: LoadedModel, cfg: ShareConfig) -> None:
     )
 
 
-def _save(gm: Any, loaded: LoadedModel, example: object, output: Path, force: bool) -> None:
+def save_checked(gm: Any, loaded: LoadedModel, example: object, output: Path, force: bool) -> None:
     """Save, and load what was saved before it takes its place."""
     from fxshare.compiling.given import named_passes
     from fxshare.loading.saved import check_saved
