@@ -75,13 +75,15 @@ def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) ->
 def _put_others(copy: nn.Module, gm: nn.Module, names: Iterable[str]) -> None:
     """Let the copy have the parameters of ``gm`` of these names, which refining has moved."""
     now = dict(gm.named_parameters(remove_duplicate=False))
+    then = dict(copy.named_parameters(remove_duplicate=False))
+    instead: dict[int, nn.Parameter] = {}
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        holder = copy.get_submodule(path)
-        old = holder._parameters[leaf]
-        assert old is not None
-        new = now[name].detach().to(old.device, old.dtype)
-        holder._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        if name in now and name in then:  # where it is not, its shift is what differs
+            new = now[name].detach().to(then[name].device, then[name].dtype)
+            instead[id(then[name])] = nn.Parameter(new, requires_grad=False)
+    for module in copy.modules() if instead else ():  # ties stay ties
+        for leaf, old in module._parameters.items():
+            module._parameters[leaf] = instead.get(id(old), old)
 
 
 def _is_called(model: nn.Module, site: Site) -> bool:

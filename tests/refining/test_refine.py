@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from fxshare.base.numerics import tolerance, worst
 from fxshare.errors import ConfigError, GuardError, RefineError
 from fxshare.refining.parameters import trainable_of
 from fxshare.result.products import slices_of
+from fxshare.store.manifest import MANIFEST, REPORT, file_entry, read_manifest
 from tests.refining.build import equal, everything, features, ids, refined, subject, usual
 
 
@@ -247,6 +251,46 @@ def test_norms_and_biases_on_request(how: Any, tmp_path: Path) -> None:
         loaded.get_parameter(norms[0]).mul_(1.001)
     failed = [c.what for c in fxshare.verify(model, loaded).checks if not c.ok]
     assert failed == ["shift of each other refined parameter"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("capture", ["auto", "export", "modules"])
+def test_norms_and_biases_however_captured(capture: str, dtype: torch.dtype) -> None:
+    model, gm = subject("nanogpt", "planned", capture=capture, dtype=dtype)
+    result = refined(gm, model, also=("norms", "biases"))
+    assert result.fxshare.refined[-1].kept > 0
+    check = fxshare.verify(model, result, ids(1))
+    assert check.ok, str(check)
+    assert len(result.fxshare.other_shifts) > 4
+
+
+def test_a_record_of_a_parameter_that_is_not_there_fails() -> None:
+    model, gm = usual()
+    wrong = copy.deepcopy(gm)
+    wrong.meta["fxshare"] = replace(gm.fxshare, other_shifts={"no.such.norm": 0.0})
+    failed = [c.what for c in fxshare.verify(model, wrong).checks if not c.ok]
+    assert failed == ["shift of each other refined parameter"]
+
+
+def test_a_folder_of_before_still_loads(tmp_path: Path) -> None:
+    model, gm = usual()
+    fxshare.save(gm, tmp_path / "old")
+    report = json.loads((tmp_path / "old" / REPORT).read_text())
+    for group in report["groups"]:
+        del group["refined"]
+    (tmp_path / "old" / REPORT).write_text(json.dumps(report))
+    manifest = read_manifest(tmp_path / "old").model_dump()
+    for key in ("refined", "other_shifts"):
+        assert not manifest.pop(key)
+    manifest["files"][REPORT] = file_entry(tmp_path / "old" / REPORT).model_dump()
+    plain = json.loads(json.dumps(manifest))
+    plain["sha256"] = hashlib.sha256(
+        json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(plain))
+    loaded = fxshare.load(tmp_path / "old")
+    assert loaded.fxshare.refined == ()
+    assert refined(loaded, model).fxshare.refined[-1].kept > 0
 
 
 def test_again_what_was_refined() -> None:
