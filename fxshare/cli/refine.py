@@ -15,12 +15,12 @@ from fxshare.cli.option_groups import Data, spread
 from fxshare.cli.options import (
     AllowMissing,
     AsJson,
-    BatchSize,
     Debug,
     Length,
     NoBos,
     Padded,
     Quiet,
+    RowsOfABatch,
     Samples,
     Seed,
     TextKey,
@@ -53,7 +53,7 @@ class Windows:
     text_key: TextKey = None
     padded: Padded = False
     length: Length = None
-    batch_size: BatchSize = 4
+    batch_size: RowsOfABatch = None
     seed: Seed = 0
     no_bos: NoBos = False
 

@@ -63,7 +63,8 @@ class Student:
 
     def __call__(self, call: Call, *, run: Any = None) -> Any:
         """The output for a call; ``run`` in place of the module, where it was compiled."""
-        return (run or self.module)(**to_device(call, self.device))
+        module = self.module if run is None else run
+        return module(**to_device(call, self.device))
 
     def backward(self, loss: Tensor, *, share: float = 1.0) -> None:
         """Add the gradient of a share of ``loss`` to what is there."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 import fxshare
 from fxshare import FxShareError
 from fxshare.base.numerics import tolerance, worst
-from fxshare.errors import ConfigError, GuardError, RefineError
+from fxshare.errors import ConfigError, FxShareWarning, GuardError, RefineError
 from fxshare.refining.parameters import trainable_of
 from fxshare.result.products import slices_of
 from fxshare.store.manifest import MANIFEST, REPORT, file_entry, read_manifest
@@ -404,6 +407,35 @@ def test_accumulated_batches_are_one_larger_batch() -> None:
 def test_activations_in_a_file_change_nothing() -> None:
     model, gm = usual()
     assert equal(everything(refined(gm, model)), everything(refined(gm, model, offload=True)))
+
+
+def test_a_compiled_step_is_the_same_step() -> None:
+    model, gm = subject("branches", "shared")
+    by_graph = functools.partial(torch.compile, backend="aot_eager")
+    with mock.patch.object(torch, "compile", by_graph), warnings.catch_warnings():
+        warnings.simplefilter("error", FxShareWarning)
+        result = refined(gm, model, features(), steps=4, compile=True)
+    for name, tensor in everything(refined(gm, model, features(), steps=4)).items():
+        # Adam divides by the root of a square: what rounding makes of a gradient is amplified
+        assert worst(tensor, everything(result)[name]).relative <= 1e-3, name
+    assert result.fxshare.refined[-1].kept > 0
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is() -> None:
+    model, gm = usual()
+
+    def broken(module: Any) -> Any:
+        def run(**call: Any) -> Any:
+            raise TypeError("no such kernel")
+
+        return run
+
+    with (
+        mock.patch.object(torch, "compile", broken),
+        pytest.warns(FxShareWarning, match=r"cannot be compiled \(TypeError: no such kernel\)"),
+    ):
+        result = refined(gm, model, compile=True)
+    assert equal(everything(result), everything(refined(gm, model)))
 
 
 # what is refused ------------------------------------------------------------------------------
