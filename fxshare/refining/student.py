@@ -13,6 +13,7 @@ from fxshare.calibration.offload import offloaded
 from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
 from fxshare.capture.steered import set_training
+from fxshare.errors import RefineError
 from fxshare.refining.parameters import Trainable
 from fxshare.result.module import Compiled, record_of
 from fxshare.result.record import Record
@@ -68,7 +69,17 @@ class Student:
 
     def backward(self, loss: Tensor, *, share: float = 1.0) -> None:
         """Add the gradient of a share of ``loss`` to what is there."""
-        (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
+        try:
+            (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what the model's own code would raise as well
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise RefineError(
+                f"{type(self.gm).__name__} cannot be trained: its backward pass fails "
+                f"({first:.300}); a model that writes into what it read before has no gradients. "
+                "Take out such writes and compile it again"
+            ) from error
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients at the masters, taken away from the parameters; zero where there is

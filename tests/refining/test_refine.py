@@ -521,6 +521,12 @@ def test_a_loss_that_reaches_nothing() -> None:
         refined(gm, model, loss=lambda output, batch: output.logits.detach().sum())
 
 
+def test_a_model_without_a_backward_pass() -> None:
+    model, gm = subject("in-place", "shared")
+    with pytest.raises(RefineError, match=r"cannot be trained: .*modified by an inplace operation"):
+        refined(gm, model, features())
+
+
 def test_data_that_is_empty_or_too_little() -> None:
     model, gm = usual()
     with pytest.raises(RefineError, match="batches: expected at least one batch, found none"):
