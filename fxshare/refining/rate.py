@@ -13,11 +13,11 @@ from fxshare.refining.steps import Optimiser, Stepper
 from fxshare.result.refinement import Measured
 
 _LOG = logging.getLogger(__name__)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Relative to the size of each tensor."""
 DEFAULT = 3e-3
 """Where there is no time to try any."""
-_FIRST = RATES.index(1e-2)
+_FIRST = RATES.index(3e-3)
 _SHARE = 0.1
 _TRIED = 4
 """So many are tried, as a rule."""
