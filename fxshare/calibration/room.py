@@ -29,6 +29,9 @@ from fxshare.sites.site import Site
 _LEAST_KEPT = 1 << 28
 _MOST_KEPT = 1 << 30
 _MOST_IN_MEMORY = 1 << 29
+# square matrices of a group's width that are there at once: a moment as it is kept, expanded and
+# pooled, its root, the sum of the members' products and one of them, and two of the congruence
+_AT_WORK = 8
 # activations that are written as they come need no more than this beside the largest
 _OFFLOADED = 1 << 28
 
@@ -189,7 +192,7 @@ def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> D
 def work_bytes(sites: Sequence[Site], weights: int) -> int:
     """For one matrix at a time, and a copy of ``weights`` bytes of matched weights."""
     width = max((site.in_features for site in sites if site.calls), default=1)
-    return 4 * 8 * width * width + weights
+    return _AT_WORK * 8 * width * width + weights
 
 
 def _bytes_of(weights: Mapping[str, Tensor]) -> int:

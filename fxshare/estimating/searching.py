@@ -118,19 +118,23 @@ def factorised(subject: Subject, searched: Searched) -> Amount:
     if subject.itemsize == 8:
         return _factorised_each(subject, searched)
     pace, terms, found = subject.pace, terms_of(subject, searched.shared), NOTHING
+    spectra = searched.rounds * (2 if searched.copies else 1)
+    alike: dict[object, list[Candidate]] = {}
     for part in searched.shared.alone:
+        alike.setdefault((part[0].site.type, part[0].inputs, _outputs(part)), []).append(part)
+    for part, *others in alike.values():
         width, rank = part[0].inputs + _outputs(part), _rank(subject, part)
         full = min(part[0].inputs, _outputs(part))
-        spectra = searched.rounds * (2 if searched.copies else 1)
-        found += pricing.make_factors(terms, part, full) * spectra
+        one = pricing.make_factors(terms, part, full) * spectra
         read = pace.moved(4 * 3 * rank * width) + pace.calls(_CALLS)
-        found += read * (searched.plans + searched.copies)
+        one += read * (searched.plans + searched.copies)
         # in the end those of the plan in float64
-        found += pricing.make_factors(terms, part, rank)
+        one += pricing.make_factors(terms, part, rank)
         if subject.stored:
-            found += pace.moved(8 * 4 * full**2)
+            one += pace.moved(8 * 4 * full**2)
         else:
-            found += pricing.price(terms, part, aware=True)
+            one += pricing.price(terms, part, aware=True)
+        found += one * (1 + len(others))
     return found
 
 
