@@ -99,7 +99,8 @@ class Statistics:
         return torch.stack([part.mean() * (part.tokens / total) for part in parts]).sum(0)
 
     def gram(self, site: str) -> Tensor:
-        """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens."""
+        """``E[x xᵀ]`` ``(in, in)`` float64 over all inputs of the site, weighted by tokens; the
+        caller's own."""
         if site in self.lookups:
             if self.gradients:
                 return self._metric(site).columns_II
@@ -110,8 +111,9 @@ class Statistics:
 
     def _gram(self, site: str) -> Tensor:
         parts, total = self._seen(site)
-        weighted = [part.gram() * (part.tokens / total) for part in parts]
-        return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
+        if len(parts) == 1:  # of a wide input every copy is as much work as reading it
+            return parts[0].gram()
+        return torch.stack([part.gram() * (part.tokens / total) for part in parts]).sum(0)
 
     def _seen(self, site: str) -> tuple[list[SummedRows], int]:
         """What the site read wherever it was called, and how many tokens in all."""

@@ -193,7 +193,7 @@ def judged(subject: Subject, batches: float) -> Amount:
 def slope(subject: Subject, batches: int) -> Amount:
     """A central difference along the plan's change, on a few batches."""
     some = min(_SLOPE_BATCHES, batches)
-    return judged(subject, 2 * some) + multiplied_out(subject, 6)
+    return judged(subject, 2 * some) + multiplied_out(subject, 1)
 
 
 def solved(subject: Subject, searched: Searched) -> Amount:

@@ -52,7 +52,7 @@ class EveryRank:
 
 
 class Filed:
-    """Rows of matrices in a file that is gone with the process, however that ends."""
+    """Rows of float32 matrices in a file that is gone with the process, however that ends."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None

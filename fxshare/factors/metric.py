@@ -136,7 +136,11 @@ class _Measured(SliceStatistics):
         @part("moments")
         def make() -> Tensor:
             gram_II = statistics.gram(site)
-            return gram_II if self.mean_I is None else gram_II - self.mean_I.outer(self.mean_I)
+            return (
+                gram_II
+                if self.mean_I is None
+                else gram_II.addr_(self.mean_I, self.mean_I, alpha=-1)
+            )
 
         return self._kept.get(self.input, make, 8 * self.weight_OI.shape[1] ** 2)
 

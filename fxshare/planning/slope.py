@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from fxshare.base.lazily import Lazily
 from fxshare.base.spent import part
+from fxshare.factors.every_rank import Filed
 from fxshare.planning.judge import Judge
 
 _STEP = 0.25
@@ -50,6 +53,7 @@ def slope(
     loss, or there are no more; eight have to do where all would leave twice that error. ``what``
     tells the change apart.
     """
+    new = _filed(new[0]), new[1]  # weights that take a while to make, asked for four times and more
     found: list[float] = []
     while True:
         which = range(len(found), min(max(2 * len(found), _FEWEST), len(tokens)))
@@ -66,6 +70,24 @@ def slope(
         hopeless = len(found) >= _ENOUGH and least > 2 * wanted
         if measured.error <= wanted or hopeless or len(found) == len(tokens):
             return measured
+
+
+def _filed(made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same matrices, made once, those in float32 in a temporary file."""
+    file = Filed()
+    rows: dict[str, Callable[[], Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        if name in rows:
+            return rows[name]()
+        matrix = made[name]
+        plain = matrix.dtype == torch.float32 and matrix.ndim == 2
+        kept = file.keep(matrix) if plain else None
+        if kept is not None:
+            rows[name] = partial(kept, len(matrix))
+        return matrix
+
+    return Lazily(tuple(made), read)
 
 
 def _moved(
