@@ -135,12 +135,8 @@ class _Measured(SliceStatistics):
 
         @part("moments")
         def make() -> Tensor:
-            gram_II = statistics.gram(site)
-            return (
-                gram_II
-                if self.mean_I is None
-                else gram_II.addr_(self.mean_I, self.mean_I, alpha=-1)
-            )
+            gram_II, mean_I = statistics.gram(site), self.mean_I
+            return gram_II if mean_I is None else gram_II.addr_(mean_I, mean_I, alpha=-1)
 
         return self._kept.get(self.input, make, 8 * self.weight_OI.shape[1] ** 2)
 
