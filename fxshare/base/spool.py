@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -12,6 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from fxshare.base.unfinished import temporary_folder
 
 _IN_MEMORY = 1 << 26
 _PLAIN = (Tensor, int, float, str, bool, type(None))
@@ -37,8 +36,7 @@ class Spooled(Sequence[object]):
 
     def _written(self, item: Any) -> _Filed:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="fxshare-"))
-            self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = temporary_folder(self)
         path = self._folder / f"{len(self._items)}.pt"
         torch.save(item, path)
         return _Filed(path)

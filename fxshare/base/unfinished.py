@@ -15,7 +15,9 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import warnings
+import weakref
 from pathlib import Path
 
 from fxshare.errors import FxShareWarning
@@ -48,6 +50,19 @@ def settle(path: Path) -> None:
     for left in _left(path.parent, path.name).values():
         with contextlib.suppress(OSError):
             _settle(path, left)
+
+
+def temporary_folder(owner: object) -> Path:
+    """A new folder in the system's place for temporary ones (``TMPDIR``), for as long as ``owner``
+    lives; those of processes that were killed are removed."""
+    path = Path(tempfile.gettempdir()) / "fxshare"
+    for left in _left(path.parent, path.name).values():
+        for folder in left.values():
+            remove(folder)
+    folder = hidden(path, PARTIAL)
+    folder.mkdir(mode=0o700)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def clear(folder: Path) -> None:

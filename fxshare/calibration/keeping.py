@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 from fxshare.base.memory import shown
+from fxshare.base.unfinished import temporary_folder
 from fxshare.errors import CalibrationError
 
 
@@ -56,8 +56,7 @@ class Scratch:
                 f"{shown(needed)} of statistics go to disk to keep to max_memory, and {at} "
                 f"has {shown(free)} free; set TMPDIR to a larger one, or raise max_memory"
             )
-        self.path = Path(tempfile.mkdtemp(prefix="fxshare-"))
-        self._end = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.path = temporary_folder(self)
 
 
 __all__ = ["IN_MEMORY", "Keeping", "Scratch", "has_room"]

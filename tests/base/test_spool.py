@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections import UserDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +64,27 @@ def test_what_torch_would_not_read_back_stays_in_memory() -> None:
     assert found[0] is odd[0]
     assert found[1] is odd[1]
     assert torch.equal(found[2]["ids"], odd[2]["ids"])  # type: ignore[index]
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from fxshare.base.unfinished import temporary_folder\n"
+        "class Owner: pass\n"
+        "owner = Owner(); folder = temporary_folder(owner); (folder / 'sums').write_bytes(b'x')\n"
+        "other = Owner(); temporary_folder(other); del other\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if 'kill' in sys.argv else None\n"
+        "print([one.name for one in folder.parent.iterdir()] == [folder.name])\n"
+    )
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-c", code, *args]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run("kill").returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "sums").exists()
+    # removed, and its own beside it was the only one while it ran
+    assert run().stdout == "True\n"
+    assert list(tmp_path.iterdir()) == []
