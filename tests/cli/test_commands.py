@@ -200,7 +200,7 @@ def test_the_report(fxshare: Run) -> None:
     ran = fxshare("compile", "cli_toy:make", "-c", "sharing.yaml", *DATA)
     assert ran.code == 0
     assert "8 sites in 4 groups" in ran.out
-    assert "calibrated on 400 tokens in 5 batches" in ran.out
+    assert "calibrated on 400 tokens in 10 batches" in ran.out
     assert "the factory talks" not in ran.out
     assert "the factory talks" in ran.err
 

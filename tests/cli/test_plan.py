@@ -55,7 +55,7 @@ def test_a_search_measures_on_held_back_data(fxshare: Run, budget: Path, folder:
     ran = fxshare("plan", "cli_toy:make", "-c", budget, "--keep", 0.7, *search, *DATA)
     assert ran.code == 0, ran.err
     assert "measured" in ran.out
-    assert "per token on 80 held-back tokens" in ran.out
+    assert "per token on 40 held-back tokens" in ran.out
     assert "floor 0.6" in ran.out
 
 
