@@ -21,7 +21,10 @@ from fxshare.refining.steps import Stepper
 from tests import stops
 from tests.refining.build import equal, everything, features, ids, refined, subject, usual
 
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+FORKS = pytest.mark.skipif(
+    not hasattr(os, "fork") or torch.version.cuda is not None,
+    reason="forks, which the backward pass of a build with CUDA does not survive",
+)
 
 
 def same(one: Any, other: Any) -> bool:
