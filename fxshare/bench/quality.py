@@ -1,7 +1,8 @@
-"""``fxshare bench quality``: held-out loss of planned plans beside Basis Sharing, without training.
+"""``fxshare bench quality``: held-out loss of planned plans and Basis Sharing, and of both refined.
 
 Every method sees the same calibration tokens and is measured on the same held-out tokens; stored
-numbers are counted in the saved folder, not taken from the plan.
+numbers are counted in the saved folder, not taken from the plan. Refining sees calibration tokens
+only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from fxshare.base.machine import environment
 from fxshare.base.progress import stage
 from fxshare.bench.perplexity import evaluate
+from fxshare.bench.refined import METHODS, Refined, columns, refined
 from fxshare.capture import quiet
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.errors import DataError, FxShareWarning
+from fxshare.refining.options import RefineOptions
 from fxshare.result.module import record_of
 from fxshare.store.save import save
 
@@ -57,6 +60,7 @@ class Row:
     predicted: float | None
     trial: str | None
     seconds: float
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,13 @@ def bench_quality(
     batch: int = 8,
     search: str = "quick",
     seed: int = 0,
+    refine: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Quality:
-    """Measure every method on every case at every size."""
+    """Measure every method on every case at every size. ``refine``: Basis Sharing and planned plans
+    are also refined, for so many minutes each."""
+    if refine is not None:
+        RefineOptions(minutes=refine)  # a wrong value is told before anything is compiled
     start = time.perf_counter()
     rows: list[Row] = []
     dense: dict[str, float] = {}
@@ -109,36 +117,58 @@ def bench_quality(
         say(f"{case.name}: dense {dense[case.name]:.4f} nats per token")
         for size in sizes:
             for method, extra in methods(size, search=search).items():
-                began = time.perf_counter()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FxShareWarning)
-                    gm = compile_model(
-                        case.model,
-                        [dict(case.weight_types), extra],
-                        calibration=batches,
-                        seed=seed,
-                    )
-                increase = _loss(gm, case.held_out) - dense[case.name]
-                outlook = record_of(gm).plan.outlook
-                rows.append(
-                    Row(
-                        case=case.name,
-                        size=size,
-                        method=method,
-                        kept=kept_in_file(case.model, gm),
-                        increase=increase,
-                        predicted=None if outlook is None else outlook.predicted,
-                        trial=None if outlook is None else outlook.trial,
-                        seconds=time.perf_counter() - began,
-                    )
-                )
-                say(f"{case.name} {size:.2f} {method}: +{increase:.4f}")
+                gm, seconds = _compiled(case, extra, batches, seed)
+                row = _row(case, size, method, gm, dense[case.name], seconds)
+                say(f"{case.name} {size:.2f} {method}: +{row.increase:.4f}")
+                if refine is not None and method in METHODS:
+                    after = _refined(case, gm, dense[case.name], refine, seed)
+                    row = replace(row, refined=after)
+                    say(f"{case.name} {size:.2f} {method}, refined: +{after.increase:.4f}")
+                rows.append(row)
     counts = {
         c.name: {"calibration": c.calibration.numel(), "held_out": c.held_out.numel()}
         for c in cases
     }
     seconds = time.perf_counter() - start
     return Quality(environment(), seed, counts, dense, tuple(rows), seconds)
+
+
+def _compiled(
+    case: Case, extra: Mapping[str, Any], batches: Sequence[Tensor], seed: int
+) -> tuple[nn.Module, float]:
+    """The compiled model, and how long that took."""
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxShareWarning)
+        gm = compile_model(
+            case.model, [dict(case.weight_types), extra], calibration=batches, seed=seed
+        )
+    return gm, time.perf_counter() - began
+
+
+def _row(case: Case, size: float, method: str, gm: nn.Module, dense: float, seconds: float) -> Row:
+    outlook = record_of(gm).plan.outlook
+    return Row(
+        case=case.name,
+        size=size,
+        method=method,
+        kept=kept_in_file(case.model, gm),
+        increase=_loss(gm, case.held_out) - dense,
+        predicted=None if outlook is None else outlook.predicted,
+        trial=None if outlook is None else outlook.trial,
+        seconds=seconds,
+    )
+
+
+def _refined(case: Case, gm: nn.Module, dense: float, minutes: float, seed: int) -> Refined:
+    return refined(
+        gm,
+        case.model,
+        case.calibration,
+        lambda result: _loss(result, case.held_out) - dense,
+        minutes=minutes,
+        seed=seed,
+    )
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> float:
@@ -203,9 +233,12 @@ def table(result: Quality) -> tuple[list[str], list[list[str]]]:
     found: dict[tuple[str, float], dict[str, Row]] = {}
     for row in result.rows:
         found.setdefault((row.case, row.size), {})[row.method] = row
-    rows = []
+    rows: list[list[str]] = []
+    more: list[str] = []
     for (case, size), by in found.items():
         planned = by["planned"]
+        after = [one for method in METHODS if (one := by[method].refined) is not None]
+        more, cells = columns(after) if after else ([], [])
         rows.append(
             [
                 case,
@@ -217,6 +250,7 @@ def table(result: Quality) -> tuple[list[str], list[list[str]]]:
                 "–" if planned.predicted is None else f"{planned.predicted:.4f}",
                 f"{planned.kept:.4f}",
                 planned.trial or "",
+                *cells,
             ]
         )
-    return header, rows
+    return header + more, rows

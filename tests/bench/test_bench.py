@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from fxshare.bench.planner import bench_planner, draw
 from fxshare.bench.planner import table as planner_table
 from fxshare.bench.quality import Case, bench_quality, kept_in_file
 from fxshare.bench.quality import table as quality_table
+from fxshare.bench.quality_plot import curves
+from fxshare.bench.quality_plot import draw as draw_quality
 from fxshare.cli import main
 from fxshare.embedded.corpus import calibration
 from fxshare.embedded.model import GPT, GPTConfig
-from fxshare.errors import FxShareWarning
+from fxshare.errors import ConfigError, FxShareWarning
 from tests.embedded.shallow import first_layers
 
 
@@ -50,14 +53,15 @@ def test_planner_times_synthetic_problems(tmp_path: Path) -> None:
     assert (tmp_path / "planner.svg").read_text("utf-8").lstrip().startswith("<?xml")
 
 
-@pytest.mark.parametrize("command", [["planner"], ["run"], ["scale"]])
+@pytest.mark.parametrize("command", [["planner"], ["run"], ["scale"], ["quality"]])
 def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(
     command: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("planner.bench_planner", "speed.run.bench_run", "scale.run.bench_scale"):
+    runs = ("planner.bench_planner", "speed.run.bench_run", "scale.run.bench_scale")
+    for name in (*runs, "quality.bench_quality"):
         monkeypatch.setattr(f"fxshare.bench.{name}", lambda *_, **__: pytest.fail("it ran"))
     (tmp_path / "file").write_text("")
     plot = tmp_path / "file" / "a.svg"
@@ -73,6 +77,55 @@ def test_quality_counts_stored_numbers_in_the_saved_file() -> None:
     assert {row.method for row in found.rows} == {"basis sharing", "whitened SVD", "planned"}
     assert all(row.kept <= 0.5 for row in found.rows)
     assert len(quality_table(found)[1]) == 1
+
+
+def test_quality_refines_on_calibration_tokens_at_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_gpt()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    tokens = torch.randint(0, 32, (24, 16))
+    case = Case("small", model, CONFIG, tokens, torch.randint(0, 32, (8, 16)))
+    sizes, seen = [], []
+
+    def watched(gm: Any, model: Any, batches: Any, **options: Any) -> Any:
+        result = fxshare.refine(gm, model, batches, steps=12, **options)
+        sizes.append([kept_in_file(model, one) for one in (gm, result)])
+        seen.append(torch.cat(batches))
+        return result
+
+    monkeypatch.setattr("fxshare.bench.refined.refine", watched)
+    found = bench_quality([case], sizes=(0.5, 0.3), batch=4, search="off", refine=0.2)
+    refined = {row.method: row.refined for row in found.rows if row.refined is not None}
+    assert set(refined) == {"basis sharing", "planned"}
+    assert all(one.tokens == one.steps * 4 * 16 > 0 for one in refined.values())
+    assert all(one.seconds > 0 for one in refined.values())
+    assert len(sizes) == 4
+    assert all(before == after <= 0.5 for before, after in sizes)
+    assert all(torch.equal(one, case.calibration) for one in seen)
+    better = [r for r in found.rows if r.refined is not None and r.refined.increase < r.increase]
+    assert better, found.rows
+    header, rows = quality_table(found)
+    assert "planned refined" in header
+    assert all(len(row) == len(header) for row in rows)
+    points = curves(found, "small")
+    assert set(points) == {
+        "basis sharing", "basis sharing, refined", "whitened SVD", "planned", "planned, refined"
+    }  # fmt: skip
+    assert [kept for kept, _ in points["planned"]] == [
+        kept for kept, _ in points["planned, refined"]
+    ]
+    draw_quality(found, tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").read_text("utf-8").lstrip().startswith("<?xml")
+
+
+def test_minutes_that_cannot_be_meant_are_refused_before_anything_is_compiled() -> None:
+    tokens = torch.randint(0, 32, (8, 16))
+    case = Case("none", torch.nn.Identity(), CONFIG, tokens, tokens)
+    with pytest.raises(ConfigError, match="minutes: expected a number above 0, found -1"):
+        bench_quality([case], refine=-1.0)
 
 
 @pytest.mark.parametrize("extra", [{}, {"budget": {"params_kept": 0.5}}])
@@ -92,9 +145,12 @@ def test_the_demo_shows_dense_exact_sharing_and_planned(
     monkeypatch.setattr(demo, "calibration", lambda docs, n_bytes: calibration(docs, n_bytes=8_000))
     monkeypatch.setattr(demo, "SIZES", (0.5,))
     monkeypatch.setattr(demo, "CONFIG", {**CONFIG, "weight_types": types})
-    found = demo.demo(quick=True, out=tmp_path)
+    monkeypatch.setattr(demo, "REFINE_SECONDS", 20.0)
+    found = demo.demo(quick=True, refine=True, out=tmp_path)
     by_name = {row.name: row for row in found.rows}
-    assert list(by_name) == ["dense", "exact", "basis sharing 0.50", "planned 0.50"]
+    names = ["dense", "exact", "basis sharing 0.50", "planned 0.50", "planned 0.50 refined"]
+    assert list(by_name) == names
+    assert by_name["planned 0.50 refined"].parameters == by_name["planned 0.50"].parameters
     assert by_name["exact"].bits_per_byte == pytest.approx(by_name["dense"].bits_per_byte, abs=1e-6)
     assert by_name["planned 0.50"].bits_per_byte < by_name["basis sharing 0.50"].bits_per_byte
     assert by_name["planned 0.50"].params_kept <= 0.5

@@ -475,12 +475,12 @@ def test_demo_passes_its_options_on(
         return found
 
     monkeypatch.setattr(run, "demo", demo)
-    ran = fxshare("demo", "--quick", "-o", tmp_path, "--json")
+    ran = fxshare("demo", "--quick", "--refine", "-o", tmp_path, "--json")
     assert ran.code == 0
     assert ran.json["held_out_bytes"] == 999
-    assert (asked["quick"], asked["out"]) == (True, tmp_path)
+    assert (asked["quick"], asked["refine"], asked["out"]) == (True, True, tmp_path)
     assert "class Reader:" in fxshare("demo").out
-    assert asked["quick"] is False
+    assert (asked["quick"], asked["refine"]) == (False, False)
 
 
 def test_a_folder_whose_replacement_was_broken_off_is_found_again(

@@ -34,6 +34,18 @@ def quality(
         str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
     ] = "0.9,0.8,0.7,0.6,0.5,0.4",
     search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            "--refine",
+            metavar="MINUTES",
+            help="Refine Basis Sharing and planned plans so long each, on calibration tokens.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw held-out loss against stored numbers."),
+    ] = None,
     threads: Threads = 0,
     seed: Seed = 0,
     allow_missing: AllowMissing = False,
@@ -42,17 +54,22 @@ def quality(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> Result:
-    """Held-out loss of planned plans beside Basis Sharing and per-matrix SVD; no training.
+    """Held-out loss of planned plans beside Basis Sharing and per-matrix SVD.
+
+    Nothing is trained, unless --refine says for how long.
 
     \b
     Example:
       fxshare bench quality --sizes 0.8,0.5
+      fxshare bench quality --sizes 0.8,0.5 --refine 10 --plot quality.svg
       fxshare bench quality --model ./stories --tokens tokens.safetensors -c llama.yaml
     """
     from fxshare.bench.quality import bench_quality, embedded_case, folder_case
     from fxshare.bench.quality import table as rows_of
+    from fxshare.bench.quality_plot import draw
     from fxshare.bench.speed.device import threads as using
     from fxshare.config import load_config
+    from fxshare.views.figure import check_drawable
 
     del as_json, debug, verbose, quiet
     models, files, configs = model or [], tokens or [], config or []
@@ -61,6 +78,8 @@ def quality(
             f"bench quality: expected one --tokens and one -c for each --model, found "
             f"{len(models)} models, {len(files)} token files, {len(configs)} configurations"
         )
+    if plot is not None:
+        check_drawable(plot)
     cases = [embedded_case()] if embedded else []
     for name, file, path in zip(models, files, configs, strict=True):
         types: dict[str, Any] = load_config(path).model_dump(
@@ -69,15 +88,21 @@ def quality(
         cases.append(folder_case(name, file, types, allow_missing=allow_missing))
     shares = sizes_of(sizes)
     with using(threads):
-        result = bench_quality(cases, sizes=shares, search=search, seed=seed, say=note)
+        result = bench_quality(
+            cases, sizes=shares, search=search, seed=seed, refine=refine, say=note
+        )
+    if plot is not None:
+        draw(result, plot)
     header, rows = rows_of(result)
+    trained = "no training" if refine is None else "refined on calibration tokens"
     below = [
-        f"increase of the loss in nats per token on held-out tokens, no training; seed {seed}",
+        f"increase of the loss in nats per token on held-out tokens, {trained}; seed {seed}",
         *(
             f"{name}: {count}, dense {result.dense_loss[name]:.4f}"
             for name, count in result.tokens.items()
         ),
         f"{result.environment}; {result.seconds:.0f} s",
+        *([] if plot is None else [f"written to {plot}"]),
     ]
     return Result(result.to_dict(), "\n".join([table(header, rows), "", *below]))
 
