@@ -42,6 +42,7 @@ class By(str, Enum):
     KL = "kl"
     CE = "ce"
     HIDDEN = "hidden"
+    BLOCKS = "blocks"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Training:
         By | None,
         typer.Option(
             help="kl: the divergence from the teacher's logits. hidden: the distance to its "
-            "outputs. ce: the data's own loss. Default: kl for language models, hidden for others.",
+            "outputs. ce: the data's own loss. blocks: one block after the other. Default: kl for "
+            "language models, hidden for others.",
             show_default=False,
         ),
     ] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxshare.base.spent import part
-from fxshare.capture import Call, Caller, device_of
+from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
 from fxshare.refining.objectives import Objective, data_loss
 from fxshare.refining.student import Student
@@ -42,7 +42,9 @@ class Teacher:
 class Measure:
     """Measures a student on some batches; of few the teacher's targets are kept."""
 
-    def __init__(self, batches: Sequence[object], caller: Caller, teacher: Teacher) -> None:
+    def __init__(
+        self, batches: Sequence[object], caller: Callable[[object], Call], teacher: Teacher
+    ) -> None:
         self._batches = batches
         self._caller = caller
         self._teacher = teacher

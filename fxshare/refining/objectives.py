@@ -172,13 +172,21 @@ def objective_of(
             f"objective={name!r} is measured against a teacher, and teacher is None; take "
             "objective='ce', or leave teacher out"
         )
+    if name == "blocks":  # what the whole is measured by
+        name = "hidden" if next_token_logits(output, call) is None else "kl"
+        if options.temperature != 1.0 or options.data_weight:
+            raise _without_logits("blocks")
     if name == "kl":
         return ToLogits(options.temperature, options.data_weight)
     if options.temperature != 1.0 or options.data_weight:
-        raise RefineError(
-            f"temperature and data_weight belong to objective='kl', found {name!r}; leave them out"
-        )
+        raise _without_logits(name)
     return OfData() if name == "ce" else ToOutputs()
+
+
+def _without_logits(name: str) -> RefineError:
+    return RefineError(
+        f"temperature and data_weight belong to objective='kl', found {name!r}; leave them out"
+    )
 
 
 def data_loss(output: Any, call: Call) -> Summed | None:

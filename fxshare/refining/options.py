@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from fxshare.errors import ConfigError
 
-ObjectiveName = Literal["kl", "ce", "hidden"]
+ObjectiveName = Literal["kl", "ce", "hidden", "blocks"]
 Also = Literal["norms", "biases"]
 
 

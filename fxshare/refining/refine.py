@@ -26,6 +26,7 @@ from fxshare.errors import RefineError
 from fxshare.models.wrapped import unwrapped
 from fxshare.refining.balance import balance
 from fxshare.refining.batches import Batches, divided
+from fxshare.refining.blocks import Blockwise, train_blocks
 from fxshare.refining.checkpoint import Checkpoints, opened
 from fxshare.refining.measure import Measure, Teacher
 from fxshare.refining.objectives import Objective, objective_of
@@ -94,7 +95,10 @@ def refine(
     objective
         ``"kl"``: the divergence from the teacher's distribution of logits. ``"hidden"``: the
         distance to the teacher's outputs, per token, each by its size. ``"ce"``: the data's own
-        loss, next-token cross-entropy or what the model returns as ``loss``. Where None, ``"kl"``
+        loss, next-token cross-entropy or what the model returns as ``loss``. ``"blocks"``: the
+        distance of each block's output to the dense block's, one block after the other, for want of
+        memory; ``steps`` are those of each block, and the whole is measured by the default. Where
+        None, ``"kl"``
         for a language model and ``"hidden"`` for others, without a teacher ``"ce"``.
     loss
         In place of these: ``(output, batch) -> scalar``, summed over tokens.
@@ -157,6 +161,11 @@ def refine(
     record = record_of(gm)
     model = unwrapped(model)
     check_sites(model, record.plan)
+    if objective == "blocks" and isinstance(teacher, nn.Module):
+        raise RefineError(
+            "objective='blocks' compares with the blocks of the model that was compiled; leave "
+            "teacher out"
+        )
     from_teacher = model if isinstance(teacher, str) else teacher
     data = divided(batches, heldout, second, seed=seed)
     lowered = record.lowered
@@ -202,18 +211,20 @@ def _prepared(
 
 
 def _refined(prepared: _Prepared, model: nn.Module, checkpoints: Checkpoints | None) -> Compiled:
-    student, data = prepared.student, prepared.data
+    student, data, options = prepared.student, prepared.data, prepared.options
     measure = prepared.measure(data.held_out)
     second = prepared.measure(data.second) if len(data.second) else None
     few = prepared.measure(Picked(data.held_out, range(min(_FEW, len(data.held_out)))))
     found = None if checkpoints is None else checkpoints.read(student)
     run, optimiser = found or (_first(student, measure, second), None)
-    stepper = Stepper(student, prepared.teacher, data, prepared.caller, prepared.options)
-    train(
-        Training(stepper, measure, lambda: few(student), prepared.options, checkpoints),
-        run,
-        optimiser,
-    )
+    if options.objective == "blocks":
+        parts = (student, model, prepared.teacher, data, prepared.caller, options, measure)
+        train_blocks(Blockwise(*parts, checkpoints), run)
+    else:
+        stepper = Stepper(student, prepared.teacher, data, prepared.caller, options)
+        train(
+            Training(stepper, measure, lambda: few(student), options, checkpoints), run, optimiser
+        )
     after = None
     if second is not None:
         after = run.second if run.state is None else _of_state(student, second, run.state)
@@ -246,7 +257,7 @@ def _result(
 ) -> Compiled:
     student, options = prepared.student, prepared.options
     done = Refinement(
-        objective=prepared.objective.name,
+        objective="blocks" if options.objective == "blocks" else prepared.objective.name,
         trained=("factors", *options.also),
         steps=run.step,
         tokens=run.tokens,
@@ -262,6 +273,7 @@ def _result(
         second_before=run.second,
         second_after=second_after,
         curve=tuple(run.curve),
+        blocks=tuple(run.blocks),
     )
     result = student.result(run.state)
     record = refined_record(model, student.gm, result, student.trainable, done)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxshare.result.refinement import Measured, Point, Stopped
+from fxshare.result.refinement import BlockLoss, Measured, Point, Stopped
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Run:
     step: int = 0
     tokens: int = 0
     mark: int = 0
-    """How many times the held-out loss was measured after the first."""
+    """How many times the held-out loss was measured after the first; with blocks, how many are
+    done."""
     rising: int = 0
     """Measurements since the best one."""
     dropped: int = 0
@@ -36,6 +37,7 @@ class Run:
     stopped: Stopped | None = None
     bad_batch: int | None = None
     curve: list[Point] = field(default_factory=list)
+    blocks: list[BlockLoss] = field(default_factory=list)
     state: dict[str, Tensor] | None = None
     """The best state; None while that is the first one."""
     started: float = field(default_factory=time.monotonic)
@@ -56,6 +58,7 @@ class Run:
         for name in ("first", "best", "second"):
             plain[name] = None if plain[name] is None else asdict(plain[name])
         plain["curve"] = [asdict(point) for point in self.curve]
+        plain["blocks"] = [asdict(block) for block in self.blocks]
         plain["seconds"] = self.elapsed()
         return plain
 
@@ -66,6 +69,8 @@ class Run:
         for name in ("first", "best", "second"):
             values[name] = None if values[name] is None else Measured(**values[name])
         values["curve"] = [Point(**point) for point in values["curve"]]
+        given = values.get("blocks", ())
+        values["blocks"] = [BlockLoss(**{**one, "layers": tuple(one["layers"])}) for one in given]
         return Run(**values, state=state)
 
 

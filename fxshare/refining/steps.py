@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.spent import part
-from fxshare.capture import Caller
+from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
 from fxshare.refining.measure import Teacher
@@ -84,7 +84,7 @@ class Stepper:
         student: Student,
         teacher: Teacher,
         batches: Batches,
-        caller: Caller,
+        caller: Callable[[object], Call],
         options: RefineOptions,
     ) -> None:
         self.student = student

@@ -33,6 +33,18 @@ class Point:
 
 
 @dataclass(frozen=True)
+class BlockLoss:
+    """The held-out loss of a block that was trained by itself: its output's distance from the dense
+    block's."""
+
+    layers: tuple[int, ...]
+    steps: int
+    before: float
+    after: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Refinement:
     """One run of :func:`fxshare.refine`.
 
@@ -60,6 +72,9 @@ class Refinement:
     second_before: Measured | None = None
     second_after: Measured | None = None
     curve: tuple[Point, ...] = ()
+    blocks: tuple[BlockLoss, ...] = ()
+    """With ``objective="blocks"``: each block, in the order in which they were trained; the other
+    losses are the whole model's."""
 
     def __str__(self) -> str:
         text = (
@@ -87,4 +102,4 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else str(value)
 
 
-__all__ = ["Measured", "Point", "Refinement", "Stopped"]
+__all__ = ["BlockLoss", "Measured", "Point", "Refinement", "Stopped"]
