@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 import fxshare
 
 _SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SHARED = ("compile", "plan")
+_SHARED = ("compile", "plan", "refine")
 
 
 def size() -> int:
@@ -46,7 +46,7 @@ def in_ranks(name: str, *, verbose: bool) -> Iterator[None]:
     if name not in _SHARED:
         raise fxshare.errors.ConfigError(
             f"fxshare {name} is the work of one process, and torchrun has started {size()}; start "
-            f"it without torchrun. {' and '.join(_SHARED)} share theirs"
+            f"it without torchrun. {', '.join(_SHARED[:-1])} and {_SHARED[-1]} share theirs"
         )
     import torch.distributed as dist
 

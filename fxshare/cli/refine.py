@@ -28,6 +28,7 @@ from fxshare.cli.options import (
     Verbose,
 )
 from fxshare.cli.output import Result, note
+from fxshare.cli.ranks import is_first
 
 if TYPE_CHECKING:
     from fxshare.data.batches import Batch
@@ -228,6 +229,8 @@ def refine_model(
         work=output.with_name(f"{output.name}.work") if resume and work is None else work,
     )
     done = gm.fxshare.refined[-1]
+    if not is_first():
+        return Result({}, "")
     keeping = compiled if compiled.tokenizer is not None else read
     save_checked(gm, replace(keeping, model=original.model), batches[0], output, force)
     if draw is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
@@ -65,26 +66,30 @@ class Measure:
         total = data = 0.0
         count = predicted = 0
         self.bad = None
-        objective = self._teacher.objective
-        with torch.no_grad():
-            for number, batch in enumerate(self._batches):
-                call = self._caller(batch)
-                targets = self._targets_of(number, call, student.device)
-                output = student(call)
-                found = objective.loss(output, targets, call, batch)
-                own = data_loss(output, call)
-                value = float(found.total)
-                if not math.isfinite(value) and self.bad is None:
-                    self.bad = number
-                total += value
-                count += found.count
-                if own is not None:
-                    data += float(own.total)
-                    predicted += own.count
+        numbers = range(len(self._batches))
+        losses = here().spread(numbers, lambda at: self._losses(student, at), at="measuring")
+        for number, (value, tokens, own, targets) in enumerate(losses):
+            if not math.isfinite(value) and self.bad is None:
+                self.bad = number
+            total, count = total + value, count + tokens
+            data, predicted = data + own, predicted + targets
         self.tokens, self.seconds = count, time.monotonic() - began
         mean = total / max(count, 1)
         result = Measured(mean if math.isfinite(mean) else math.inf)
         return replace(result, data_loss=data / predicted) if predicted else result
+
+    @torch.no_grad()
+    def _losses(self, student: Student, number: int) -> tuple[float, int, float, int]:
+        """Of one batch: the objective's sum, over how many, and that of the data's own loss."""
+        batch = self._batches[number]
+        call = self._caller(batch)
+        targets = self._targets_of(number, call, student.device)
+        output = student(call)
+        found = self._teacher.objective.loss(output, targets, call, batch)
+        own = data_loss(output, call)
+        if own is None:
+            return float(found.total), found.count, 0.0, 0
+        return float(found.total), found.count, float(own.total), own.count
 
     def _targets_of(self, number: int, call: Call, device: torch.device) -> Any:
         if number in self._targets:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.steps import Optimiser, Stepper
@@ -84,7 +85,7 @@ def _steps_each(stepper: Stepper, options: RefineOptions, elapsed: Callable[[], 
         student.put(start)
     each = (time.monotonic() - began) / 2
     left = max(options.limit - elapsed(), 0.0)
-    return min(count, int(_SHARE * left / (_TRIED * max(each, 1e-9))))
+    return here().broadcast(min(count, int(_SHARE * left / (_TRIED * max(each, 1e-9)))))
 
 
 def _shape(step: int, count: int) -> float:

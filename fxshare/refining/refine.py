@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxshare.base.fingerprints import name_of, of_batches, of_json, of_model
+from fxshare.base.processes import here, in_step
 from fxshare.base.progress import stage
 from fxshare.base.randomness import randomness_as_before
 from fxshare.base.spool import Picked
@@ -27,7 +28,7 @@ from fxshare.models.wrapped import unwrapped
 from fxshare.refining.balance import balance
 from fxshare.refining.batches import Batches, divided
 from fxshare.refining.blocks import Blockwise, train_blocks
-from fxshare.refining.checkpoint import Checkpoints, opened
+from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.measure import Measure, Teacher
 from fxshare.refining.objectives import Objective, objective_of
 from fxshare.refining.options import ObjectiveName, RefineOptions, also_of
@@ -35,6 +36,7 @@ from fxshare.refining.parameters import trainable_of
 from fxshare.refining.run import Run
 from fxshare.refining.steps import Stepper
 from fxshare.refining.student import Student
+from fxshare.refining.together import agree, check_shared, held
 from fxshare.refining.train import Training, train
 from fxshare.refining.written import refined_record
 from fxshare.result.face import verbs_of
@@ -51,6 +53,7 @@ _FEW = 4
 
 @stage("refine", _LOG)
 @plain_surroundings()
+@in_step()
 def refine(
     gm: nn.Module,
     model: nn.Module,
@@ -130,6 +133,9 @@ def refine(
     work
         A folder for checkpoints: a run that was ended goes on from the last one.
 
+    In a process group of torch.distributed the processes divide the batches of each step, of which
+    ``accumulate`` gives as many at least; every rank is given the same, and ends with the result.
+
     Returns
     -------
     Compiled
@@ -157,6 +163,7 @@ def refine(
         offload=offload,
         seed=seed,
     )
+    check_shared(options)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
     record = record_of(gm)
     model = unwrapped(model)
@@ -216,6 +223,7 @@ def _refined(prepared: _Prepared, model: nn.Module, checkpoints: Checkpoints | N
     second = prepared.measure(data.second) if len(data.second) else None
     few = prepared.measure(Picked(data.held_out, range(min(_FEW, len(data.held_out)))))
     found = None if checkpoints is None else checkpoints.read(student)
+    here().gather(None, "the checkpoint")  # before it is replaced
     run, optimiser = found or (_first(student, measure, second), None)
     if options.objective == "blocks":
         parts = (student, model, prepared.teacher, data, prepared.caller, options, measure)
@@ -275,6 +283,7 @@ def _result(
         curve=tuple(run.curve),
         blocks=tuple(run.blocks),
     )
+    done = here().broadcast(done, "what was done")  # with the first one's seconds
     result = student.result(run.state)
     record = refined_record(model, student.gm, result, student.trainable, done)
     return attach(result, record, verbs_of(student.gm))
@@ -284,7 +293,7 @@ def _result(
 def _checkpoints(
     prepared: _Prepared, model: nn.Module, teacher: nn.Module | None, work: Any
 ) -> Iterator[Checkpoints | None]:
-    if work is None:
+    if work is None and here().size == 1:
         yield None
         return
     data = prepared.data
@@ -299,7 +308,11 @@ def _checkpoints(
         "options": of_json(asdict(prepared.options)),
         "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
     }
-    with opened(Path(work), made_from) as checkpoints:
+    agree({**made_from, "work folder": str(work)})
+    if work is None:
+        yield None
+        return
+    with held(Path(work), made_from) as checkpoints:
         yield checkpoints
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
@@ -101,26 +102,39 @@ class Stepper:
     def __call__(self, optimiser: Optimiser, step: int, rate: float) -> Taken:
         """Step number ``step``, from 0, at a rate."""
         self.student.round()
-        tokens, bad = 0, None
-        count = self._options.accumulate
-        for place in range(step * count, (step + 1) * count):
-            number = self._batches.at(place)
-            found = self._gradient(self._batches.fit[number], 1 / count)
-            if found is None:
-                bad = self._batches.numbers[number]
-                break
-            tokens += found
+        count, together = self._options.accumulate, here()
+        own = self._gradients(step * count, range(together.rank, count, together.size))
+        parts = together.gather(own, "a step")
+        tokens = sum(found for found, _ in parts)
+        bad_places = [place for _, place in parts if place is not None]
+        last = min(bad_places, default=count - 1)
+        number = self._batches.at(step * count + last)
+        bad = self._batches.numbers[number] if bad_places else None
         if bad is None and not self.student.has_gradients():
             raise RefineError(
                 "the loss reaches none of the trained parameters: the graph runs without "
                 "gradients, or what was given as loss does not use the output"
             )
         gradients = self.student.gradients()
+        if bad is None:
+            gradients = {name: together.total(part) for name, part in gradients.items()}
         if bad is None and not optimiser.step(gradients, rate):
             if self.student.scaled_down():  # float16 overflows first
                 return Taken(0)
             bad = self._batches.numbers[number]
         return Taken(tokens if bad is None else 0, bad)
+
+    def _gradients(self, start: int, places: range) -> tuple[int, int | None]:
+        """Add the gradients of some of the batches from ``start`` on: the tokens, and the place of
+        one whose loss is not finite, after which there are no more."""
+        tokens = 0
+        for place in places:
+            batch = self._batches.fit[self._batches.at(start + place)]
+            found = self._gradient(batch, 1 / self._options.accumulate)
+            if found is None:
+                return tokens, place
+            tokens += found
+        return tokens, None
 
     def _gradient(self, batch: object, share: float) -> int | None:
         """Add the gradient of a batch; its tokens, or None where the loss is not finite."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fxshare.base.processes import here
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.measure import Measure
@@ -58,9 +59,11 @@ def train(training: Training, run: Run, optimiser: Optimiser | None) -> None:
         if optimiser is None:
             optimiser = _begun(training, run)
         with Shown(training.options) as shown:
-            shown.at(run, _progress(run, training.options))
+            shown.at(run, _so_far(run, training.options))
             run.stopped = _loop(training, run, optimiser, shown)
     except KeyboardInterrupt:
+        if here().size > 1:  # the others are in the middle of another step
+            raise
         # the last checkpoint stays: this one may have come in the middle of a step
         run.stopped = "interrupted"
         _LOG.info("refine: interrupted at step %d; the best is that of %d", run.step, run.kept)
@@ -105,7 +108,7 @@ def _loop(training: Training, run: Run, optimiser: Optimiser, shown: Shown) -> S
         run.tokens += taken.tokens
         if taken.bad is None:
             run.dropped_in_a_row = 0
-            shown.step(_progress(run, options))
+            shown.step(_so_far(run, options))
             continue
         run.dropped += 1
         run.dropped_in_a_row += 1
@@ -122,6 +125,12 @@ def rate_at(step: int, progress: float, rate: float, options: RefineOptions) -> 
 
 
 def _progress(run: Run, options: RefineOptions) -> float:
+    """How far it is, for all processes as for the first."""
+    found = _so_far(run, options)
+    return found if options.minutes is None else here().broadcast(found, "the time")
+
+
+def _so_far(run: Run, options: RefineOptions) -> float:
     """Of steps and time whichever is further along."""
     by_steps = 0.0 if options.steps is None else run.step / options.steps
     by_time = 0.0 if options.minutes is None else run.elapsed() / options.limit
@@ -132,7 +141,7 @@ def _marks(training: Training, run: Run) -> int:
     options = training.options
     if options.minutes is None:
         return min(_MARKS, max((options.steps or 0) // _STEPS_BETWEEN, 1))
-    most = int(_MEASURING * options.limit / max(training.measure.seconds, 1e-3))
+    most = here().broadcast(int(_MEASURING * options.limit / max(training.measure.seconds, 1e-3)))
     return min(max(most, _FEWEST), _MARKS)
 
 

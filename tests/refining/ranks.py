@@ -1,0 +1,122 @@
+"""One rank of several that refine; see ``test_processes.py``, which starts them.
+
+::
+
+    python -m tests.refining.ranks RANK SIZE FOLDER [CHECK ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fxshare.errors import FxShareError, ProcessError, RefineError
+from fxshare.refining.steps import Stepper
+from tests.refining.build import everything, features, refined, subject
+
+CHECKS: dict[str, Callable[[int, int, Path], None]] = {}
+OPTIONS: Any = {"steps": 12, "accumulate": 2}
+
+
+def check(function: Callable[[int, int, Path], None]) -> Callable[[int, int, Path], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def kept(result: Any, folder: Path, name: str, rank: int) -> None:
+    """For the process that started this one: the tensors, and what was done."""
+    done = result.fxshare.refined[-1]
+    torch.save((everything(result), str(done), done.tokens), folder / f"{name}-{rank}.pt")
+
+
+@check
+def equal(rank: int, size: int, folder: Path) -> None:
+    model, gm = subject("branches", "shared")
+    before = everything(gm)
+    result = refined(gm, model, features(), second=features(1, seed=8), **OPTIONS)
+    kept(result, folder, "equal", rank)
+    assert all(torch.equal(t, before[n]) for n, t in everything(gm).items())
+
+
+@check
+def by_time(rank: int, size: int, folder: Path) -> None:
+    """Every rank takes as many steps as the first, with a rate that is chosen by trying."""
+    model, gm = subject()
+    options = {**OPTIONS, "steps": None, "minutes": 0.02, "learning_rate": None}
+    kept(refined(gm, model, **options), folder, "by_time", rank)
+
+
+@check
+def dropped(rank: int, size: int, folder: Path) -> None:
+    """A batch that is not finite is dropped by all, whoever has it."""
+    model, gm = subject("branches", "shared")
+    data = features(6)
+    data[2][0, 0, 0] = float("nan")
+    result = refined(gm, model, data, heldout=features(2, seed=5), **OPTIONS)
+    assert result.fxshare.refined[-1].dropped > 0
+    kept(result, folder, "dropped", rank)
+
+
+@check
+def resumed(rank: int, size: int, folder: Path) -> None:
+    """The first rank writes; a rank that fails ends both, and both go on from the checkpoint."""
+    model, gm = subject()
+    plain = Stepper.__call__
+
+    def call(self: Any, optimiser: Any, number: int, rate: float) -> Any:
+        if number == 9 and rank == size - 1:
+            raise RuntimeError("the power is gone")
+        return plain(self, optimiser, number, rate)
+
+    work = folder / "work"
+    with mock.patch.object(Stepper, "__call__", call):
+        ends(
+            "the power is gone",
+            lambda: refined(gm, model, work=work, **OPTIONS),
+            RuntimeError if rank == size - 1 else ProcessError,
+        )
+    assert (work / "checkpoint").exists()
+    kept(refined(gm, model, work=work, **OPTIONS), folder, "resumed", rank)
+
+
+@check
+def refusals(rank: int, size: int, folder: Path) -> None:
+    model, gm = subject("branches", "shared")
+    data = features()
+    ends("accumulate=1: expected at least 2", lambda: refined(gm, model, data), RefineError)
+    blocks = {**OPTIONS, "objective": "blocks"}
+    ends("work of one process", lambda: refined(gm, model, data, **blocks), RefineError)
+    ends("has another", lambda: refined(gm, model, data, seed=rank, **OPTIONS), ProcessError)
+
+
+def ends(part: str, call: Callable[[], Any], kind: type[Exception] = FxShareError) -> None:
+    with pytest.raises(kind, match=part):
+        call()
+
+
+def main(rank: int, size: int, folder: Path, names: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    failed = ""
+    for name in names or CHECKS:
+        try:
+            CHECKS[name](rank, size, folder)
+        except Exception:
+            failed += f"{name}: {traceback.format_exc()}\n"
+            break
+    (folder / f"rank-{rank}.txt").write_text(failed, encoding="utf-8")
+    os._exit(0)  # the group may have lost a rank, which its end would wait for
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
