@@ -51,10 +51,11 @@ def _slice_errors(model: nn.Module, gm: nn.Module, record: Record) -> dict[str, 
     for site in record.plan.sites:
         weight_OI, _ = site_tensors(model, site)
         for s in site.slices:
-            if places[s.name].basis is None and s.name not in record.slice_errors:
-                continue  # its own rows
             rows = weight_OI[s.start : s.stop]
-            found[s.name] = relative_error(rows, slice_product(gm, s.name))
+            error = relative_error(rows, slice_product(gm, s.name))
+            own_rows = places[s.name].basis is None and s.name not in record.slice_errors
+            if not own_rows or error:  # merged adapters change what the plan left as it was
+                found[s.name] = error
     return found
 
 
