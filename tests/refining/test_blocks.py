@@ -186,9 +186,9 @@ def test_an_interruption_returns_the_best_so_far() -> None:
         return plain(*arguments)
 
     with mock.patch.object(blocks, "_passed_on", interrupted):
-        result = refined(gm, model, **BLOCKS)
+        result = refined(gm, model, **{**BLOCKS, "steps": 30})
     done = result.fxshare.refined[-1]
-    assert (done.stopped, done.kept, len(done.blocks)) == ("interrupted", 8, 1)
+    assert (done.stopped, done.kept, len(done.blocks)) == ("interrupted", 30, 1)
     assert done.after.objective < done.before.objective
     assert fxshare.verify(model, result).ok
 
