@@ -30,14 +30,14 @@ def _figure(result: Quality) -> Figure:
     figure = Figure(figsize=(5.2 * max(len(cases), 1), 4), layout="constrained")
     panels = figure.subplots(1, max(len(cases), 1), squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=False):
-        for number, (method, points) in enumerate(curves(result, case).items()):
+        for method, points in curves(result, case).items():
             plain = method.removesuffix(", refined")
             axes.plot(
                 [kept for kept, _ in points],
                 [result.dense_loss[case] + increase for _, increase in points],
                 marker=_MARKS[plain],
                 markersize=4,
-                color=PALETTE[number % len(PALETTE)],
+                color=PALETTE[list(_MARKS).index(plain)],
                 linestyle="-" if method == plain else "--",
                 label=method,
             )
