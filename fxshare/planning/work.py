@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ import torch
 from torch import nn
 
 from fxshare.base.cache import read_entry, write_entry
-from fxshare.base.files import write_text
 from fxshare.base.fingerprints import name_of, of_batches, of_json, of_model
 from fxshare.base.lock import only_here
+from fxshare.base.made_from import hold_to
 from fxshare.calibration.losses import Loss
 from fxshare.config import ShareConfig
 from fxshare.errors import StoreError
@@ -117,30 +116,9 @@ def opened(path: Path, fingerprint: Mapping[str, str], plan: str) -> Iterator[Wo
 
 def _compare(path: Path, fingerprint: Mapping[str, str]) -> None:
     file = path / "work.json"
-    if not file.exists():
-        if "data" not in fingerprint:
-            raise StoreError(f"work folder {path} has no statistics yet: give calibration data")
-        made = {"format": FORMAT, "made_from": dict(fingerprint)}
-        write_text(file, json.dumps(made, indent=1) + "\n")
-        return
-    try:
-        found = json.loads(file.read_text())
-        known, number = dict(found["made_from"]), found["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{file} cannot be read: {error}; remove the folder, or give another"
-        ) from error
-    if number != FORMAT:
-        raise StoreError(
-            f"{path} has format {number!r}, this fxshare reads {FORMAT}; remove it, or give another"
-        )
-    for part, value in fingerprint.items():
-        if known.get(part) != value:
-            detail = f" ({known.get(part)}, now {value})" if part in ("versions", "seed") else ""
-            raise StoreError(
-                f"work folder {path} was made with {_CALLED[part]}{detail}; give another folder, "
-                "or remove this one to begin anew"
-            )
+    if not file.exists() and "data" not in fingerprint:
+        raise StoreError(f"work folder {path} has no statistics yet: give calibration data")
+    hold_to(file, fingerprint, _CALLED, number=FORMAT, told=("versions", "seed"))
 
 
 def fingerprint(

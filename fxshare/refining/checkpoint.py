@@ -25,9 +25,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fxshare.base.cache import read_entry, write_entry
-from fxshare.base.files import write_text
 from fxshare.base.json_text import parse_json
 from fxshare.base.lock import only_here
+from fxshare.base.made_from import hold_to
 from fxshare.errors import StoreError
 from fxshare.refining.run import Run
 from fxshare.refining.steps import Optimiser
@@ -123,34 +123,8 @@ def opened(path: Path, made_from: Mapping[str, str]) -> Iterator[Checkpoints]:
     except OSError as error:
         raise StoreError(f"cannot make {path}: {error.strerror or error}") from error
     with only_here(path):
-        _compare(path, made_from)
+        hold_to(path / _MADE_FROM, made_from, _CALLED, number=FORMAT, told=("versions",))
         yield Checkpoints(path)
-
-
-def _compare(path: Path, made_from: Mapping[str, str]) -> None:
-    file = path / _MADE_FROM
-    if not file.exists():
-        made = {"format": FORMAT, "made_from": dict(made_from)}
-        write_text(file, json.dumps(made, indent=1) + "\n")
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        known, number = dict(found["made_from"]), found["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{file} cannot be read: {error}; remove the folder, or give another"
-        ) from error
-    if number != FORMAT:
-        raise StoreError(
-            f"{path} has format {number!r}, this fxshare reads {FORMAT}; remove it, or give another"
-        )
-    for part, value in made_from.items():
-        if known.get(part) != value:
-            detail = f" ({known.get(part)}, now {value})" if part == "versions" else ""
-            raise StoreError(
-                f"work folder {path} was made with {_CALLED[part]}{detail}; give another folder, "
-                "or remove this one to begin anew"
-            )
 
 
 __all__ = ["Checkpoints", "opened"]
