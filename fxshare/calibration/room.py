@@ -190,7 +190,8 @@ def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> D
 
 
 def work_bytes(sites: Sequence[Site], weights: int) -> int:
-    """For one matrix at a time, and a copy of ``weights`` bytes of matched weights."""
+    """For the matrices of one group at a time, and a copy of ``weights`` bytes of matched
+    weights."""
     width = max((site.in_features for site in sites if site.calls), default=1)
     return _AT_WORK * 8 * width * width + weights
 

@@ -10,15 +10,13 @@ Legend: I input features, O outputs of all members, N the smaller of both, R ran
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO
 
 import torch
 from torch import Tensor
 
+from fxshare.base.filed import Filed
 from fxshare.factors.decompose import Decomposition, Side
 from fxshare.factors.factorise import Factors
 
@@ -51,35 +49,6 @@ class EveryRank:
         )
 
 
-class Filed:
-    """Rows of float32 matrices in a file that is gone with the process, however that ends."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-
-    def keep(self, rows_NX: Tensor) -> Callable[[int], Tensor] | None:
-        """Write a float32 matrix; what reads its first rows, or None where there is no disk for
-        it."""
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="fxshare-")  # noqa: SIM115
-                self._end = weakref.finalize(self, self._file.close)
-            begin = self._file.seek(0, 2)
-            self._file.write(rows_NX.cpu().contiguous().numpy().data)
-            self._file.flush()
-        except OSError:
-            return None
-        width, device = rows_NX.shape[1], rows_NX.device
-        return lambda count: self._read(begin, count, width).to(device)
-
-    def _read(self, begin: int, count: int, width: int) -> Tensor:
-        assert self._file is not None
-        found_RX = torch.empty(count, width)
-        self._file.seek(begin)
-        self._file.readinto(found_RX.numpy().data)  # type: ignore[attr-defined]
-        return found_RX
-
-
 def every_rank(whole: Decomposition, side: Side, filed: Filed) -> tuple[EveryRank, bool]:
     """All factors of a decomposed group, and whether they are in the file."""
     found = whole.factors(side, len(whole.spectrum), torch.float32, exact=False)
@@ -94,4 +63,4 @@ def every_rank(whole: Decomposition, side: Side, filed: Filed) -> tuple[EveryRan
     return made, rows is not None
 
 
-__all__ = ["EveryRank", "Filed", "every_rank"]
+__all__ = ["EveryRank", "every_rank"]

@@ -15,8 +15,8 @@ class Kept(Generic[Value]):
 
     With ``stays`` what is kept stays, and of what then finds no room only the last is kept: of
     values that are asked for in turn, again and again, as many as there is room for are found,
-    where otherwise each would be gone just before its turn. So it is with values above ``largest``
-    bytes, which would take the place of many others.
+    where otherwise each would be gone just before its turn. With ``stays`` values above ``largest``
+    bytes, which would take the place of many others, count as finding no room.
     """
 
     def __init__(self, most_bytes: int, *, stays: bool = False, largest: int | None = None) -> None:

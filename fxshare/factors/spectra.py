@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxshare.base.cache import write_entry
+from fxshare.base.filed import Filed
 from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.calibration.gram import pooled_gram
@@ -46,7 +47,7 @@ from fxshare.factors.entries import (
     read_tails,
     write_decomposition,
 )
-from fxshare.factors.every_rank import EveryRank, Filed, every_rank
+from fxshare.factors.every_rank import EveryRank, every_rank
 from fxshare.factors.factorise import Factors
 from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root

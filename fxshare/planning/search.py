@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxshare.base.filed import Filed
 from fxshare.base.lazily import Lazily
 from fxshare.base.memory import trim
 from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
-from fxshare.factors.every_rank import Filed
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra

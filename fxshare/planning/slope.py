@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fxshare.base.filed import Filed
 from fxshare.base.lazily import Lazily
 from fxshare.base.spent import part
-from fxshare.factors.every_rank import Filed
 from fxshare.planning.judge import Judge
 
 _STEP = 0.25

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxshare.factors.every_rank import Filed
+from fxshare.base.filed import Filed
+from fxshare.errors import StoreError
 from fxshare.factors.spectra import Spectra
 from tests.planning.build import slice_of
 
@@ -75,3 +76,47 @@ def test_the_file_goes_with_what_reads_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(other(2), torch.ones(2, 5))
     del filed, rows, other
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_what_is_there_readable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filed = Filed()
+    first = filed.keep(torch.arange(6.0).view(2, 3))
+    assert first is not None
+    assert filed._file is not None
+
+    class Full:
+        """A file with room for four bytes more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 4
+
+        def write(self, content: Any) -> int:
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            written: int = self.file.write(content[: self.left])
+            self.left -= written
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    whole = filed._file
+    monkeypatch.setattr(filed, "_file", Full(whole))
+    assert filed.keep(torch.ones(5, 5)) is None
+    assert torch.equal(first(2), torch.arange(6.0).view(2, 3))
+    monkeypatch.setattr(filed, "_file", whole)
+    again = filed.keep(torch.ones(2, 5))
+    assert again is not None
+    assert torch.equal(again(2), torch.ones(2, 5))
+
+
+def test_a_file_that_lost_its_end_is_told() -> None:
+    filed = Filed()
+    rows = filed.keep(torch.ones(4, 3))
+    assert rows is not None
+    assert filed._file is not None
+    filed._file.truncate(20)
+    with pytest.raises(StoreError, match="shorter than what was written; set TMPDIR"):
+        rows(4)
