@@ -112,9 +112,8 @@ class Spectra:
     def release(self) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
         again."""
-        for kept in (self._decompositions, self._pooled, self._roots, self._images):
+        for kept in (self._decompositions, self._pooled, self._roots, self._images, self._products):
             kept.clear()
-        self._products.clear()
         self.made.clear()
         for one in self.slices.values():
             one.release()
