@@ -42,6 +42,8 @@ from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
 _LOG = logging.getLogger(__name__)
+_LARGE = 1 << 20
+"""Bytes of weights, from which on memory that planning has let go counts."""
 Gather = Callable[[Captured, int], Statistics]
 """Statistics on what was captured, of a round."""
 
@@ -295,7 +297,9 @@ def _remeasured(
     on = substituted(captured, search.sites, *search.dense(middle.factors))
     for one in spectra.values():
         one.release()
-    give_back()
+    # to look through all objects takes longer than to plan for a small model
+    if sum(weight.nbytes for weight in search.weights.values()) > _LARGE:
+        give_back()
     return gather(on, number + 1)
 
 

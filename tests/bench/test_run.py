@@ -276,6 +276,7 @@ def test_only_some_linears_are_compressed() -> None:
         subject(only="c_attn")
 
 
+@pytest.mark.slow  # a C++ compiler from nothing
 def test_each_compilation_is_timed_for_itself() -> None:
     linear, x = nn.Linear(2, 2), torch.ones(1, 2)
     calls: list[int] = []

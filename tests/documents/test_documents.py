@@ -39,7 +39,13 @@ SHORTER = {
         "bench run out/": f"bench run out/ {_SMALL}",
         "model.onnx --to onnx": "model.safetensors --to dense",
     },
+    "docs/how-to/generate.md": {"max_new_tokens=64": "max_new_tokens=8"},
     "docs/how-to/hugging-face.md": {"--samples 128 --length 2048": "--samples 8 --length 32"},
+    "docs/how-to/large-models.md": {
+        '{"budget": {"params_kept": 0.8}}]': (
+            '{"budget": {"params_kept": 0.8}, "planner": {"strategy": "separate"}}]'
+        ),
+    },
     "docs/how-to/measure-speed.md": {
         "--keep 0.8": f"{_QUICK} --keep 0.8",
         "bench device": "bench device --repeats 1 --no-compiled",
@@ -51,10 +57,17 @@ SHORTER = {
         "embedded": "./my-gpt2",
         "stdlib:held-out": "corpus.txt",
         "stdlib": "corpus.txt",
-        "planner.strategy=auto": "planner.strategy=layers",
+        "planner.strategy=auto --set planner.search=quick": "planner.strategy=layers",
         "[0, 7]": "[1]",
         "rank_multiple=8": "rank_multiple=2",
         "h.3": "h.1",
+    },
+    "docs/how-to/refine.md": {
+        "steps=100)": "steps=8)",
+        "steps=10, objective": "steps=2, objective",
+        "steps=20)": "steps=2)",
+        "--keep 0.5": f"{_QUICK} --keep 0.5",
+        "--steps 40": "--steps 8",
     },
     "docs/how-to/write-a-configuration.md": {
         "--keep 0.8": f"{_QUICK} --keep 0.8",

@@ -70,7 +70,12 @@ def limit(gm: Any, dtype: torch.dtype = torch.float32) -> float:
 
 @pytest.mark.parametrize(
     ("front_end", "mode"),
-    [("fx", EXACT), ("fx", PLANNED), ("export", SHARING), ("modules", SHARING)],
+    [
+        pytest.param("fx", EXACT, marks=pytest.mark.slow),
+        ("fx", PLANNED),
+        ("export", SHARING),
+        ("modules", SHARING),
+    ],
 )
 def test_one_graph_for_all_shapes(front_end: Any, mode: dict[str, Any]) -> None:
     gm = compiled(gpt(), mode, capture=front_end)

@@ -11,7 +11,7 @@ from fxshare.cli import main
 
 
 def test_measures_all_forms() -> None:
-    result = bench_generate(llama(32, 2, 2, 48), shape="32,2,2,48", new=12, prompt=6, repeats=1)
+    result = bench_generate(llama(32, 1, 2, 48), shape="32,1,2,48", new=6, prompt=6, repeats=1)
     assert result.same_tokens
     assert result.notes == ()
     assert set(result.tokens_per_second) == set(VARIANTS)
@@ -27,6 +27,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_measures_an_encoder_and_a_decoder() -> None:
-    result = bench_generate(t5(32, 2, 2, 48), shape="32,2,2,48", new=12, prompt=6, repeats=1)
+    result = bench_generate(t5(32, 1, 2, 48), shape="32,1,2,48", new=6, prompt=6, repeats=1)
     assert result.same_tokens
     assert result.notes == ()

@@ -33,7 +33,7 @@ OF_THREE = (
 
 # what takes least; all checks, and three ranks, are slow tests
 FEW = (
-    "statistics",
+    "few_statistics",
     "plan_and_weights",
     "given_statistics_equal_bits",
     "a_rank_that_raises",

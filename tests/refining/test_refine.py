@@ -305,8 +305,15 @@ def test_again_what_was_refined() -> None:
     assert fxshare.verify(model, twice).ok
 
 
-@pytest.mark.parametrize("prefer", ["memory", "speed"])
-@pytest.mark.parametrize("how", ["shared", "planned"])
+@pytest.mark.parametrize(
+    ("how", "prefer"),
+    [
+        ("shared", "memory"),
+        ("planned", "speed"),
+        pytest.param("shared", "speed", marks=pytest.mark.slow),
+        pytest.param("planned", "memory", marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_lowered_is_lowered_again(how: Any, prefer: Any, tmp_path: Path) -> None:
     model, gm = subject("llama", how)
     lowered = fxshare.lower(gm, prefer=prefer)

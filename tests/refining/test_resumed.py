@@ -50,7 +50,7 @@ def ended_at(step: int) -> Any:
     return mock.patch.object(Stepper, "__call__", call)
 
 
-@pytest.mark.parametrize("how", ["shared", "planned"])
+@pytest.mark.parametrize("how", [pytest.param("shared", marks=pytest.mark.slow), "planned"])
 def test_resumed_is_uninterrupted_bit_for_bit(how: Any, tmp_path: Path) -> None:
     model, gm = subject("llama", how)
     options = {"steps": 16, "also": ("norms",), "accumulate": 2, "second": ids(1, seed=8)}
@@ -78,7 +78,7 @@ def test_resumed_in_half_precision_and_after_a_range_test(tmp_path: Path) -> Non
 @FORKS
 def test_killed_before_any_operation_on_files(tmp_path: Path) -> None:
     model, gm = usual()
-    options = {"steps": 8, "heldout": ids(1, seed=5)}
+    options = {"steps": 4, "heldout": ids(1, seed=5)}
     whole = refined(gm, model, **options)
     folder, kept = tmp_path / "at", tmp_path / "kept"
     folder.mkdir()

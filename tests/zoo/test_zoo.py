@@ -27,7 +27,7 @@ from tests.zoo.measure import (
 )
 
 # one of each kind of layout; the others repeat what these show and are run with -m slow
-_KINDS = ("phi3", "mixtral", "nn_transformer")
+_KINDS = ("phi3", "mixtral")
 
 
 def _modes() -> list[Any]:
