@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -15,33 +14,27 @@ from fxshare.base.progress import stage
 from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Mode, device_of, dtype_of
+from fxshare.capture import Mode, device_of
+from fxshare.compiling.budgeted import within_budget
+from fxshare.compiling.build import built
 from fxshare.compiling.foretold import foretell
 from fxshare.compiling.given import check_plan, check_values, named_passes
-from fxshare.compiling.stages import Stages, configuration, prepare, within_budget, working
+from fxshare.compiling.stages import Stages, configuration, prepare, working
 from fxshare.config import ConfigSource
 from fxshare.errors import CalibrationError
 from fxshare.factors.realise import Factorised, planned_factors, remade_factors, sharing_factors
 from fxshare.generation.shell import generate
-from fxshare.models.source import Source
-from fxshare.models.structure import frozen_in, keep_structure
 from fxshare.models.wrapped import unwrapped
 from fxshare.planning.rules import make_plan
 from fxshare.planning.work import Work
 from fxshare.plans.plan import Plan
-from fxshare.proposing.coverage import left_dense
 from fxshare.result.face import Verbs
 from fxshare.result.module import Compiled, attach
-from fxshare.result.record import Record
-from fxshare.result.report import Report, group_reports
-from fxshare.rewriting.assemble import assemble
 from fxshare.rewriting.lowering import lower_module, with_lowered
-from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.tensors import dense_weights, site_biases
 from fxshare.store.pretrained import save_pretrained
 from fxshare.verifying.verify import verify
 from passes import Pass
-from passes.runner import Applied
 
 _LOG = logging.getLogger(__name__)
 
@@ -131,27 +124,7 @@ def compile(
         foretell(stages, work)
     with working(stages, work, loss, seed) as (stages, held):
         plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
-    rewritten, applied = rewrite(
-        stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
-    )
-    result = assemble(stages.captured, rewritten, plan, copy=copy)
-    keep_structure(result, model, own)
-    report = _report(stages, plan, factors, statistics, applied, result, start)
-    contract = stages.captured.contract
-    record = Record(
-        config=cfg,
-        plan=plan,
-        report=report,
-        front_end=stages.captured.front_end,
-        source=Source.of(model),
-        relaxed=stages.captured.relaxed,
-        slice_errors=factors.slice_errors,
-        bias_shifts=factors.bias_shifts,
-        inputs=Record.specs(stages.captured.shapes),
-        frozen=frozen_in(model),
-        fills_mask=contract is None or contract.fills_mask,
-        extra_passes=tuple(p.name or type(p).__name__ for p in own),
-    )
+    result, record = built(stages, plan, factors, statistics, own, copy=copy, start=start)
     if cfg.lower is not None:
         with stage("lower", _LOG):
             result, lowered = lower_module(result, cfg.lower.prefer)
@@ -197,58 +170,3 @@ def _plan_and_factors(
             assert statistics is not None
             made = remade_factors(plan, weights, statistics, cfg)
         return plan, planned_factors(plan, weights, biases, made), statistics
-
-
-def _report(
-    stages: Stages,
-    plan: Plan,
-    factors: Factorised,
-    statistics: Statistics | None,
-    applied: Sequence[Applied],
-    result: nn.Module,
-    start: float,
-) -> Report:
-    model = stages.model
-    dense = left_dense(model, plan.sites, plan.skipped)
-    return Report(
-        model=type(model).__name__,
-        mode=plan.mode,
-        front_end=stages.captured.front_end,
-        dtype=str(dtype_of(model)).removeprefix("torch."),
-        groups=group_reports(
-            plan,
-            dtype_of(model).itemsize,
-            errors=factors.weighted_errors,
-            floored=factors.floored,
-            seconds=factors.seconds,
-        ),
-        sites=len(plan.sites),
-        skipped=plan.skipped,
-        parameters_before=_count(model),
-        parameters_after=_count(result),
-        calibration=None if statistics is None else _describe(statistics),
-        passes=tuple({"name": a.name, "rewrites": a.rewrites, "exact": a.exact} for a in applied),
-        notes=(*stages.captured.notes, *(statistics.notes if statistics else ())),
-        warnings=() if dense is None else (dense,),
-        seconds={
-            "capture": stages.captured.seconds,
-            "calibrate": statistics.seconds if statistics else 0.0,
-            "factorise": sum(factors.seconds.values()),
-            "rewrite": sum(a.seconds for a in applied),
-            "total": time.perf_counter() - start,
-        },
-    )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _describe(statistics: Statistics) -> dict[str, Any]:
-    return {
-        "batches": statistics.batches,
-        "tokens": statistics.tokens,
-        "bytes": statistics.bytes,
-        "seconds": statistics.seconds,
-        "starts_with": statistics.starts_with,
-    }

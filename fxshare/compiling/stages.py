@@ -13,21 +13,18 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fxshare.base.processes import here
-from fxshare.base.progress import stage
 from fxshare.base.spool import Spooled
 from fxshare.calibration.calibrate import calibrate, stored
 from fxshare.calibration.losses import Loss
 from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
-from fxshare.compiling.given import check_values
-from fxshare.compiling.together import agree, held, one_plan
+from fxshare.compiling.together import agree, held
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.data.usable import usable, usable_batches
 from fxshare.errors import CalibrationError, CaptureError, ConfigError, MatchError
 from fxshare.models.computed import offloaded, stateful
 from fxshare.models.sharded import sharded
-from fxshare.planning.budget import Budgeted, plan_within_budget
 from fxshare.planning.work import Work, fingerprint, plan_key
 from fxshare.proposing.propose import init
 from fxshare.sites.match import match
@@ -64,41 +61,6 @@ def working(
         return
     with held(Path(folder), made_from, plan_key(stages.cfg)) as work:
         yield stages, work
-
-
-def within_budget(
-    stages: Stages,
-    weights: Mapping[str, Tensor],
-    loss: Loss | None,
-    seed: int,
-    work: Work | None = None,
-) -> Budgeted:
-    """The plan under the configuration's budget, with its factors.
-
-    Raises :class:`CalibrationError` without calibration data, and what
-    :func:`plan_within_budget` raises.
-    """
-    if stages.batches is None:
-        raise CalibrationError(
-            "a budget needs calibration data to predict losses with: give calibration=..., or use "
-            "group_size and compression_rate, which do without"
-        )
-    check_values(weights)
-    with stage("plan", _LOG) as running:
-        made = plan_within_budget(
-            stages.captured,
-            stages.sites,
-            stages.skipped,
-            weights,
-            stages.batches,
-            stages.cfg,
-            loss=loss,
-            seed=seed,
-            work=work,
-        )
-        made.plan = one_plan(made.plan)
-        running.found(f"planned mode, {len(made.plan.groups)} groups")
-    return made
 
 
 def configuration(

@@ -11,12 +11,12 @@ from torch import nn
 from fxshare.base.processes import here, in_step
 from fxshare.base.surroundings import outside_inference, plain_surroundings
 from fxshare.calibration.losses import Loss
+from fxshare.compiling.budgeted import within_budget
 from fxshare.compiling.stages import (
     Stages,
     check_module,
     configuration,
     prepare,
-    within_budget,
     working,
 )
 from fxshare.config import ConfigSource, load_config

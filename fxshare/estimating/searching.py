@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from fxshare.config import ShareConfig
 from fxshare.cost_model.pace import NOTHING, Amount, Pace
 from fxshare.estimating import pricing
-from fxshare.estimating.calibrating import forward, loss
+from fxshare.estimating.calibrating import backward, forward, loss
 from fxshare.estimating.counted import Counted
 from fxshare.estimating.pricing import Candidate, Candidates, Terms
-from fxshare.planning.trials import trials
+from fxshare.planning.trials import MOST_REFINED, REFINED_STEPS, trials
 from fxshare.sites.site import Site
 
 _PRICES = 49
@@ -31,6 +31,8 @@ _BISECTED = 6
 _CALLS = 40
 """Operations of a small step that do next to nothing."""
 _SWAPS = 8
+_STEPS_BETWEEN = 4
+"""Steps of refinement between two measurements."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,17 @@ def judged(subject: Subject, batches: float) -> Amount:
     return (once + loss(subject.pace, subject.counted, backward=False)) * batches
 
 
+def refined(subject: Subject, batches: int) -> Amount:
+    """Steps of refinement of the plans that are compared by it: both models forward, the compressed
+    one backward with the gradients of its weights, and held-out losses along the way."""
+    half = -(-MOST_REFINED // 2)
+    steps = MOST_REFINED * REFINED_STEPS[0] + half * REFINED_STEPS[1]
+    once = forward(subject.pace, subject.counted, subject.itemsize)
+    back = backward(subject.pace, subject.counted, subject.itemsize)
+    found = (once * 2 + back * 2 + loss(subject.pace, subject.counted, backward=True)) * steps
+    return found + judged(subject, 2 * max(batches // 10, 1)) * (steps // _STEPS_BETWEEN)
+
+
 def slope(subject: Subject, batches: int) -> Amount:
     """A central difference along the plan's change, on a few batches."""
     some = min(_SLOPE_BATCHES, batches)
@@ -259,6 +272,7 @@ __all__ = [
     "moments",
     "multiplied_out",
     "realised",
+    "refined",
     "refitted",
     "slope",
     "solved",

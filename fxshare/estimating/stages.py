@@ -285,6 +285,8 @@ class _Estimating:
         if searched.copies:
             yield "search", searching.copied(subject, searched)
             yield "slope", searching.slope(subject, fit)
+        if self.cfg.planner.search == "refined":
+            yield "refine plans", searching.refined(subject, self.data.batches)
         yield "factorise", searching.realised(subject, parts.alone)
 
     def _calibrated(self, batches: int, gradients: bool) -> Amount:

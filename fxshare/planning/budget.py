@@ -28,6 +28,7 @@ from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.nodes import nodes_of
+from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, bytes_of, limit_of, options_of
 from fxshare.planning.rules import check_layers
 from fxshare.planning.search import Found, Planned, Search, SpectraByMetric
@@ -70,11 +71,12 @@ def plan_within_budget(
     loss: Loss | None = None,
     seed: int = 0,
     work: Work | None = None,
+    choose: Choose | None = None,
 ) -> Budgeted:
     """Plan and factorise under the configuration's budget.
 
     A tenth of the calibration data is held back from the statistics; the plans of the search are
-    compared on it.
+    compared on it, and the best of them by ``choose`` where it is given.
 
     Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
     each other, and :class:`CalibrationError` where gradients are missing or not finite.
@@ -111,6 +113,8 @@ def plan_within_budget(
         return search.spectra(in_metric(again), number + 1)
 
     found = _searched(search, spectra, cfg, remeasured)
+    if choose is not None:
+        found = choice(found, search, skipped, lambda plans: choose(plans, data))
     best = found.best
     along = Slope(0.0, 0.0, 0)
     if judge is not None and not judge.is_distance and best.factors:
@@ -119,13 +123,7 @@ def plan_within_budget(
         fit = Judge(captured, sites, every, loss=loss, remembered=_memory_of(work))
         along = _along(search, best, fit, tokens)
     outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
-    plan = Plan(
-        mode="planned",
-        sites=search.sites,
-        groups=best.groups,
-        skipped=tuple(skipped),
-        outlook=outlook,
-    )
+    plan = plan_of(best, search, skipped, outlook)
     factors = replace(best.factors, dtype=torch.float64)
     return Budgeted(plan, factors, statistics, spectra[True])
 
@@ -246,7 +244,7 @@ def _searched(
     found = search.run(spectra, todo)
     if search.judge is None:
         return found
-    best, tried = found.best, found.tried
+    best, tried, plans = found.best, found.tried, found.plans
     assert cfg.budget is not None
     limit = cfg.budget.max_loss_increase
     for number in range(cfg.planner.remeasure):
@@ -257,12 +255,13 @@ def _searched(
         # all of them: which trial is best on statistics near the plan, the first round does not say
         rerun = again.run(spectra_again, todo, label=_label(number))
         tried += rerun.tried
+        plans += rerun.plans
         if rerun.best.measured < best.measured:
             best, spectra = rerun.best, spectra_again
     if limit is not None:
         within = _within_loss(search, best, spectra, limit)
         best, tried = within.best, tried + within.tried
-    return Found(best, tried)
+    return Found(best, tried, plans)
 
 
 def _label(number: int) -> str:
@@ -364,6 +363,8 @@ def _outlook(
                 cost=t.cost,
                 groups=t.groups,
                 seconds=t.seconds,
+                refined=None if t.after is None else t.after.loss,
+                refined_steps=0 if t.after is None else t.after.steps,
             )
             for t in found.tried
         ),

@@ -25,7 +25,9 @@ _SLOPE_TOKENS = 32768
 
 
 @dataclass(frozen=True)
-class _Data:
+class Parts:
+    """What statistics are taken of, and what is held back from them."""
+
     fit: Sequence[object]
     held_back: list[tuple[Call, object]]
     """Batches as calls, and as they were given."""
@@ -76,11 +78,11 @@ class Judged:
     first_tokens: int
 
 
-def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> _Data:
+def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> Parts:
     """Every tenth batch is held back; of few batches the last one."""
     everything = batches if isinstance(batches, Sequence) else Spooled(batches)
     if effort == "off":
-        return _Data(everything, [], [])
+        return Parts(everything, [], [])
     if len(everything) < 2:
         raise CalibrationError(
             "a search needs at least 2 calibration batches, of which one is held back to judge "
@@ -91,7 +93,7 @@ def hold_back(captured: Captured, batches: Iterable[object], effort: Effort) -> 
     held_back = Picked(everything, numbers[step - 1 :: step])
     held = [(captured.caller(batch), batch) for batch in held_back]
     fit = Picked(everything, [i for i in numbers if i % step != step - 1])
-    return _Data(fit, held, [_size(captured.caller.where_it_is(batch)) for batch in fit])
+    return Parts(fit, held, [_size(captured.caller.where_it_is(batch)) for batch in fit])
 
 
 def _parted(captured: Captured, call: Call) -> list[Call]:

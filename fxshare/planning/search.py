@@ -84,6 +84,8 @@ class Found:
 
     best: Planned
     tried: tuple[Tried, ...]
+    plans: tuple[tuple[str, Planned], ...] = ()
+    """Those that differ, by the names of their outcomes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,7 @@ class Search:
         for at, twin in twins.items():
             found[at].take(twin)
         tried = tuple(_outcome(one, label) for one in found)
-        return Found(best, tried)
+        return Found(best, tried, tuple((one.trial.name + label, one) for one in plans))
 
     def _try(self, one: Planned, aware: Spectra) -> None:
         """Realise a plan, without the refit that is left to measurement, and measure it on the

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Effort = Literal["off", "quick", "thorough"]
+Effort = Literal["off", "quick", "thorough", "refined"]
+
+
+MOST_REFINED = 4
+"""Plans that are refined for a while, with ``search: refined``."""
+REFINED_STEPS = (20, 60)
+"""Of each of them, and further ones of the better half."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,14 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class AfterRefining:
+    """What a plan loses per token of the held-back data after so many steps of refinement."""
+
+    loss: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Tried:
     """A trial's outcome. ``measured`` is the loss increase per token on ``tokens`` of the held-back
     data: all of it, or the first share for a trial that went no further."""
@@ -36,6 +50,7 @@ class Tried:
     cost: int
     groups: int
     seconds: float
+    after: AfterRefining | None = None
 
 
 def trials(effort: Effort, *, mergeable: bool) -> list[Trial]:

@@ -18,6 +18,10 @@ class TrialResult(Frozen):
     cost: int
     groups: int
     seconds: float
+    refined: float | None = None
+    """What it loses after ``refined_steps`` of refinement, with ``search: refined``: the divergence
+    from the dense model, per token of the held-back data."""
+    refined_steps: int = 0
 
 
 class Outlook(Frozen):

@@ -2,9 +2,10 @@
 
 The student's block reads what the student's blocks before it have come to, the dense one what the
 dense blocks before it made, so that later blocks make up for the errors of earlier ones. The loss
-is half the squared distance of the blocks' outputs, each token's divided by the size of the dense
-one. Beside the models, memory holds what one block needs: its inputs (the first 64 MB, then in
-files), its gradients, moments and activations.
+is half the squared distance of the blocks' outputs in the metric of what it costs the model
+(:mod:`fxshare.refining.metric`). Beside the models, memory holds what one block needs: its inputs
+(the first 64 MB, then in files), its gradients, moments and activations; for the metrics the
+activations of the dense model, once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.cuts import STUDENT, TEACHER, Block, Cuts, as_items, cuts_of, part_of
 from fxshare.refining.dense_graph import dense_graph
 from fxshare.refining.measure import Measure, Teacher
-from fxshare.refining.objectives import ToOutputs
+from fxshare.refining.metric import InMetric, metrics_of
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.run import Run
 from fxshare.refining.steps import Optimiser, Stepper
@@ -87,6 +88,7 @@ def train_blocks(work: Blockwise, run: Run) -> None:
 
 def _train(work: Blockwise, run: Run, cuts: Cuts, dense: fx.GraphModule) -> None:
     options = work.options
+    metrics = metrics_of(dense, cuts, work.data.fit, work.caller, options.seed)
     items: list[Sequence[object]] = [
         Spooled(dict(work.caller(batch)) for batch in batches)
         for batches in (_in_turn(work.data, options), work.data.held_out)
@@ -95,7 +97,8 @@ def _train(work: Blockwise, run: Run, cuts: Cuts, dense: fx.GraphModule) -> None
         if len(cuts.blocks) <= run.mark:  # a finished run was read
             break
         student = _of_block(work.student, cuts, block)
-        teacher = Teacher(part_of(dense, cuts, block, TEACHER), ToOutputs())
+        objective = InMetric(block.outputs, metrics)
+        teacher = Teacher(part_of(dense, cuts, block, TEACHER), objective)
         left = options.limit - run.elapsed()
         limit = left * len(block.layers) / sum(len(b.layers) for b in cuts.blocks[number:])
         if limit <= 0:

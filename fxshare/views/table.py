@@ -9,7 +9,7 @@ import numpy as np
 
 from fxshare.config import Planner, ShareConfig
 from fxshare.plans.cost import Shape, numbers, ranks
-from fxshare.plans.outlook import Outlook
+from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.plans.storage import PLAIN, storages_of
 from fxshare.result.report import group_reports
@@ -259,6 +259,9 @@ def trials_table(plan: Plan) -> Table:
     o = plan.outlook
     if o is None:
         return header, []
+    refined = any(t.refined is not None for t in o.trials)
+    if refined:
+        header.insert(5, "refined")
     best = None if o.measured is None else (o.measured, o.held_back_tokens, o.cost)
     rows = [
         [
@@ -267,6 +270,7 @@ def trials_table(plan: Plan) -> Table:
             f"{t.predicted:.4g}",
             "–" if t.measured is None else f"{t.measured:.4g}",
             "–" if t.measured is None else f"{t.tokens:,}",
+            *(["–" if t.refined is None else _after(t)] if refined else []),
             f"{t.cost:,}",
             str(t.groups),
             f"{t.seconds:.1f}",
@@ -274,6 +278,10 @@ def trials_table(plan: Plan) -> Table:
         for t in o.trials
     ]
     return header, rows
+
+
+def _after(trial: TrialResult) -> str:
+    return f"{trial.refined:.4g} ({trial.refined_steps} steps)"
 
 
 def sweep_table(sweep: Sweep) -> Table:

@@ -9,14 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxshare
 from fxshare.base.numerics import tolerance, worst
+from fxshare.calibration.losses import default_loss
 from fxshare.errors import RefineError
 from fxshare.refining import blocks
 from fxshare.refining.cuts import STUDENT, TEACHER, cuts_of, part_of
 from fxshare.refining.dense_graph import dense_graph
+from fxshare.refining.metric import InMetric, metrics_of
+from fxshare.refining.objectives import ToOutputs
 from fxshare.refining.parameters import trainable_of
 from tests.refining.build import equal, everything, features, ids, refined, subject, usual
 
@@ -108,6 +111,7 @@ def test_block_losses_of_the_kept_state_are_those_recorded() -> None:
     done = result.fxshare.refined[-1]
     assert done.kept == done.steps  # the state of the last block
     dense, cuts = dense_graph(gm, model.eval()).eval(), cuts_of(gm, trainable_of(gm, model, ()))
+    roots = metrics_of(dense, cuts, ids(), gm.fxshare.caller(model), 0)
     for number, recorded in enumerate(done.blocks):
         name = cuts.blocks[number].outputs[0]
         total = rows = 0.0
@@ -116,9 +120,62 @@ def test_block_losses_of_the_kept_state_are_those_recorded() -> None:
             for graph, found in zip((dense, result.eval()), sides, strict=True):
                 _values(graph, batch, name, found)
             wanted, own = (one["value"].flatten(0, -2) for one in sides)
-            total += float(((own - wanted).norm(dim=-1) / wanted.norm(dim=-1)).pow(2).sum() / 2)
+            total += float(((own - wanted) @ roots[name]).pow(2).sum() / 2)
             rows += len(wanted)
         assert recorded.after == pytest.approx(total / rows, rel=1e-9)
+
+
+class _Cut(fx.Interpreter):
+    """Runs a graph with a value of it as a leaf, which goes to ``seen``."""
+
+    def __init__(self, gm: fx.GraphModule, name: str, seen: list[Tensor]) -> None:
+        super().__init__(gm)
+        self.at, self.seen = name, seen
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if node.name != self.at:
+            return value
+        self.seen.append(value.detach().requires_grad_())
+        return self.seen[-1]
+
+
+def test_metrics_are_moments_of_the_gradients_at_the_blocks_outputs() -> None:
+    model, gm = subject("llama", "shared", dtype=EXACT)
+    dense, cuts = dense_graph(gm, model.eval()).eval(), cuts_of(gm, trainable_of(gm, model, ()))
+    text, (batch,) = dense.code, ids(1)
+    caller = gm.fxshare.caller(model)
+    found = metrics_of(dense, cuts, [batch], caller, 0)
+    assert dense.code == text  # and nothing is left in it
+    assert not any(name.startswith("metric_") for name, _ in dense.named_modules())
+    assert set(found) == {name for block in cuts.blocks for name in block.outputs}
+    for name, root_DD in found.items():
+        seen: list[Tensor] = []
+
+        call = caller(batch)
+        given = [n for n in dense.graph.nodes if n.op == "placeholder"]
+        cut = _Cut(dense, name, seen)
+        defaults = [n.args[0] if n.args else None for n in given]
+        values = [call.get(str(n.target), d) for n, d in zip(given, defaults, strict=True)]
+        output = cut.run(*values)
+        loss, _ = default_loss(output, call)
+        (gradient,) = torch.autograd.grad(loss, seen[0])
+        rows_ND = gradient.flatten(0, -2)
+        moment_DD = rows_ND.mT @ rows_ND
+        size = len(moment_DD)
+        expected = 0.9 * moment_DD * size / moment_DD.trace() + 0.1 * torch.eye(size, dtype=EXACT)
+        torch.testing.assert_close(root_DD @ root_DD.mT, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_outputs_that_the_loss_does_not_reach_are_compared_as_they_are() -> None:
+    own, wanted = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    plain = InMetric(("a",), {}).loss((own,), [wanted], {}, None)
+    expected = ToOutputs().loss((own,), [wanted], {}, None)
+    assert (plain.total, plain.count) == (expected.total, expected.count)
+    double = InMetric(("a", "b"), {"a": 2 * torch.eye(4)}).loss((own, own), [wanted] * 2, {}, None)
+    assert double.count == 2 * expected.count
+    by_metric = 2 * (own - wanted).pow(2).sum()
+    torch.testing.assert_close(double.total, by_metric + expected.total)
 
 
 def test_a_state_that_is_worse_for_the_whole_is_not_kept() -> None:

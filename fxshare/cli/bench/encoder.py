@@ -25,7 +25,9 @@ def encoder(
     sizes: Annotated[
         str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
     ] = "0.7,0.5",
-    search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
+    search: Annotated[
+        str, typer.Option("--search", help="off, quick, thorough or refined.")
+    ] = "quick",
     threads: Threads = 0,
     seed: Seed = 0,
     allow_missing: AllowMissing = False,

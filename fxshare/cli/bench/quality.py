@@ -33,7 +33,9 @@ def quality(
     sizes: Annotated[
         str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
     ] = "0.9,0.8,0.7,0.6,0.5,0.4",
-    search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "quick",
+    search: Annotated[
+        str, typer.Option("--search", help="off, quick, thorough or refined.")
+    ] = "quick",
     refine: Annotated[
         float | None,
         typer.Option(

@@ -1,0 +1,73 @@
+"""A plan within the configuration's budget, with its factors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxshare.base.progress import stage
+from fxshare.calibration.losses import Loss
+from fxshare.compiling.given import check_values
+from fxshare.compiling.refined import after_refining
+from fxshare.compiling.stages import Stages
+from fxshare.compiling.together import one_plan
+from fxshare.errors import CalibrationError, PlanError
+from fxshare.planning.budget import Budgeted, plan_within_budget
+from fxshare.planning.held_back import Parts
+from fxshare.planning.offered import Offered
+from fxshare.planning.trials import AfterRefining
+from fxshare.planning.work import Work
+
+_LOG = logging.getLogger(__name__)
+
+
+def within_budget(
+    stages: Stages,
+    weights: Mapping[str, Tensor],
+    loss: Loss | None,
+    seed: int,
+    work: Work | None = None,
+) -> Budgeted:
+    """The plan under the configuration's budget, with its factors.
+
+    Raises :class:`CalibrationError` without calibration data, and what
+    :func:`plan_within_budget` raises.
+    """
+    if stages.batches is None:
+        raise CalibrationError(
+            "a budget needs calibration data to predict losses with: give calibration=..., or use "
+            "group_size and compression_rate, which do without"
+        )
+    assert stages.cfg.budget is not None
+    by_refining = stages.cfg.planner.search == "refined"
+    if by_refining and stages.cfg.budget.max_loss_increase is not None:
+        raise PlanError(
+            "planner: {search: refined} compares plans of one size, and budget: {max_loss_increase}"
+            " looks for the size; give params_kept, or search: quick"
+        )
+    check_values(weights)
+
+    def choose(plans: Sequence[Offered], data: Parts) -> Sequence[AfterRefining]:
+        return after_refining(stages, weights, plans, data, loss=loss, seed=seed)
+
+    with stage("plan", _LOG) as running:
+        made = plan_within_budget(
+            stages.captured,
+            stages.sites,
+            stages.skipped,
+            weights,
+            stages.batches,
+            stages.cfg,
+            loss=loss,
+            seed=seed,
+            work=work,
+            choose=choose if by_refining else None,
+        )
+        made.plan = one_plan(made.plan)
+        running.found(f"planned mode, {len(made.plan.groups)} groups")
+    return made
+
+
+__all__ = ["within_budget"]
