@@ -20,6 +20,7 @@ from fxshare.calibration.losses import Loss, next_token_logits
 from fxshare.capture import Call, tensors
 from fxshare.capture.call import MASK
 from fxshare.errors import RefineError
+from fxshare.refining.divergence import distribution, divergence_of
 from fxshare.refining.options import ObjectiveName, RefineOptions
 
 
@@ -63,7 +64,7 @@ class ToLogits(Objective):
     data_weight: float = 0.0
 
     def targets(self, output: Any, call: Call) -> Tensor:
-        return _distribution(_rows(_logits(output, self.name, "teacher"), call), self.temperature)
+        return distribution(_rows(_logits(output, self.name, "teacher"), call), self.temperature)
 
     def loss(self, output: Any, targets: Any, call: Call, batch: object) -> Summed:
         rows_NV = _rows(_logits(output, self.name, "compiled model"), call)
@@ -74,8 +75,7 @@ class ToLogits(Objective):
                 f"{targets.shape[-1]}) of {len(targets):,}; a teacher has the same vocabulary and "
                 "reads the same tokens"
             )
-        own_NV = _distribution(rows_NV, self.temperature)
-        divergence = F.kl_div(own_NV, targets, log_target=True, reduction="sum")
+        divergence = divergence_of(rows_NV, targets, self.temperature)
         total, count = divergence * self.temperature**2, len(rows_NV)
         if self.data_weight:
             data = _next_token(output, call, self.name)
@@ -230,11 +230,6 @@ def _rows(logits: Tensor, call: Call) -> Tensor:
         if not bool(kept.all()):
             return logits[kept]
     return logits.flatten(0, -2)
-
-
-def _distribution(rows_NV: Tensor, temperature: float) -> Tensor:
-    wide = rows_NV if rows_NV.dtype == torch.float64 else rows_NV.float()
-    return (wide if temperature == 1.0 else wide / temperature).log_softmax(-1)
 
 
 def _sizes(rows_ND: Tensor) -> Tensor:
