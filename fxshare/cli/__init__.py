@@ -29,6 +29,7 @@ from fxshare.cli.output import reports, show_error
 from fxshare.cli.plan import plan_model
 from fxshare.cli.ranks import speaks_of
 from fxshare.cli.refine import refine_model
+from fxshare.cli.report import report_model
 from fxshare.cli.schema import schema
 from fxshare.cli.validate import validate
 from fxshare.cli.verify import verify_model
@@ -118,6 +119,7 @@ def make_app() -> typer.Typer:
     app.command("refine")(reports(refine_model))
     app.command("verify")(reports(verify_model))
     app.command("inspect")(reports(inspect_model))
+    app.command("report")(reports(report_model))
     app.command("eval")(reports(evaluate_model))
     app.command("export")(reports(export_model))
     app.command("schema")(reports(schema))
