@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import version
 
-import jinja2
 import yaml
 
-import fxshare
 from fxshare.config import ShareConfig
 from fxshare.plans.plan import Plan
 from fxshare.result.record import Record
@@ -102,11 +101,13 @@ class _Again:
 def page_of(record: Record, name: str, why: Callable[[str], Sequence[str]]) -> str:
     """The page of a compiled model; ``name`` is the folder that it is in, ``why`` tells what became
     of a slice."""
+    import jinja2
+
     report, plan = record.report, record.plan
     text = (resources.files("fxshare.views") / "page.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(text).render(
-        version=fxshare.__version__,
+        version=version("fxshare"),
         title=f"{report.model}, {plan.mode} mode: {report.params_kept:.1%} of the numbers kept",
         lead=_lead(report),
         figures=list(_figures(report, plan)),
