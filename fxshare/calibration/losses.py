@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fxshare.calibration.cross_entropy import next_token_losses
 from fxshare.calibration.distance import DISTANCE, projected
 from fxshare.capture.call import MASK, Call
 from fxshare.errors import CalibrationError
@@ -82,15 +82,14 @@ def default_loss(
             )
         return projection, DISTANCE
     logits, ids = found
-    predictions = _wide(logits[:, :-1].flatten(0, 1))
-    targets = ids[:, 1:].flatten().long()
+    targets = ids[:, 1:].long()
     if labels == "sampled":
         with torch.no_grad():
             # on the CPU, where the generator is: the same seed draws the same labels everywhere
-            probabilities = torch.softmax(predictions, -1).cpu()
+            probabilities = torch.softmax(_wide(logits[:, :-1].flatten(0, 1)), -1).cpu()
             drawn = torch.multinomial(probabilities, 1, generator=generator)
-            targets = drawn.flatten().to(targets.device)
-    losses = F.cross_entropy(predictions, targets, reduction="none")
+            targets = drawn.view(targets.shape).to(targets.device)
+    losses = next_token_losses(logits, targets).flatten()
     mask = call.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         # of left padding the last position predicts a token, from nothing
