@@ -252,8 +252,7 @@ def _searched(
         # a limit of the loss is looked for at other prices too
         again = search.measured_again(best.solution.price if limit is None else None)
         search.problems.clear()
-        # all of them: which trial is best on statistics near the plan, the first round does not say
-        rerun = again.run(spectra_again, todo, label=_label(number))
+        rerun = again.run(spectra_again, _again(todo, found.tried), label=_label(number))
         tried += rerun.tried
         plans += rerun.plans
         if rerun.best.measured < best.measured:
@@ -262,6 +261,15 @@ def _searched(
         within = _within_loss(search, best, spectra, limit)
         best, tried = within.best, tried + within.tried
     return Found(best, tried, plans)
+
+
+def _again(todo: Sequence[Trial], tried: Sequence[Tried]) -> list[Trial]:
+    """The trials on statistics that are measured again. Which is best on those near the plan, the
+    first round does not say; but ranks by activation error, which need spectra of their own, are
+    chosen again only where they were in its better half."""
+    ranked = sorted(tried, key=lambda one: one.measured)
+    better = {one.trial for one in ranked[: -(-len(ranked) // 2)]}
+    return [trial for trial in todo if trial.loss_aware or trial.name in better]
 
 
 def _label(number: int) -> str:
