@@ -60,6 +60,9 @@ class SummedRows(Summed, Protocol):
     def mean(self) -> Tensor:
         """The mean row, float64."""
 
+    def times(self, left_OI: Tensor, mean_I: Tensor | None) -> Tensor:
+        """``left (M − mean meanᵀ)`` of the moment ``M``, in the dtype of ``left``."""
+
     def check_finite(self) -> None:
         """Raises :class:`CalibrationError` where a sum is not finite."""
 
@@ -230,6 +233,21 @@ class GramAccumulator:
             block = products[:, : end - first]
             gram_II[first:end, first:end] = (block + block.T) / 2
         return gram_II.div_(self.tokens)
+
+    def times(self, left_OI: Tensor, mean_I: Tensor | None = None) -> Tensor:
+        """``left (M − mean meanᵀ)`` ``(O, I)`` of the :meth:`gram` ``M``, without making it, in the
+        dtype of ``left``: of a wide input that takes as long as half of the product. Raises
+        CalibrationError like :meth:`check_finite`."""
+        self._checked_sum()
+        found_OI = torch.zeros_like(left_OI)
+        for (first, end), products in zip(_strips(self.features), self._products, strict=True):
+            strip = products / self.tokens
+            if mean_I is not None:  # before rounding: the mean may be most of the moment
+                strip.addr_(mean_I[first:end], mean_I[first:], alpha=-1)
+            strip = strip.to(left_OI)
+            found_OI[:, first:].addmm_(left_OI[:, first:end], strip)
+            found_OI[:, first:end].addmm_(left_OI[:, end:], strip[:, end - first :].T)
+        return found_OI
 
     def trace(self) -> float:
         """The trace of :meth:`gram`, without making it. Raises CalibrationError where no token was

@@ -109,6 +109,23 @@ class Statistics:
             return gram_without_gradients(gram_II, self.lookups[site].width)
         return self._gram(site)
 
+    def times_gram(self, left_OI: Tensor, site: str, mean_I: Tensor | None = None) -> Tensor:
+        """``left (G − mean meanᵀ)`` ``(O, I)`` of the :meth:`gram` of a site, in the dtype of
+        ``left``."""
+        if site in self.lookups:
+            gram_II = self.gram(site)
+            if mean_I is not None:
+                gram_II.addr_(mean_I, mean_I, alpha=-1)
+            return left_OI @ gram_II.to(left_OI)
+        parts, total = self._seen(site)
+        if len(parts) == 1:
+            return parts[0].times(left_OI, mean_I)
+        found = [part.times(left_OI, None) * (part.tokens / total) for part in parts]
+        if mean_I is not None:
+            mean_I = mean_I.to(left_OI)
+            found.append(torch.outer(left_OI @ mean_I, -mean_I))
+        return torch.stack(found).sum(0)
+
     def _gram(self, site: str) -> Tensor:
         parts, total = self._seen(site)
         if len(parts) == 1:  # of a wide input every copy is as much work as reading it

@@ -51,6 +51,12 @@ class OnDisk:
             raise CalibrationError(f"{self.features} features: expected at least 1 row, found 0")
         return self.mean_I
 
+    def times(self, left_OI: Tensor, mean_I: Tensor | None = None) -> Tensor:
+        """As the accumulator's."""
+        restored = self._restored()
+        assert isinstance(restored, GramAccumulator)
+        return restored.times(left_OI, mean_I)
+
     def trace(self) -> float:
         """As the accumulator's."""
         return self.total

@@ -15,7 +15,8 @@ Squaring costs singular values below 1e-8 of the largest, far below anything wor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,12 @@ class InputSide:
         """``I``."""
         return len(self.product_II)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """What is decomposed, ``(I, I)``; only its lower triangle is meaningful."""
+        product_II = self.product_II.to(dtype)
         if self.pooled.largest <= 0:
-            return self.product_II
-        return congruent(self.product_II, self.pooled.root)
+            return product_II
+        return congruent(product_II, self.pooled.root.to(dtype))
 
     def whole(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of full rank: ``S S⁻¹ = 1`` up to rounding only."""
@@ -56,6 +58,7 @@ class InputSide:
 
     def factors(self, leading_IR: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of eigenvectors, products with weights in ``dtype``."""
+        leading_IR = leading_IR.double()
         basis_RI, to_rank_IR = leading_IR.T, leading_IR
         if self.pooled.largest > 0:
             root_II = self.pooled.root
@@ -67,8 +70,8 @@ class InputSide:
 
 @dataclass(frozen=True, eq=False)
 class OutputSide:
-    """A group decomposed over its outputs. ``images`` are the members' ``R_iᵀ W_i G``, where they
-    are at hand; ``gram_II`` is not needed then."""
+    """A group decomposed over its outputs. ``images`` are the members' ``W_i G``, where they are at
+    hand; ``gram_II`` is not needed then."""
 
     members: Sequence[SliceStatistics]
     roots: Sequence[OutputRoot | None]
@@ -80,19 +83,20 @@ class OutputSide:
         """``I``."""
         return self.members[0].weight_OI.shape[1]
 
-    def matrix(self) -> Tensor:
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """What is decomposed, ``(O, O)``; only its lower triangle is meaningful."""
-        rooted_OI = self._rooted()
+        rooted_OI = self._rooted([one.weight_OI for one in self.members], dtype)
         if self.images is not None:
-            image_OI = torch.cat(list(self.images))
+            image_OI = self._rooted(self.images, dtype)
         else:
             assert self.gram_II is not None
-            image_OI = rooted_OI @ self.gram_II
+            image_OI = rooted_OI @ self.gram_II.to(dtype)
         size = len(rooted_OI)
         return add_lower_product(rooted_OI.new_zeros(size, size), rooted_OI.T, image_OI.T)
 
     def factors(self, leading_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The basis and the coefficients of eigenvectors, products with weights in ``dtype``."""
+        leading_OR = leading_OR.double()
         parts = torch.split(leading_OR, [len(one.weight_OI) for one in self.members])
         basis_RI = leading_OR.new_zeros(leading_OR.shape[1], self.features, dtype=dtype)
         coefficients = []
@@ -104,11 +108,10 @@ class OutputSide:
             coefficients.append(undone_OR.to(dtype))
         return basis_RI, coefficients
 
-    def _rooted(self) -> Tensor:
-        """The stacked ``R_iᵀ W_i`` ``(O, I)``."""
-        both = zip(self.members, self.roots, strict=True)
-        weights = ((one.weight_OI.double(), root) for one, root in both)
-        return torch.cat([w if root is None else root.apply(w) for w, root in weights])
+    def _rooted(self, stacked: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+        """The stacked ``R_iᵀ W_i`` ``(O, I)``, or those of images of the weights."""
+        both = ((x.to(dtype), root) for x, root in zip(stacked, self.roots, strict=True))
+        return torch.cat([x if root is None else root.apply(x) for x, root in both])
 
 
 Side = InputSide | OutputSide
@@ -147,14 +150,69 @@ def weighted_product(one: SliceStatistics, added: float = 0.0) -> Tensor:
     return found if product_II is None else found.add_(product_II)
 
 
+def damped_product(one: SliceStatistics, relative_floor: float) -> Tensor:
+    """``Wᵀ A W`` with a damped ``A``."""
+    added = 0.0
+    if one.is_projected:
+        # what is added decides between directions that nothing takes: its size is free
+        added = relative_floor * one.trace
+    elif one.moment_OO is not None:
+        added = Damping(one.moment_OO, relative_floor).floor
+    return weighted_product(one, added)
+
+
+def have_rank(members: Sequence[SliceStatistics], rank: int) -> bool:
+    """Whether the stacked weights of slices have a rank."""
+    stacked_OI = torch.cat([one.weight_OI.double() for one in members])
+    return int(torch.linalg.matrix_rank(stacked_OI)) >= rank
+
+
+def weighted_products(members: Sequence[SliceStatistics], dtype: torch.dtype) -> Tensor:
+    """``Σ Wᵀ A W`` ``(I, I)`` of slices. In float32 many small ones, as heads are, are multiplied
+    together."""
+    together = [one for one in members if dtype == torch.float32 and _is_small(one)]
+    products = [weighted_product(x).to(dtype) for x in members if all(x is not y for y in together)]
+    if together:
+        weight_OI = torch.cat([one.weight_OI.to(dtype) for one in together])
+        left_OI = torch.cat([_weighted(one, dtype) for one in together])
+        products.append(left_OI.T @ weight_OI)
+    return total(products)
+
+
+def _is_small(one: SliceStatistics) -> bool:
+    return not one.is_projected and len(one.weight_OI) <= _ROWS
+
+
+def _weighted(one: SliceStatistics, dtype: torch.dtype) -> Tensor:
+    """``A W``."""
+    weight_OI, moment = one.weight_OI.to(dtype), one.moment_OO
+    if moment is None:
+        return weight_OI
+    moment = moment.to(weight_OI)
+    return moment[:, None] * weight_OI if moment.ndim == 1 else moment @ weight_OI
+
+
+def total(products: Iterable[Tensor]) -> Tensor:
+    """The sum; the products themselves stay as they are, and one alone is not copied."""
+    found: Tensor | None = None
+    own = False
+    for one in products:
+        if found is None:
+            found = one
+        else:
+            found, own = (found.add_(one) if own else found + one), True
+    assert found is not None
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Decomposition:
     """All eigenvectors of a group's smaller side, and what they give at any rank."""
 
     spectrum: Tensor
-    """Squared singular values ``(N,)`` of the weighted stack, descending."""
+    """Squared singular values ``(N,)`` of the weighted stack, descending, in float64."""
     vectors: Tensor
-    """``(N, N)``, the last one the leading one."""
+    """``(N, N)``, the last one the leading one, in the dtype that it was decomposed in."""
     significant: int
     """How many eigenvalues are more than rounding: directions beyond are arbitrary."""
 
@@ -179,11 +237,11 @@ class Decomposition:
         )
 
 
-def decompose(side: Side) -> Decomposition:
-    """Decompose a group."""
-    values, vectors = torch.linalg.eigh(side.matrix())
-    spectrum = values.flip(0).clamp(min=0)
-    least = rounding(len(spectrum)) * float(spectrum.sum())
+def decompose(side: Side, dtype: torch.dtype = torch.float64) -> Decomposition:
+    """Decompose a group, in float32 to price it and to judge a plan by."""
+    values, vectors = torch.linalg.eigh(side.matrix(dtype))
+    spectrum = values.flip(0).clamp(min=0).double()
+    least = rounding(spectrum, dtype) if dtype == torch.float64 else 8 * _error(spectrum, dtype)
     return Decomposition(spectrum, vectors, int((spectrum > least).sum()))
 
 
@@ -200,9 +258,19 @@ def leading_values(matrix: Tensor, count: int, seed: int) -> Tensor:
     return values.flip(0)[:count]
 
 
-def rounding(size: int) -> float:
-    """What rounding leaves of an eigenvalue that is 0, as a share of their sum."""
-    return size * torch.finfo(torch.float64).eps
+def rounding(spectrum: Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """What rounding leaves of a sum of eigenvalues that are 0, beside these."""
+    size = len(spectrum)
+    if dtype == torch.float64:
+        return size * torch.finfo(dtype).eps * float(spectrum.sum())
+    # such a bound is a loss to reckon with in float32: errors of products are independent, and add
+    # up like a random walk, each of the size of the matrix' norm
+    return 2 * math.sqrt(size) * _error(spectrum, dtype)
+
+
+def _error(spectrum: Tensor, dtype: torch.dtype) -> float:
+    """A rounding of the largest eigenvalue, which is about the error of every other one."""
+    return torch.finfo(dtype).eps * float(spectrum[:1].sum())
 
 
 def _times(weight_OI: Tensor, right_IR: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
 
 def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
     # what rounding to float32 loses, to judge a plan by, is squared in the loss
-    projected_RI = torch.add(basis_RI @ one.gram_II.to(basis_RI), basis_RI, alpha=floor)
+    projected_RI = torch.add(one.times_gram(basis_RI), basis_RI, alpha=floor)
     inner_RR = (projected_RI @ basis_RI.T).double()
     right_RO = projected_RI @ one.weight_OI.to(basis_RI).T
     root_RR, failed = torch.linalg.cholesky_ex(inner_RR)

@@ -49,6 +49,10 @@ class Kept(Generic[Value]):
         self._values.move_to_end(key)
         return self._values[key][0]
 
+    def has_room(self, size: int) -> bool:
+        """Whether a value of so many bytes can be kept among others."""
+        return size <= min(self.largest, self.most_bytes)
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 

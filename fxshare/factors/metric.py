@@ -82,6 +82,10 @@ class SliceStatistics:
         image: Tensor = self.weight_OI.double() @ self.mean_I
         return image
 
+    def times_gram(self, left_OI: Tensor) -> Tensor:
+        """``left G`` ``(O, I)``, in the dtype of ``left``."""
+        return left_OI @ self.gram_II.to(left_OI)
+
     def quadratic_loss(self, product_OI: Tensor) -> float:
         """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of another weight Ŵ; where ``A`` was not kept, of one that
         is ``W X`` for some X, as are all that have a basis of the inputs. Computed in the dtype of
@@ -93,7 +97,7 @@ class SliceStatistics:
             return 0.5 * float((product_II @ through_II @ self.gram_II * through_II).sum())
         moment = self.moment_OO
         left_OI = gap_OI if moment is None else _times(moment.to(gap_OI), gap_OI)
-        return 0.5 * float((left_OI @ self.gram_II.to(gap_OI) * gap_OI).sum(dtype=torch.float64))
+        return 0.5 * float((self.times_gram(left_OI) * gap_OI).sum(dtype=torch.float64))
 
 
 class _Measured(SliceStatistics):
@@ -139,6 +143,15 @@ class _Measured(SliceStatistics):
             return gram_II if mean_I is None else gram_II.addr_(mean_I, mean_I, alpha=-1)
 
         return self._kept.get(self.input, make, 8 * self.weight_OI.shape[1] ** 2)
+
+    def times_gram(self, left_OI: Tensor) -> Tensor:
+        """``left G``; of an input that is too wide for its moment to be kept that is not
+        expanded."""
+        statistics, site, _ = self._of
+        if left_OI.dtype == torch.float64 or self._kept.has_room(8 * self.weight_OI.shape[1] ** 2):
+            return super().times_gram(left_OI)
+        with part("moments"):
+            return statistics.times_gram(left_OI, site, self.mean_I)
 
     @property
     def is_projected(self) -> bool:
@@ -222,11 +235,12 @@ class OutputRoot:
         return self._damping.floored
 
     def apply(self, weight_OI: Tensor) -> Tensor:
-        """``Rᵀ weight`` ``(O, I)``, nothing raised."""
+        """``Rᵀ weight`` ``(O, I)``, nothing raised; in the weight's dtype."""
         if self._is_triangular:
-            return self._damping.root.T @ weight_OI
+            return self._damping.root.T.to(weight_OI) @ weight_OI
         vectors, scale_O, _ = self._parts
-        return scale_O[:, None] * (weight_OI if vectors is None else vectors.T @ weight_OI)
+        turned_OI = weight_OI if vectors is None else vectors.T.to(weight_OI) @ weight_OI
+        return scale_O[:, None].to(weight_OI) * turned_OI
 
     def times(self, left_OR: Tensor) -> Tensor:
         """``R left`` ``(O, R)``."""

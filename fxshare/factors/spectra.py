@@ -10,9 +10,8 @@ stacked ``A_i^½ W_i S``: one eigenproblem of the smaller side per candidate
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,16 @@ from fxshare.factors.decompose import (
     InputSide,
     OutputSide,
     Side,
+    damped_product,
     decompose,
+    have_rank,
     is_wide,
     leading_values,
-    rounding,
-    weighted_product,
+    total,
+    weighted_products,
 )
 from fxshare.factors.entries import (
+    content_entry,
     entry_of,
     options_key,
     read_decomposition,
@@ -51,10 +53,15 @@ from fxshare.factors.every_rank import EveryRank, every_rank
 from fxshare.factors.factorise import Factors
 from fxshare.factors.kept import Kept
 from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
+from fxshare.factors.tails import tails_of
 from fxshare.factors.triangles import mirrored
 
 # rows of a decomposition from which on it is written
 _LEAST_WRITTEN = 256
+# features from which on the moment of an input is not expanded to price a few slices
+_WIDE = 1024
+# products of a weight and a moment up to which it is not
+_FEW = 9
 # of the room for what is kept, by kind
 _DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.35, 0.15, 0.25, 0.08, 0.12, 0.05
 
@@ -82,12 +89,15 @@ class Spectra:
     """Bytes for what is computed and may be asked for again."""
     filed: Filed | None = None
     """Where the factors of every rank go, for those in float32."""
+    dtype: torch.dtype = torch.float64
+    """What groups are priced in, and decomposed in to judge plans by; the factors that are kept in
+    the end are float64 in any case."""
     made: Kept[Any] = field(init=False)
     """What was made of these spectra and is kept with them."""
     _tails: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     _shared: dict[frozenset[str], NDArray[np.float64]] = field(default_factory=dict)
     """Those that another process or this one has computed beforehand, until they are asked for."""
-    _every_rank: dict[tuple[str, ...], EveryRank] = field(default_factory=dict)
+    _every_rank: dict[tuple[tuple[str, ...], torch.dtype], EveryRank] = field(default_factory=dict)
     _decompositions: Kept[Decomposition] = field(init=False)
     _pooled: Kept[Damping] = field(init=False)
     _roots: Kept[OutputRoot] = field(init=False)
@@ -102,12 +112,14 @@ class Spectra:
         self._decompositions = Kept(int(decomposed * self.room), stays=decomposed > 0)
         self._pooled = Kept(int(_POOLED * self.room))
         self._products = Kept(int(_PRODUCTS * self.room))
-        self._images = Kept(int(_IMAGES * self.room), stays=True)
+        # what decompositions do not take of it images do
+        images = _IMAGES + _DECOMPOSED - decomposed
+        self._images = Kept(int(images * self.room), stays=True)
         self._roots = Kept(int(_ROOTS * self.room))
 
     def share_inputs(self, other: Spectra) -> None:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""
-        self._pooled = other._pooled
+        self._pooled, self._images = other._pooled, other._images
 
     def release(self) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
@@ -151,25 +163,28 @@ class Spectra:
                 f"rank of {len(members)} weights: expected from 1 to {limit}, found {rank}"
             )
         if dtype == torch.float32 and self.filed is not None:
-            every = self.every_rank(names)
-            if rank <= every.significant and rank < limit:
-                return every.factors(rank)
+            for fine in (self.dtype, torch.float64):
+                every = self.every_rank(names, fine)
+                if rank <= every.significant and rank < limit:
+                    return every.factors(rank)
         whole = self.decomposition(names)
         # at full rank either form gives back weights that have it
-        if rank > whole.significant and not (rank == limit and _have_rank(members, limit)):
+        if rank > whole.significant and not (rank == limit and have_rank(members, limit)):
             damped = self.decomposition(names, damped=True)
             return damped.factors(self._inputs(names, damped=True), rank, dtype)
         return whole.factors(self._left(names), rank, dtype)
 
-    def every_rank(self, names: tuple[str, ...]) -> EveryRank:
-        """The factors of a group at every rank, in float32."""
-        found = self._every_rank.get(names)
+    def every_rank(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> EveryRank:
+        """The factors of a group at every rank, in float32; decomposed in a ``dtype``, or in that
+        of the prices."""
+        dtype = dtype or self.dtype
+        found = self._every_rank.get((names, dtype))
         if found is None:
             assert self.filed is not None
-            whole = self.decomposition(names)
+            whole = self.decomposition(names, dtype=dtype)
             found, is_kept = every_rank(whole, self._left(names), self.filed)
             if is_kept:
-                self._every_rank[names] = found
+                self._every_rank[names, dtype] = found
         return found
 
     def _left(self, names: tuple[str, ...]) -> Side:
@@ -180,7 +195,9 @@ class Spectra:
             return OutputSide(members, [self._root(name) for name in names])
         return self._side(names)
 
-    def decomposition(self, names: tuple[str, ...], *, damped: bool = False) -> Decomposition:
+    def decomposition(
+        self, names: tuple[str, ...], *, damped: bool = False, dtype: torch.dtype = torch.float64
+    ) -> Decomposition:
         """The decomposition of a group on its smaller side; with ``damped`` over its inputs, with
         both moments damped."""
         members = [self.slices[name] for name in names]
@@ -189,31 +206,50 @@ class Spectra:
             size = sum(len(one.weight_OI) for one in members)
 
         def make() -> Decomposition:
-            stored = self._read_decomposition(names, damped)
+            stored = self._read_decomposition(names, damped, dtype)
             if stored is not None:
                 return stored
-            found = decompose(self._inputs(names, damped=True) if damped else self._side(names))
+            side = self._inputs(names, damped=True) if damped else self._side(names, dtype)
+            found = decompose(side, dtype)
             self._write_decomposition(names, damped, found)
             return found
 
-        return self._decompositions.get((names, damped), make, 8 * size * size)
+        key = names, damped, dtype
+        return self._decompositions.get(key, make, dtype.itemsize * size * size)
 
-    def _side(self, names: Sequence[str]) -> Side:
+    def _side(self, names: Sequence[str], dtype: torch.dtype = torch.float64) -> Side:
         members = [self.slices[name] for name in names]
         if not is_wide(members):
-            return self._inputs(names)
+            return self._inputs(names, dtype=dtype)
         roots = [self._root(name) for name in names]
-        if len({one.input for one in members}) == 1 and self._readers_of(members[0].input) > 1:
-            images = [self._image(name, root) for name, root in zip(names, roots, strict=True)]
+        inputs = {self.slices[name].input: name for name in names}
+        if self._has_images(names, inputs.keys(), dtype):
+            images = [self._image(name, tuple(inputs.values()), dtype) for name in names]
             return OutputSide(members, roots, images=images)
         return OutputSide(members, roots, self.pooled(names).moment)
 
-    def _inputs(self, names: Sequence[str], *, damped: bool = False) -> InputSide:
+    def _has_images(
+        self, names: Sequence[str], inputs: Collection[object], dtype: torch.dtype
+    ) -> bool:
+        """Whether a group is priced by what its weights make of every input: where other slices
+        read it as well, and where one is so wide that its moment takes longer to be expanded."""
+        if len(inputs) == 1 and self._readers_of(next(iter(inputs))) > 1:
+            return True
+        width = self.slices[names[0]].weight_OI.shape[1]
+        return dtype == torch.float32 and width >= _WIDE and len(names) * len(inputs) <= _FEW
+
+    def _inputs(
+        self,
+        names: Sequence[str],
+        *,
+        damped: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> InputSide:
         together: dict[object, list[str]] = {}
         for name in names:
             together.setdefault(self.slices[name].input, []).append(name)
         # one at a time: those of all layers of a wide input are gigabytes
-        product_II = _total(self._product(tuple(part), damped) for part in together.values())
+        product_II = total(self._product(tuple(part), damped, dtype) for part in together.values())
         return InputSide([self.slices[name] for name in names], self.pooled(names), product_II)
 
     def _readers_of(self, read: object) -> int:
@@ -222,17 +258,20 @@ class Spectra:
             self._readers = Counter(one.input for one in self.slices.values() if is_wide([one]))
         return self._readers[read]
 
-    def _image(self, name: str, root: OutputRoot | None) -> Tensor:
-        """``Rᵀ W G`` ``(O, I)`` of a slice. With it a group of slices that read one input takes no
-        product over that input's moment."""
-        one = self.slices[name]
+    def _image(self, name: str, inputs: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """``W G`` ``(O, I)`` of a slice, G the mean over the inputs of some slices. With it a group
+        of slices that read one input takes no product over that input's moment."""
+        weight_OI = self.slices[name].weight_OI
 
-        def make() -> Tensor:
-            weight_OI = one.weight_OI.double()
-            rooted_OI = weight_OI if root is None else root.apply(weight_OI)
-            return rooted_OI @ self.pooled([name]).moment
+        def image(other: str) -> Tensor:
+            def make() -> Tensor:
+                return self.slices[other].times_gram(weight_OI.to(dtype))
 
-        return self._images.get(name, make, 8 * one.weight_OI.numel())
+            key = name, self.slices[other].input, dtype
+            return self._images.get(key, make, dtype.itemsize * weight_OI.numel())
+
+        images = [image(other) for other in inputs]
+        return images[0] if len(images) == 1 else total(images).div_(len(images))
 
     def _root(self, name: str) -> OutputRoot | None:
         """The root of a slice's output statistics; None where there are none."""
@@ -248,23 +287,17 @@ class Spectra:
 
         return self._roots.get(name, make, 16 * moment.numel())
 
-    def _product(self, names: tuple[str, ...], damped: bool) -> Tensor:
+    def _product(self, names: tuple[str, ...], damped: bool, dtype: torch.dtype) -> Tensor:
         """``Σ Wᵀ A W`` ``(I, I)`` of slices that read one input."""
-        size = 8 * self.slices[names[0]].weight_OI.shape[1] ** 2
+        size = dtype.itemsize * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Tensor:
-            return _total(self._weighted(name, damped) for name in names)
+            members = [self.slices[name] for name in names]
+            if damped:
+                return total(damped_product(one, self.relative_floor) for one in members)
+            return weighted_products(members, dtype)
 
-        return self._products.get((names, damped), make, size)
-
-    def _weighted(self, name: str, damped: bool) -> Tensor:
-        one, added = self.slices[name], 0.0
-        if damped and one.is_projected:
-            # what is added decides between directions that nothing takes: its size is free
-            added = self.relative_floor * one.trace
-        elif damped and one.moment_OO is not None:
-            added = Damping(one.moment_OO, self.relative_floor).floor
-        return weighted_product(one, added)
+        return self._products.get((names, damped, dtype), make, size)
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """``½ Σ_{k>r} σ_k²`` for r = 0 .. min(I, O), descending to 0; computed once."""
@@ -301,32 +334,22 @@ class Spectra:
         if stored is not None:
             return stored
         self.computed += 1
-        side = self._side(names)
+        side = self._side(names, self.dtype)
         out, features = sum(len(one.weight_OI) for one in side.members), side.features
         full = min(features, out)
         if self.sketch is not None and self.sketch < full // 2:
             matrix = side.matrix()
-            total = float(matrix.diagonal().sum())
+            whole = float(matrix.diagonal().sum())
             leading = leading_values(mirrored(matrix), self.sketch, self.seed)
+            found = tails_of(leading, full, whole)
         elif len(names) == 1:
             # what is not shared is factorised at some rank in almost every plan
-            whole = self.decomposition(names) if self.filed is None else self.every_rank(names)
-            leading = whole.spectrum
-            total = float(leading.sum())
+            kept = self.filed is not None
+            one = self.every_rank(names) if kept else self.decomposition(names, dtype=self.dtype)
+            found = tails_of(one.spectrum, full, dtype=self.dtype)
         else:
-            matrix = side.matrix()
-            total = float(matrix.diagonal().sum())
-            leading = torch.linalg.eigvalsh(matrix).flip(0)
-        values = leading.clamp(min=0).cpu().numpy()
-        tail = np.zeros(full + 1)
-        tail[: len(values) + 1] = total - np.concatenate([[0.0], np.cumsum(values)])
-        # beyond the sketch the tail is not known: it stays at its last value, and is 0 at full rank
-        tail[len(values) + 1 : full] = tail[len(values)]
-        tail[full] = 0.0
-        # what rounding leaves of the eigenvalues is no loss: a curve of it would make the planner
-        # pay for ranks that the weights do not have
-        tail[tail < rounding(full) * total] = 0.0
-        found: NDArray[np.float64] = 0.5 * np.minimum.accumulate(tail)
+            leading = torch.linalg.eigvalsh(side.matrix(self.dtype)).flip(0)
+            found = tails_of(leading, full, dtype=self.dtype)
         self._write(key, found)
         return found
 
@@ -335,20 +358,25 @@ class Spectra:
         """What spectra depend on beside statistics and weights, and the name of those."""
         return options_key(self.name, self.relative_floor, self.sketch, self.seed)
 
-    def _read_decomposition(self, names: tuple[str, ...], damped: bool) -> Decomposition | None:
+    def _read_decomposition(
+        self, names: tuple[str, ...], damped: bool, dtype: torch.dtype
+    ) -> Decomposition | None:
         if self.cache is None or not self.name:
             return None
-        return read_decomposition(self.cache, self._decomposed_as(names, damped), self._device())
+        entry = self._decomposed_as(names, damped, dtype)
+        return read_decomposition(self.cache, entry, dtype, self._device())
 
     def _write_decomposition(
         self, names: tuple[str, ...], damped: bool, found: Decomposition
     ) -> None:
         # what takes no time is not worth a file: the heads of a large model are thousands
         if self.cache is not None and self.name and len(found.spectrum) >= _LEAST_WRITTEN:
-            write_decomposition(self.cache, self._decomposed_as(names, damped), found)
+            entry = self._decomposed_as(names, damped, found.vectors.dtype)
+            write_decomposition(self.cache, entry, found)
 
-    def _decomposed_as(self, names: tuple[str, ...], damped: bool) -> str:
-        return f"{self._key(names)}.{'damped' if damped else 'vectors'}"
+    def _decomposed_as(self, names: tuple[str, ...], damped: bool, dtype: torch.dtype) -> str:
+        kind = "damped" if damped else "vectors"
+        return f"{self._key(names)}.{kind}{'' if dtype == torch.float64 else '-single'}"
 
     def _device(self) -> torch.device:
         return next(iter(self.slices.values())).weight_OI.device
@@ -358,18 +386,8 @@ class Spectra:
             return None
         if self.name:
             return entry_of(self.key_of_options, names)
-        digest = hashlib.sha256(f"{self.relative_floor} {self.sketch} {self.seed}".encode())
-        inputs = [self.slices[name].input for name in names]
-        for name in names:
-            one = self.slices[name]
-            # the Gram is pooled over distinct inputs: which members have the same one counts too
-            shape, number = tuple(one.weight_OI.shape), inputs.index(one.input)
-            kinds = f"{one.moment_OO is None} {one.is_projected}"
-            digest.update(f"{shape} {number} {kinds}".encode())
-            for t in (one.weight_OI, one.gram_II, one.moment_OO, one.product_II):
-                if t is not None:
-                    digest.update(t.detach().double().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        options = f"{self.relative_floor} {self.sketch} {self.seed} {self.dtype}"
+        return content_entry(options, [self.slices[name] for name in names])
 
     def _read(self, key: str | None) -> NDArray[np.float64] | None:
         if key is None or self.cache is None:
@@ -380,21 +398,3 @@ class Spectra:
         if key is None or self.cache is None:
             return
         write_entry(self.cache, f"{key}.spectrum", tails.astype(np.float64).tobytes())
-
-
-def _total(products: Iterable[Tensor]) -> Tensor:
-    """The sum; the products themselves stay as they are, and one alone is not copied."""
-    found: Tensor | None = None
-    own = False
-    for one in products:
-        if found is None:
-            found = one
-        else:
-            found, own = (found.add_(one) if own else found + one), True
-    assert found is not None
-    return found
-
-
-def _have_rank(members: Sequence[SliceStatistics], rank: int) -> bool:
-    stacked_OI = torch.cat([one.weight_OI.double() for one in members])
-    return int(torch.linalg.matrix_rank(stacked_OI)) >= rank

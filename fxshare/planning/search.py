@@ -218,6 +218,7 @@ class Search:
                 name="" if self.work is None else f"{number} {aware} {self.bias}",
                 sketch=self.sketch,
                 filed=None if self._is_double else Filed(),
+                dtype=torch.float64 if self._is_double else torch.float32,
                 # plans by activation error are one or two of a search
                 room=self.room * 3 // 4 if aware else self.room // 4,
             )
