@@ -20,8 +20,8 @@ DECOMPOSED, MADE, POOLED = 0.35, 0.15, 0.25
 :class:`fxshare.factors.spectra.Spectra` has them."""
 _AWARE = 0.75 * 0.75
 """Of what planning keeps, what the spectra by the loss have."""
-_SLOPE_BATCHES = 8
-"""Two at least, and all where the slope is much smaller than its spread."""
+_SLOPE_BATCHES = 5
+"""Four at least, as many again where that is enough."""
 _PER_NODE = 25
 """Calls that do next to nothing, by node and price: partitions are found in Python."""
 _PER_COPY = 150

@@ -18,8 +18,7 @@ from fxshare.planning.judge import Judge
 _STEP = 0.25
 _ERROR = 0.1
 _FEWEST = 4
-_ENOUGH = 8
-"""Batches after which it can be told that no number of them will do."""
+"""Batches, after which it can be told that no number of them will do."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def slope(
 
     ``tokens`` are those of each of the judge's calls. Four calls are taken, and then as many again
     as there were, until the error is a tenth of ``|slope| + |predicted|``, all that is said of the
-    loss, or there are no more; eight have to do where all would leave twice that error. ``what``
+    loss, or there are no more; no more are taken where all would leave twice that error. ``what``
     tells the change apart.
     """
     new = _filed(new[0]), new[1]  # weights that take a while to make, asked for four times and more
@@ -65,9 +64,7 @@ def slope(
         found += [(a - b) / (2 * _STEP) for a, b in zip(up, down, strict=True)]
         measured = _estimate(found, tokens[: len(found)])
         wanted = _ERROR * (abs(measured.value) + abs(predicted))
-        # what the error would come down to over all there is
-        least = measured.error * math.sqrt(len(found) / len(tokens))
-        hopeless = len(found) >= _ENOUGH and least > 2 * wanted
+        hopeless = len(found) >= _FEWEST and _least(measured, found, tokens) > 2 * wanted
         if measured.error <= wanted or hopeless or len(found) == len(tokens):
             return measured
 
@@ -119,6 +116,16 @@ def _estimate(found: Sequence[float], tokens: Sequence[float]) -> Slope:
     if count > 1:
         apart = sum((one - value * size) ** 2 for one, size in zip(found, tokens, strict=True))
         error = math.sqrt(apart * count / (count - 1)) / max(total, 1e-300)
-        # two thirds of all means are within a standard error; of few, t says within how many
-        error *= 1 + 0.84 / (count - 1)
+        error *= _of_few(count)
     return Slope(value, error, round(total))
+
+
+def _least(measured: Slope, found: Sequence[float], tokens: Sequence[float]) -> float:
+    """What the error would come down to over all batches there are."""
+    share = len(found) / len(tokens)
+    return measured.error * math.sqrt(share) * _of_few(len(tokens)) / _of_few(len(found))
+
+
+def _of_few(count: int) -> float:
+    """Two thirds of all means are within a standard error; of few, t says within how many."""
+    return 1 + 0.84 / (count - 1)

@@ -57,7 +57,7 @@ def test_the_mean_gradient_along_the_change_is_found() -> None:
     assert found.value == pytest.approx(14 / 4)
 
 
-@pytest.mark.parametrize(("spread", "batches"), [(0.1, 4), (1.0, 8), (3.0, 16), (50.0, 8)])
+@pytest.mark.parametrize(("spread", "batches"), [(0.1, 4), (1.0, 8), (3.0, 16), (50.0, 4)])
 def test_as_many_batches_as_the_spread_asks_for(spread: float, batches: int) -> None:
     new = {"w": torch.tensor([2.0, 2.0])}, {"b": torch.tensor([0.5])}
     gradients = [5.0 + spread * (-1) ** at for at in range(16)]
@@ -70,10 +70,10 @@ def test_as_many_batches_as_the_spread_asks_for(spread: float, batches: int) -> 
 
 def test_what_is_predicted_besides_makes_a_spread_small() -> None:
     new = {"w": torch.tensor([2.0, 2.0])}, {"b": torch.tensor([0.5])}
-    judge: Any = Quadratic([1.0, -1.0] * 8)
+    judge: Any = Quadratic([6.0, 4.0] * 8)
     slope(judge, [1.0] * 16, OLD, new, predicted=0.0)
     assert len(judge.asked) == 16
-    judge = Quadratic([1.0, -1.0] * 8)
+    judge = Quadratic([6.0, 4.0] * 8)
     slope(judge, [1.0] * 16, OLD, new, predicted=20.0)
     assert len(judge.asked) == 8
 

@@ -232,10 +232,12 @@ def _collect(problem: Problem, strategy: str) -> _Collected:
         partitions.setdefault(found[-1], parts)
     # over every partition collected, not only the one found at this price: a heuristic may have
     # found a better one at another price, and the bound must hold for that one too
-    values = [
-        min(sum(problem.value(p, price) for p in parts) for parts in partitions.values())
-        for price in prices
-    ]
+    at_all = {
+        part: np.asarray([problem.value(part, price) for price in prices])
+        for part in frozenset[Part]().union(*partitions)
+    }
+    sums = [sum(at_all[part] for part in parts) for parts in partitions.values()]
+    values: list[float] = np.min(sums, axis=0).tolist()
     bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
     return _Collected(prices, found, values, bounds, paths)

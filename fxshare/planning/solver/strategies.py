@@ -128,8 +128,9 @@ def same_input(problem: Problem, price: float) -> list[Part]:
     while merged:
         merged = False
         options = []
+        joins = [joint.get(_read(problem, row)) for row in rows]
         for a, b in itertools.combinations(range(len(rows)), 2):
-            may = joint.get(_read(problem, rows[a]))
+            may = joins[a]
             many = may is not None
             if may is not None and not (dear and blocks[a] | blocks[b] in may):
                 continue
