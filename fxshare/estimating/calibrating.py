@@ -19,7 +19,7 @@ from fxshare.sites.site import Site
 _BACKWARD_TRAFFIC = 2.0
 """Of elementwise work: what it reads is what both directions wrote."""
 _BACKWARD_ATTENTION = 2.5
-_LOSS_PASSES = 12
+_LOSS_PASSES = 8
 """How often logits are read or written by a next-token loss in float32 and its gradient."""
 _FORWARD_LOSS_PASSES = 4
 _CALLS = 12

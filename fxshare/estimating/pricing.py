@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxshare.calibration.gradients import is_diagonal, is_projected
-from fxshare.cost_model.pace import NOTHING, Amount, Pace
+from fxshare.cost_model.pace import NOTHING, Amount, Pace, Precision
 from fxshare.sites.site import Site, SliceSpec
 
 _ORTHOGONAL = 80
@@ -19,6 +19,8 @@ _ORTHOGONAL = 80
 _CALLS = 300
 """Operations of a candidate that do next to nothing, its curve included."""
 _MANY = 8
+_SINGLE = 0.6
+"""Of an eigenproblem's time in float64, what it takes in float32."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class Terms:
     singular: frozenset[int]
     readers: Mapping[Hashable, int]
     tight: bool = False
+    kind: Precision = "double"
+    """What groups are priced in."""
+
+    def eigen(self, found: Amount) -> Amount:
+        """An eigenproblem that takes so long in float64."""
+        return found * _SINGLE if self.kind == "single" else found
 
     def roots(self, part: Candidate) -> float:
         """How many roots of its inputs a candidate takes."""
@@ -151,36 +159,37 @@ def price(terms: Terms, part: Candidate, *, aware: bool) -> Amount:
     """The spectrum of a candidate; of a slice alone with the eigenvectors, which serve its
     factors."""
     pace, inputs, outputs = terms.pace, part[0].inputs, sum(one.outputs for one in part)
-    found = pace.calls(_CALLS)
+    kind, found = terms.kind, pace.calls(_CALLS)
     if outputs < inputs:
         for one in part:
             if aware:
                 found += output_root(pace, one.outputs) if len(part) == 1 else NOTHING
-                found += pace.product(one.outputs, one.outputs, inputs)
+                found += pace.product(one.outputs, one.outputs, inputs, kind)
         shared = len({one.read for one in part}) == 1 and terms.readers[part[0].read] > 1
         if len(part) == 1 or not shared:
-            found += pace.product(outputs, inputs, inputs)
-        found += pace.triangle(outputs, inputs)
+            found += pace.product(outputs, inputs, inputs, kind)
+        found += pace.triangle(outputs, inputs, kind)
     else:
-        found += weighted(pace, part[-1], aware=aware)
+        found += weighted(pace, part[-1], aware=aware, kind=kind)
         found += terms.input_root(inputs) * terms.roots(part)
         # a congruence: two products, of either about half
-        found += pace.triangle(inputs, inputs) * 2 + pace.moved(8 * 4 * inputs * inputs)
+        found += pace.triangle(inputs, inputs, kind) * 2 + pace.moved(8 * 4 * inputs * inputs)
     size = min(inputs, outputs)
-    return found + (pace.eigenvectors(size) if len(part) == 1 else pace.eigenvalues(size))
+    alone = len(part) == 1
+    return found + terms.eigen(pace.eigenvectors(size) if alone else pace.eigenvalues(size))
 
 
-def weighted(pace: Pace, one: Member, *, aware: bool) -> Amount:
+def weighted(pace: Pace, one: Member, *, aware: bool, kind: Precision = "double") -> Amount:
     """``Wᵀ A W`` of a slice over its inputs."""
     inputs, outputs = one.inputs, one.outputs
     if not aware:
-        return pace.product(inputs, outputs, inputs)
+        return pace.product(inputs, outputs, inputs, kind)
     if is_projected(one.site, one.slice):
         return NOTHING
-    product = pace.product(inputs, outputs, inputs)
+    product = pace.product(inputs, outputs, inputs, kind)
     if is_diagonal(one.site, one.slice):
         return product
-    return product + pace.product(outputs, outputs, inputs)
+    return product + pace.product(outputs, outputs, inputs, kind)
 
 
 def largest(pace: Pace, size: int) -> Amount:

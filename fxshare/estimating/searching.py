@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxshare.config import ShareConfig
 from fxshare.cost_model.pace import NOTHING, Amount, Pace
@@ -98,6 +98,7 @@ def terms_of(subject: Subject, parts: Candidates) -> Terms:
         subject.singular,
         pricing.readers_of(parts.alone),
         tight=size > POOLED * _AWARE * subject.kept,
+        kind="double" if subject.itemsize == 8 else "single",
     )
 
 
@@ -105,13 +106,12 @@ def spectra(subject: Subject, searched: Searched) -> Amount:
     """The prices of all candidates, on the statistics of every round."""
     parts = searched.shared
     terms, found = terms_of(subject, parts), NOTHING
-    for part in parts.alone:
-        found += pricing.price(terms, part, aware=True)
-        if searched.copies:  # a trial goes by activation error
-            found += pricing.price(terms, part, aware=False)
-    for part in parts.shared:
-        found += pricing.price(terms, part, aware=True)
-    return found * searched.rounds
+    for part in (*parts.alone, *parts.shared):
+        found += pricing.price(terms, part, aware=True) * searched.rounds
+    for part in parts.alone if searched.copies else ():
+        # a trial goes by activation error, most often on the first statistics alone
+        found += pricing.price(terms, part, aware=False)
+    return found
 
 
 def factorised(subject: Subject, searched: Searched) -> Amount:
@@ -120,7 +120,7 @@ def factorised(subject: Subject, searched: Searched) -> Amount:
     if subject.itemsize == 8:
         return _factorised_each(subject, searched)
     pace, terms, found = subject.pace, terms_of(subject, searched.shared), NOTHING
-    spectra = searched.rounds * (2 if searched.copies else 1)
+    spectra = searched.rounds + (1 if searched.copies else 0)
     alike: dict[object, list[Candidate]] = {}
     for part in searched.shared.alone:
         alike.setdefault((part[0].site.type, part[0].inputs, _outputs(part)), []).append(part)
@@ -135,7 +135,7 @@ def factorised(subject: Subject, searched: Searched) -> Amount:
         if subject.stored:
             one += pace.moved(8 * 4 * full**2)
         else:
-            one += pricing.price(terms, part, aware=True)
+            one += pricing.price(replace(terms, kind="double"), part, aware=True)
         found += one * (1 + len(others))
     return found
 
