@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+_LARGE = 1 << 20
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -37,15 +38,17 @@ def free() -> int:
     return found
 
 
-def give_back() -> None:
+def give_back(size: int = _LARGE) -> None:
     """Free what only refers to itself, which graphs do, and hand freed memory to the system where
-    the C library keeps it (glibc's ``malloc_trim``).
+    the C library keeps it (glibc's ``malloc_trim``). Of a small ``size``, that of the weights at
+    work, nothing is done: to look through all objects takes longer than to plan for a small model.
 
     Matrices of a few megabytes that come and go between others leave its heap in pieces, which it
     keeps: without this a process of many trials grows although nothing is held.
     """
-    gc.collect()
-    trim()
+    if size >= _LARGE:
+        gc.collect()
+        trim()
 
 
 def trim() -> None:

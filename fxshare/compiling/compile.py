@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from fxshare.base.memory import give_back
 from fxshare.base.processes import here, in_step
 from fxshare.base.progress import stage
 from fxshare.base.surroundings import outside_inference, plain_surroundings
@@ -124,6 +125,7 @@ def compile(
         foretell(stages, work)
     with working(stages, work, loss, seed) as (stages, held):
         plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
+    give_back(plan.dense_numbers)  # what was kept to plan with
     result, record = built(stages, plan, factors, statistics, own, copy=copy, start=start)
     if cfg.lower is not None:
         with stage("lower", _LOG):

@@ -150,8 +150,7 @@ class _Measured(SliceStatistics):
         statistics, site, _ = self._of
         if left_OI.dtype == torch.float64 or self._kept.has_room(8 * self.weight_OI.shape[1] ** 2):
             return super().times_gram(left_OI)
-        with part("moments"):
-            return statistics.times_gram(left_OI, site, self.mean_I)
+        return statistics.times_gram(left_OI, site, self.mean_I)
 
     @property
     def is_projected(self) -> bool:

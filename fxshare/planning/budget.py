@@ -43,8 +43,6 @@ from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
 _LOG = logging.getLogger(__name__)
-_LARGE = 1 << 20
-"""Bytes of weights, from which on memory that planning has let go counts."""
 Gather = Callable[[Captured, int], Statistics]
 """Statistics on what was captured, of a round."""
 
@@ -155,6 +153,8 @@ def _search(
 
 
 def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:
+    if search.judge is not None:
+        search.judge.forget()
     new, old = search.dense(best.factors), (search.weights, search.biases)
     what = None if best.factors.what is None else ("slope", best.factors.what)
     return slope(judge, tokens, old, new, predicted=best.predicted, what=what)
@@ -304,9 +304,9 @@ def _remeasured(
     on = substituted(captured, search.sites, *search.dense(middle.factors))
     for one in spectra.values():
         one.release()
-    # to look through all objects takes longer than to plan for a small model
-    if sum(weight.nbytes for weight in search.weights.values()) > _LARGE:
-        give_back()
+    if search.judge is not None:
+        search.judge.forget()
+    give_back(sum(weight.nbytes for weight in search.weights.values()))
     return gather(on, number + 1)
 
 

@@ -118,12 +118,18 @@ class Judge:
         rest = range(self._data.first, len(self._data.calls))
         return Lost(first.total + self._above_dense(on, rest), self.tokens)
 
+    def forget(self) -> None:
+        """Free the weights of the candidate that was measured last, which are as many as the
+        model's; it is made again where it is measured again."""
+        if self._candidate is not None:
+            self._candidate.forget(self._captured)
+        self._candidate = None
+
     def losses(self, on: Candidate, which: Iterable[int]) -> list[float]:
         """The loss itself on each of some calls, where it is no distance. Of several processes each
         runs its share of the calls, always the same ones."""
         if self._candidate is not on:  # one copy at a time
-            if self._candidate is not None:
-                self._candidate.forget(self._captured)
+            self.forget()
             self._candidate = on
 
         def run(number: int) -> float:
