@@ -236,7 +236,7 @@ def _collect(problem: Problem, strategy: str) -> _Collected:
         part: np.asarray([problem.value(part, price) for price in prices])
         for part in frozenset[Part]().union(*partitions)
     }
-    sums = [sum(at_all[part] for part in parts) for parts in partitions.values()]
+    sums = [np.sum([at_all[part] for part in parts], axis=0) for parts in partitions.values()]
     values: list[float] = np.min(sums, axis=0).tolist()
     bounds = [min(v, problem.bound(price)) for v, price in zip(values, prices, strict=True)]
     paths = [_Path([problem.candidate(p) for p in parts]) for parts in partitions.values()]
