@@ -84,8 +84,7 @@ class Found:
 
     best: Planned
     tried: tuple[Tried, ...]
-    plans: tuple[tuple[str, Planned], ...] = ()
-    """Those that differ, by the names of their outcomes."""
+    plans: tuple[tuple[str, Planned], ...] = ()  # those that differ, by their outcomes' names
 
 
 @dataclass(frozen=True, eq=False)
