@@ -21,6 +21,7 @@ class To(str, Enum):
     ONNX = "onnx"
     DENSE = "dense"
     PY = "py"
+    VLLM = "vllm"
 
 
 def export_model(
@@ -29,14 +30,15 @@ def export_model(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="The file to make (.pt2, .onnx, .safetensors), or the folder (dense, py).",
+            help="The file to make (.pt2, .onnx, .safetensors), or the folder (dense, py, vllm).",
         ),
     ],
     to: Annotated[
         To,
         typer.Option(
             help="pt2: torch.export. aoti: compiled by AOTInductor. onnx. dense: the original's "
-            "weights, multiplied out. py: a Python module.",
+            "weights, multiplied out. py: a Python module. vllm: a folder for vLLM and "
+            "transformers.",
             show_default=False,
         ),
     ],
@@ -47,6 +49,9 @@ def export_model(
         int | None, typer.Option(metavar="N", help="ONNX opset. Default: torch's.")
     ] = None,
     original: Original = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="vllm: a copy of its bases for every linear.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     seed: Seed = 0,
     allow_missing: AllowMissing = False,
@@ -81,7 +86,9 @@ def export_model(
         to=to.value,
         dynamic=not static,
         opset=opset,
-        original=source if to is To.DENSE else None,
+        original=source if to in (To.DENSE, To.VLLM) else None,
+        untie=untie,
+        tokenizer=folder if to is To.VLLM else None,
         force=force,
         seed=seed,
     )

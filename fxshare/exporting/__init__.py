@@ -6,12 +6,11 @@ compared with the compiled model before it takes its place. docs/how-to/export.m
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fxshare.base.progress import stage
 from fxshare.base.randomness import randomness_as_before
 from fxshare.base.surroundings import plain_surroundings
 from fxshare.errors import CheckFailed, ExportError
+from fxshare.exporting.options import TARGETS, Options, Target
 from passes.errors import FxShareError
 
 if TYPE_CHECKING:
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from fxshare.exporting.subject import Subject
     from fxshare.exporting.written import Written
     from fxshare.store.skeleton import ModelSource
+    from fxshare.store.tokenizer import TokenizerSource
 
 _LOG = logging.getLogger(__name__)
-Target = Literal["pt2", "aoti", "onnx", "dense", "py"]
-TARGETS: tuple[str, ...] = get_args(Target)
-_SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ def export(
     dynamic: bool = True,
     opset: int | None = None,
     original: ModelSource | None = None,
+    untie: bool = False,
+    tokenizer: TokenizerSource | None = None,
     force: bool = False,
     seed: int = 0,
 ) -> Exported:
@@ -100,10 +100,12 @@ def export(
         What :func:`fxshare.compile` or :func:`fxshare.load` returned, lowered or not. It is
         exported in eval mode as it is now, and left as it is.
     path
-        The file to make, or the folder (``py``, and ``dense`` unless it ends in ``.safetensors``).
+        The file to make, or the folder (``py``, ``vllm``, and ``dense`` unless it ends in
+        ``.safetensors``).
     to
         ``pt2`` (``torch.export``), ``aoti`` (AOTInductor), ``onnx``, ``dense`` (the original's
-        state dict with the products multiplied out), ``py`` (the graph as a Python module).
+        state dict with the products multiplied out), ``py`` (the graph as a Python module),
+        ``vllm`` (a folder that vLLM and transformers load, in which bases stay shared).
     example
         One batch to export with. Where None, random numbers of the form that the model was
         captured with.
@@ -114,7 +116,12 @@ def export(
     original
         For ``dense``: the original model, a function that makes one, or
         ``"package.module:function"``, where the compiled model cannot say its class or does not use
-        all of its parameters.
+        all of its parameters. For ``vllm`` the model, for the last reason.
+    untie
+        For ``vllm``: give every linear its own copy of the bases that it reads.
+    tokenizer
+        For ``vllm``: a folder whose tokenizer files are copied, or a tokenizer of transformers.
+        Where None, those of the folder that the original was loaded from.
     force
         Replace an older export at ``path``; it stays until the new one is checked.
     seed
@@ -133,16 +140,21 @@ def export(
     """
     from fxshare.exporting import place
     from fxshare.exporting.subject import subject_of
-    from fxshare.exporting.targets import dense, onnx, python
+    from fxshare.exporting.targets import dense, onnx, python, vllm
 
     place_of = Path(path)
-    _check_options(to, place_of, opset, original)
+    options = Options(opset, original, untie, tokenizer)
+    options.check(to, place_of)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
-    ours = {"py": python.ours, "dense": None if place_of.suffix == dense.SUFFIX else dense.ours}
+    if to == "vllm":
+        gm = vllm.as_written(gm)
+    ours = {"py": python.ours, "vllm": vllm.ours}
+    if place_of.suffix != dense.SUFFIX:
+        ours["dense"] = dense.ours
     renames = onnx.rename_data if to == "onnx" else None
     with place.new_place(place_of, force=force, ours=ours.get(to), renames=renames) as temporary:
         subject = subject_of(gm, example, dynamic=dynamic, seed=seed)
-        written = _write(subject, temporary, to, opset, original)
+        written = _write(subject, temporary, to, options)
         checked, distance, limit, notes = _check(subject, written, to, seed)
         size = sum(f.stat().st_size for f in temporary.parent.rglob("*") if f.is_file())
     return Exported(
@@ -159,37 +171,17 @@ def export(
     )
 
 
-def _check_options(to: str, path: Path, opset: int | None, original: ModelSource | None) -> None:
-    if to not in TARGETS:
-        near = difflib.get_close_matches(str(to), TARGETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ExportError(f"to: expected one of {', '.join(TARGETS)}, found {to!r}{hint}")
-    suffix = _SUFFIXES.get(to)
-    if suffix is not None and path.suffix != suffix:
-        raise ExportError(
-            f"to={to!r} writes a file that ends in {suffix}, found {path.name!r}; loaders look at "
-            "the ending"
-        )
-    for option, value, target in (("opset", opset, "onnx"), ("original", original, "dense")):
-        if value is not None and to != target:
-            raise ExportError(f"{option}: only to={target!r} has it, found to={to!r}; leave it out")
-    if to == "onnx":
-        from fxshare.exporting.targets.onnx import check_opset
-
-        check_opset(opset)
-
-
-def _write(
-    subject: Subject, path: Path, to: str, opset: int | None, original: ModelSource | None
-) -> Written:
-    from fxshare.exporting.targets import aoti, dense, onnx, pt2, python
+def _write(subject: Subject, path: Path, to: str, options: Options) -> Written:
+    from fxshare.exporting.targets import aoti, dense, onnx, pt2, python, vllm
 
     if any(t.device.type == "meta" for t in subject.model.parameters()):
         raise ExportError(f"{subject.name} is on the meta device: it has no values to export")
     if to == "dense":
-        return dense.write(subject, path, original)
+        return dense.write(subject, path, options.original)
     if to == "onnx":
-        return onnx.write(subject, path, opset)
+        return onnx.write(subject, path, options.opset)
+    if to == "vllm":
+        return vllm.write(subject, path, options)
     write = {"pt2": pt2.write, "aoti": aoti.write, "py": python.write}[to]
     return write(subject, path)
 

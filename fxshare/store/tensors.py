@@ -59,7 +59,7 @@ def write_tensors(
     by_object: dict[int, str] = {}
     by_memory: dict[object, str] = {}
     for name, (kind, tensor) in tensors.items():
-        _check_storable(name, tensor)
+        check_storable(name, tensor)
         entry = TensorEntry(
             kind=kind,
             dtype=dtype_name(tensor.dtype),
@@ -95,7 +95,8 @@ def write_tensors(
     return entries, [*files, INDEX]
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def check_storable(name: str, tensor: Tensor) -> None:
+    """:class:`StoreError` where no file can hold a tensor: quantised, wrapped, without values."""
     plain = type(tensor) in (Tensor, nn.Parameter)
     if not plain or tensor.layout is not torch.strided or tensor.dtype not in DTYPES.values():
         kind = type(tensor).__name__ if not plain else f"{tensor.layout}, {tensor.dtype}"

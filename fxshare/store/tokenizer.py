@@ -43,6 +43,11 @@ _FILES = (
 """Names that transformers gives to the files of tokenizers and processors."""
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether transformers gives this name to a file of a tokenizer or processor."""
+    return name in _FILES
+
+
 def write_tokenizer(source: TokenizerSource, folder: Path) -> None:
     """Copy the tokenizer's files of the folder ``source`` as they are, or let the tokenizer write
     its own.
@@ -94,4 +99,4 @@ def _name_class(source: Path, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["SavesItself", "TokenizerSource", "write_tokenizer"]
+__all__ = ["SavesItself", "TokenizerSource", "is_tokenizer_file", "write_tokenizer"]

@@ -30,12 +30,13 @@ def write_hf_configs(source: Source, folder: Path, *, dtype: str) -> None:
         "is_encoder_decoder": bool(source.config.get("is_encoder_decoder", False)),
         "original": dict(source.config),
     }
-    _write(folder / HF_CONFIG, config)
+    write_json(folder / HF_CONFIG, config)
     if source.generation_config is not None:
-        _write(folder / HF_GENERATION, dict(source.generation_config))
+        write_json(folder / HF_GENERATION, dict(source.generation_config))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of transformers; :class:`StoreError` for what JSON does not hold."""
     try:
         text = json.dumps(content, indent=2, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -43,4 +44,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-__all__ = ["HF_CONFIG", "HF_GENERATION", "MODEL_TYPE", "write_hf_configs"]
+__all__ = ["HF_CONFIG", "HF_GENERATION", "MODEL_TYPE", "write_hf_configs", "write_json"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +50,7 @@ def write(subject: Subject, path: Path, original: ModelSource | None) -> Written
     for, unless ``original`` has it.
     """
     model = _original_module(subject, original)
-    state = _state(subject, original if isinstance(original, nn.Module) else None)
+    state = state_of(subject, original if isinstance(original, nn.Module) else None)
     if path.suffix == SUFFIX:
         save_file(state, path, metadata={"format": "pt"})
         stored = load_file(path)
@@ -79,14 +79,24 @@ def _runner(model: nn.Module, subject: Subject) -> Any:
     return lambda call: model.to(device)(**call, **subject.constants)
 
 
-def _state(subject: Subject, original: nn.Module | None) -> dict[str, Tensor]:
-    """The original's state dict; every tensor on the CPU, in memory of its own."""
+def state_of(
+    subject: Subject, original: nn.Module | None, *, without: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
+    """The original's state dict, but for the sites named in ``without``; every tensor on the CPU,
+    in memory of its own.
+
+    Raises :class:`ExportError` for a parameter that the compiled graph does not use, unless
+    ``original`` has it.
+    """
     names = original_of(subject.model)
-    values = dict(_values(subject, names))
+    sites = [site for site in subject.record.plan.sites if site.name not in without]
+    values = dict(_values(subject, names, sites))
     given = {} if original is None else original.state_dict(keep_vars=True)
     state: dict[str, Tensor] = {}
     missing = []
     for name, first in names.state.items():
+        if name.rpartition(".")[0] in without:
+            continue
         if first in values:
             value = values[first]
         elif name in given:
@@ -97,7 +107,7 @@ def _state(subject: Subject, original: nn.Module | None) -> dict[str, Tensor]:
         state[name] = value.to("cpu", copy=True).contiguous()
     if missing:
         raise ExportError(
-            f"to='dense' writes every name of {subject.name}'s state dict, and the compiled graph "
+            f"the export writes every name of {subject.name}'s state dict, and the compiled graph "
             f"does not use {missing[0]!r}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; give original=..., "
             "the model, to take them from"
@@ -105,7 +115,9 @@ def _state(subject: Subject, original: nn.Module | None) -> dict[str, Tensor]:
     return state
 
 
-def _values(subject: Subject, names: Original) -> Iterator[tuple[str, Tensor]]:
+def _values(
+    subject: Subject, names: Original, sites: Iterable[Site]
+) -> Iterator[tuple[str, Tensor]]:
     """Values by the first name of each tensor of the original: products in float64, rounded once
     to the dtype of their coefficients."""
     gm = subject.model
@@ -114,7 +126,7 @@ def _values(subject: Subject, names: Original) -> Iterator[tuple[str, Tensor]]:
             yield names.state[name], tensor.detach()
     biases: dict[str, dict[Stored, Tensor]] = {}
     weights: dict[str, dict[Stored, Tensor]] = {}
-    for site in subject.record.plan.sites:
+    for site in sites:
         product_OI = torch.cat([slice_product(gm, s.name) for s in site.slices])
         weight_OI = product_OI.to(_dtype_of_site(gm, site))
         bias = site_bias(gm, site)
@@ -194,7 +206,7 @@ def _write_transformers(
     pretrained: Any = _filled(model, state)
     pretrained.tie_weights()
     pretrained.config.dtype = dtype_of(subject.model)
-    with _no_progress():
+    with no_progress():
         pretrained.save_pretrained(path)
         loaded, info = type(pretrained).from_pretrained(
             path, local_files_only=True, dtype="auto", output_loading_info=True
@@ -206,7 +218,7 @@ def _write_transformers(
 
 
 @contextmanager
-def _no_progress() -> Iterator[None]:
+def no_progress() -> Iterator[None]:
     """Silence transformers' bars for files that it writes and reads in a moment."""
     transformers: Any = importlib.import_module("transformers")
     bars = transformers.utils.logging

@@ -1,0 +1,178 @@
+"""From a compiled model to the table of shared linears, and the tensors that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxshare.exporting.served.family import Family
+from fxshare.exporting.subject import Subject
+from fxshare.models.original import original_of
+from fxshare.plans.plan import Plan
+from fxshare.result.products import site_bias, slices_of
+from fxshare.sites.site import Site
+from fxshare.sites.tensors import stored_at
+from passes.graph.graph import is_conv1d, is_linear, weight_and_bias
+from passes.graph.slices import Slice, gather_order, rows_of
+
+BASES = "bases"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """``spec`` is what the configuration says, ``tensors`` what the files hold of it by name, and
+    ``sites`` the names of the sites that it has; ``whole`` are those that have factors and that
+    engines hold as one weight, each with the reason. ``turned`` are the ``Conv1D`` modules that
+    become linears of one part, whose weights are ``(out, in)`` in the files."""
+
+    spec: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sites: frozenset[str]
+    whole: Mapping[str, str]
+    turned: tuple[str, ...]
+
+
+def table_of(subject: Subject, family: Family, *, untied: bool) -> Table:
+    """The linears of the base model that read bases, by the names of the base model."""
+    gm, plan = subject.model, subject.record.plan
+    places = slices_of(gm)
+    shared = [s for s in plan.sites if any(places[p.name].basis for p in s.slices)]
+    whole = {s.name: why for s in shared if (why := _why_whole(s, gm, family))}
+    shared = [s for s in shared if s.name not in whole]
+    bases = {places[p.name].basis: places[p.name] for s in shared for p in s.slices}
+    known = {name: place for name, place in bases.items() if name is not None}
+    spec: dict[str, Any] = {
+        "untied": untied,
+        "bases": {name: _basis_spec(gm, name, place) for name, place in known.items()},
+        "linears": {s.name.removeprefix(family.inside): _spec(gm, s, places) for s in shared},
+    }
+    tensors = dict(_tensors(gm, shared, known, family, untied=untied))
+    sites = frozenset(s.name for s in shared)
+    turned = tuple(name for name in _conv1ds(family) if name not in sites)
+    for name in turned:
+        module = family.model.get_submodule(name)
+        spec["linears"][name.removeprefix(family.inside)] = _plain(module)
+    return Table(spec, tensors, sites, whole, turned)
+
+
+def _conv1ds(family: Family) -> Iterator[str]:
+    for name, module in family.model.named_modules():
+        if is_conv1d(module) and name.startswith(family.inside):
+            yield name
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    weight_OI, bias = weight_and_bias(module)
+    rows, in_features = weight_OI.shape
+    parts = [{"basis": None, "rows": rows}]
+    return {"in_features": in_features, "bias": bias is not None, "parts": parts}
+
+
+def _why_whole(site: Site, gm: nn.Module, family: Family) -> str | None:
+    """Why a site is one weight in the folder, although the compiled model has factors of it."""
+    if site.lookups:
+        return "rows of it are looked up"
+    if not site.name.startswith(family.inside):
+        return "engines make the head themselves"
+    if stored_at(site, original_of(gm).state) is not None or not is_linear(
+        family.model.get_submodule(site.name)
+    ):
+        return "it is no linear module of the original"
+    if len(site.calls) > 1:
+        return "several modules have this weight"
+    return None
+
+
+def bytes_of_whole(plan: Plan, gm: nn.Module, names: Mapping[str, str]) -> int:
+    """How many bytes the sites take that are multiplied out."""
+    places = slices_of(gm)
+    sizes = [
+        site.weights * _weight(gm, places[site.slices[0].name]).element_size()
+        for site in plan.sites
+        if site.name in names
+    ]
+    return sum(sizes)
+
+
+def _weight(gm: nn.Module, place: Slice) -> Tensor:
+    weight, _ = weight_and_bias(gm.get_submodule(place.module))
+    return weight
+
+
+def _basis_spec(gm: nn.Module, name: str, place: Slice) -> dict[str, Any]:
+    stored_RT, _ = weight_and_bias(gm.get_submodule(name))
+    rank, width = stored_RT.shape
+    in_features = rank + width if place.pivoted else width
+    return {"in_features": in_features, "rank": rank, "pivoted": place.pivoted}
+
+
+def _spec(gm: nn.Module, site: Site, places: Mapping[str, Slice]) -> dict[str, Any]:
+    parts = [{"basis": basis, "rows": sum(n)} for basis, n in _runs(site, places)]
+    return {
+        "in_features": site.in_features,
+        "bias": site_bias(gm, site) is not None,
+        "parts": parts,
+    }
+
+
+def _runs(site: Site, places: Mapping[str, Slice]) -> Iterator[tuple[str | None, list[int]]]:
+    """Neighbouring slices of one basis, with the rows of each: one product for all of them."""
+    last: tuple[str | None, list[int]] | None = None
+    for part in site.slices:
+        basis = places[part.name].basis
+        if last is not None and last[0] == basis:
+            last[1].append(part.out_features)
+            continue
+        if last is not None:
+            yield last
+        last = (basis, [part.out_features])
+    if last is not None:
+        yield last
+
+
+def _tensors(
+    gm: nn.Module,
+    sites: list[Site],
+    bases: Mapping[str, Slice],
+    family: Family,
+    *,
+    untied: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    inside = family.inside
+    places = slices_of(gm)
+    for site in sites:
+        slices = iter(site.slices)
+        bias_O = site_bias(gm, site)
+        row = 0
+        for number, (_, lengths) in enumerate(_runs(site, places)):
+            run = [places[next(slices).name] for _ in lengths]
+            rows = [rows_of(gm, place, _weight(gm, place).detach()) for place in run]
+            name = family.stored(f"{site.name}.parts.{number}")
+            yield f"{name}.weight", torch.cat(rows)
+            if bias_O is not None:
+                yield f"{name}.bias", bias_O[row : row + sum(lengths)]
+            row += sum(lengths)
+        own = dict.fromkeys(b for b, _ in _runs(site, places) if b is not None)
+        for basis in own if untied else ():
+            name = family.stored(f"{site.name}.{BASES}.{basis}")
+            yield from _basis_tensors(gm, basis, bases[basis], name)
+    for basis, place in {} if untied else bases.items():
+        yield from _basis_tensors(gm, basis, place, family.stored(f"{inside}{BASES}.{basis}"))
+
+
+def _basis_tensors(
+    gm: nn.Module, basis: str, place: Slice, name: str
+) -> Iterator[tuple[str, Tensor]]:
+    stored, _ = weight_and_bias(gm.get_submodule(basis))
+    copied = stored.detach().clone()  # what is the same memory, files hold once
+    if not place.pivoted:
+        yield f"{name}.weight", copied
+        return
+    order = gather_order(gm, basis)
+    assert order is not None
+    yield f"{name}.table.weight", copied
+    yield f"{name}.order", order
