@@ -51,6 +51,8 @@ class Exported:
     distance: Distance | None
     limit: float
     notes: tuple[str, ...]
+    certificate: str = ""
+    """The path of the certificate, see docs/how-to/serve.md."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
@@ -73,6 +75,7 @@ class Exported:
                 f"  equal to the compiled model on {'; '.join(self.checked)}: "
                 + ("bit by bit" if bit_equal else f"{self.distance}; limit {self.limit:.1e}")
             )
+        lines.append(f"  certificate: {self.certificate}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -138,7 +141,10 @@ def export(
     FxShareError
         ``gm`` was not made by fxshare.
     """
+    from fxshare.base.files import write_text
     from fxshare.exporting import place
+    from fxshare.exporting.certifying.certificate import certificate_path
+    from fxshare.exporting.certifying.certify import certify
     from fxshare.exporting.subject import subject_of
     from fxshare.exporting.targets import dense, onnx, python, vllm
 
@@ -156,7 +162,14 @@ def export(
         subject = subject_of(gm, example, dynamic=dynamic, seed=seed)
         written = _write(subject, temporary, to, options)
         checked, distance, limit, notes = _check(subject, written, to, seed)
+        certificate = certify(subject, written, to, seed=seed)
         size = sum(f.stat().st_size for f in temporary.parent.rglob("*") if f.is_file())
+        if temporary.is_dir():
+            text = certificate.of_files(temporary).to_json()
+            certificate_path(temporary).write_text(text, encoding="utf-8")
+    if place_of.is_file():
+        # beside a file it cannot appear with it; an older one does not have the sums of this file
+        write_text(certificate_path(place_of), certificate.of_files(place_of).to_json())
     return Exported(
         path=str(path),
         target=to,
@@ -168,6 +181,7 @@ def export(
         distance=distance,
         limit=limit,
         notes=(*subject.notes, *written.notes, *notes),
+        certificate=str(certificate_path(place_of)),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from fxshare.base.files import aside, swap_in
 from fxshare.base.unfinished import remove, settle
 from fxshare.errors import StoreError
+from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
 
 Ours = Callable[[str], bool]
 """Whether a name in a folder is that of a file that the export writes."""
@@ -36,6 +37,7 @@ def new_place(
     """
     path = path.resolve() if path.is_symlink() else path
     settle(path)
+    settle(path.with_name(f"{path.name}.{CERTIFICATE}"))
     _check_free(path, force, ours)
     # a folder around it: some formats write the file's own name into the file
     with aside(path) as around:

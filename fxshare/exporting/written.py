@@ -15,7 +15,8 @@ class Written:
 
     ``run`` calls it as its runtime does, with the subject's inputs by name; None where nothing can
     run it here. ``batch`` and ``sequence`` say which sizes vary; ``unmasked_only`` that rows which
-    the attention mask leaves out are not defined.
+    the attention mask leaves out are not defined. ``generate`` gives so many tokens after a prompt,
+    where the runtime has a loop of its own, with a cache.
     """
 
     run: Callable[[Call], Any] | None
@@ -23,3 +24,4 @@ class Written:
     sequence: bool
     notes: tuple[str, ...] = ()
     unmasked_only: bool = False
+    generate: Callable[[list[int], int], list[int]] | None = None

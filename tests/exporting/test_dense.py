@@ -71,7 +71,10 @@ def test_without_the_class_the_weights_alone_are_written_and_it_is_said(tmp_path
     done = fxshare.export(gm, tmp_path / "m", to="dense")
     assert done.distance is None
     assert "give original=" in done.notes[0]
-    assert [p.name for p in (tmp_path / "m").iterdir()] == ["model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "certificate.json",
+        "model.safetensors",
+    ]
     assert (
         load_file(tmp_path / "m" / "model.safetensors").keys() == build.model().state_dict().keys()
     )

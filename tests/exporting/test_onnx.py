@@ -23,6 +23,7 @@ pytest.importorskip("onnxscript")
 target = importlib.import_module("fxshare.exporting.targets.onnx")
 
 DEPTH = 2 * 8 + 1
+NAMES = ["m.onnx", "m.onnx.certificate.json", "m.onnx.data"]
 
 
 def session(path: Path) -> Any:
@@ -77,7 +78,7 @@ def test_large_weights_go_beside_the_file_and_a_damaged_file_is_noticed(
 
     monkeypatch.setattr(target, "write", apart)
     fxshare.export(gm, tmp_path / "m.onnx", to="onnx")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == NAMES
     session(tmp_path / "m.onnx")
 
     def damaged(path: Path, **options: Any) -> Any:
@@ -92,7 +93,7 @@ def test_large_weights_go_beside_the_file_and_a_damaged_file_is_noticed(
     monkeypatch.setattr(runtime, "InferenceSession", damaged)
     with pytest.raises(CheckFailed, match="onnx export of GPT differs"):
         fxshare.export(gm, tmp_path / "other.onnx", to="onnx")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == NAMES
 
 
 @pytest.mark.parametrize("opset", [11, 999])

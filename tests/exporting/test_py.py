@@ -54,7 +54,8 @@ def loaded(folder: Path) -> Any:
 def test_the_module_computes_what_the_model_does(mode: str, tmp_path: Path) -> None:
     gm = build.toy(mode)
     fxshare.export(gm, tmp_path / "m", to="py")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.py", "model.safetensors"]
+    names = sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert names == ["certificate.json", "model.py", "model.safetensors"]
     x = build.ids()
     found = loaded(tmp_path / "m")(x)
     if mode == "sharing":

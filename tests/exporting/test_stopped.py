@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import fxshare
 from fxshare.errors import FxShareWarning
 from fxshare.exporting import place
+from fxshare.exporting.certifying.certificate import NAME, changes_since, read_certificate
 from fxshare.exporting.targets import dense, python
 from tests import stops
 from tests.exporting import build
@@ -34,9 +36,22 @@ TARGETS = [
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``."""
+    """Every file below ``folder``, but for what a certificate says of time. One beside a file
+    cannot appear with it: it is looked at in :func:`_check_beside`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    for name in [n for n in found if n.endswith(f".{NAME}") and not n.startswith(".")]:
+        _check_beside(folder / name.removesuffix(f".{NAME}"))
+        del found[name]
+    timed = re.compile(rb'"(seconds|sha256)": .*')
+    return {n: timed.sub(b"", f) if n.endswith(NAME) else f for n, f in found.items()}
+
+
+def _check_beside(export: Path) -> None:
+    """A certificate beside a file is whole, and says whether the file is the one it was made of."""
+    certificate = read_certificate(export)
+    changes = changes_since(export, certificate)
+    assert changes in ([], [f"{export.name} was changed"]), changes
 
 
 @pytest.fixture
@@ -192,12 +207,12 @@ def test_large_weights_are_replaced_with_their_graph(
     path = folder / "m.onnx"
     first = stops.run(lambda: fxshare.export(models[0], path, to="onnx"), folder)
     assert (first.code, first.error) == (0, "")
-    assert sorted(each.name for each in folder.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert list(everything(folder)) == ["m.onnx", "m.onnx.data"]
     ended = stops.everywhere(
         lambda: fxshare.export(models[1], path, to="onnx", force=True), folder, kept
     )
     assert (ended.code, ended.error) == (0, "")
-    names = sorted(each.name for each in folder.iterdir())
+    names = list(everything(folder))
     assert len(names) == 2
     assert names[1] not in ("m.onnx.data", names[0])
     x = build.ids()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxshare.base.randomness import randomness_as_before
 from fxshare.capture import dtype_of
 from fxshare.errors import CheckFailed, ExportError, StoreError
+from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
 from fxshare.exporting.subject import Subject
 from fxshare.exporting.written import Written
 from fxshare.models.original import Original, original_of
@@ -35,7 +36,7 @@ _WEIGHTS = "model.safetensors"
 
 def ours(name: str) -> bool:
     """Whether a folder of this target may hold a file of that name."""
-    known = {"config.json", "generation_config.json", f"{_WEIGHTS}.index.json"}
+    known = {CERTIFICATE, "config.json", "generation_config.json", f"{_WEIGHTS}.index.json"}
     return name in known or (name.startswith("model") and name.endswith(SUFFIX))
 
 

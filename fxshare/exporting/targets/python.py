@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxshare.capture import device_of
 from fxshare.errors import ExportError
+from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
 from fxshare.exporting.subject import Subject
 from fxshare.exporting.targets.closed_graph import closed_graph
 from fxshare.exporting.targets.python_source import Source, source_of
@@ -22,7 +23,7 @@ CODE, TENSORS = "model.py", "model.safetensors"
 
 def ours(name: str) -> bool:
     """Whether a folder of this target may hold a file of that name."""
-    return name in (CODE, TENSORS, "__pycache__")
+    return name in (CODE, TENSORS, CERTIFICATE, "__pycache__")
 
 
 def write(subject: Subject, path: Path) -> Written:

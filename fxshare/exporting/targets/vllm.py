@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxshare.capture import dtype_of
 from fxshare.errors import ExportError
+from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
 from fxshare.exporting.options import Options
 from fxshare.exporting.served.family import Family, family_of
 from fxshare.exporting.served.layout import check_layout
@@ -49,7 +51,7 @@ _OF_THIS_RUN = ("attn_implementation", "experts_implementation", "_name_or_path"
 
 def ours(name: str) -> bool:
     """Whether a folder of this target may hold a file of that name."""
-    known = (HF_CONFIG, HF_GENERATION, FILE, INDEX, "__pycache__")
+    known = (CERTIFICATE, HF_CONFIG, HF_GENERATION, FILE, INDEX, "__pycache__")
     return name in known or is_tensor_file(name) or is_tokenizer_file(name)
 
 
@@ -92,7 +94,30 @@ def write(
         subject.shapes.batch,
         subject.shapes.sequence,
         _notes(subject, table),
+        generate=_generate(loaded) if family.generates else None,
     )
+
+
+def _generate(model: Any) -> Callable[[list[int], int], list[int]]:
+    """Greedy tokens of transformers' own loop, with its cache."""
+
+    def tokens(prompt: list[int], new: int) -> list[int]:
+        ids = torch.tensor([prompt], device=model.device)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        kept: list[int] = found[0, len(prompt) :].tolist()
+        return kept
+
+    return tokens
 
 
 def _given(original: ModelSource | None) -> nn.Module | None:
