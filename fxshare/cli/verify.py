@@ -18,6 +18,7 @@ from fxshare.cli.options import (
     window_length,
 )
 from fxshare.cli.output import Result
+from fxshare.cli.verify_on import verify_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,23 @@ _WINDOWS = 2
 def verify_model(
     model: Model,
     out: Annotated[
-        str, typer.Argument(metavar="OUT", help="The folder that was compiled from it.")
-    ],
+        str | None,
+        typer.Argument(metavar="[OUT]", help="The folder that was compiled from it."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINES",
+            help="Compare a compiled folder, or an export, with itself in these engines, separated "
+            "by commas: transformers, vllm, ort-genai, pt2, onnx.",
+        ),
+    ] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE=PATH", help="The interpreter of an environment that has the engine."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -54,10 +70,19 @@ def verify_model(
     must be the recorded one. Exit code 3 where they are not.
 
     \b
+    With --on, and of an export alone, it is run in engines instead, and its greedy tokens are
+    compared with those of the compiled model, one row an engine; of an export it is also said
+    which files are not as they were certified.
+
+    \b
     Example:
       fxshare verify path/to/gpt2 out/
+      fxshare verify out/ --on transformers,vllm,ort-genai,pt2,onnx
+      fxshare verify served/
     """
     del as_json, debug, verbose, quiet
+    if out is None or on is not None:
+        return verify_on(model, out, on, python or (), seed=seed)
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
     from fxshare.result.module import record_of

@@ -40,8 +40,11 @@ class Certificate:
     """``kind`` is ``tokens`` (a causal language model: greedy tokens after each of the prompts),
     ``outputs`` (the first numbers of the first output of each call) or ``none``, where ``note``
     says why nothing was run. ``expected`` is the compiled model's, ``found`` the engine's, and
-    ``logits`` are the compiled model's of its tokens. ``gap`` is the largest absolute difference of
-    a logit or an output, ``limit`` what rounding explains. ``files`` are SHA-256 sums."""
+    ``logits`` are the compiled model's of its tokens, ``margins`` by how much it preferred each to
+    the next likely one. ``gap`` is the largest absolute difference of
+    a logit or an output, ``limit`` what rounding explains. ``inputs`` are the names of the
+    arguments, ``rows`` and ``width`` the sizes of token ids that are fixed. ``files`` are SHA-256
+    sums."""
 
     target: str
     model: str
@@ -55,12 +58,16 @@ class Certificate:
     expected: tuple[tuple[float, ...], ...] = ()
     found: tuple[tuple[float, ...], ...] = ()
     logits: tuple[tuple[float, ...], ...] = ()
+    margins: tuple[tuple[float, ...], ...] = ()
     equal: bool | None = None
     first_difference: Difference | None = None
     gap: float | None = None
     limit: float | None = None
     seconds: float = 0.0
     note: str = ""
+    inputs: tuple[str, ...] = ()
+    rows: int | None = None
+    width: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -118,7 +125,7 @@ def read_certificate(export: Path) -> Certificate:
             "fxshare"
         )
     found = given.pop("first_difference")
-    for key in ("prompts", "expected", "found", "logits"):
+    for key in ("prompts", "expected", "found", "logits", "margins", "inputs"):
         given[key] = tuple(tuple(each) if isinstance(each, list) else each for each in given[key])
     return Certificate(first_difference=Difference(**found) if found else None, **given)
 

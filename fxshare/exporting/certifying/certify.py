@@ -88,10 +88,14 @@ def _tokens(subject: Subject, written: Written, trial: Trial, blank: Certificate
         expected=tuple(map(tuple, trial.expected())),
         found=tuple(map(tuple, found)),
         logits=tuple(map(tuple, trial.chosen())),
+        margins=tuple(map(tuple, trial.margins())),
         equal=first is None,
         first_difference=first,
         gap=distance.absolute,
         limit=allowed,
+        inputs=tuple(subject.inputs),
+        rows=None if written.batch else trial.rows,
+        width=None if written.sequence else trial.texts_PT.shape[1],
     )
 
 

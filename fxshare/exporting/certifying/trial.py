@@ -61,6 +61,12 @@ class Trial:
         found: list[list[float]] = steps.gather(-1, index)[..., 0].double().tolist()
         return found
 
+    def margins(self) -> list[list[float]]:
+        """By how much the compiled model preferred each of its tokens to the next likely one."""
+        best = self.steps(self.logits_PTV).double().topk(2).values
+        found: list[list[float]] = (best[..., 0] - best[..., 1]).tolist()
+        return found
+
     def run(self, run: Callable[[Call], Any]) -> Tensor:
         """The logits ``(P, T, V)`` of the texts, in as many rows as the runtime takes."""
         return _in_rows(self.texts_PT, self.rows, lambda ids: _logits(run(self.call(ids))))

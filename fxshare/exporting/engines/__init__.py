@@ -1,0 +1,1 @@
+"""Exports in the engines that run them, each in a process of its own."""
