@@ -58,6 +58,11 @@ class Student:
         self._loss_scale = _LOSS_SCALE if half else 1.0
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Those in which the trained parameters are stored."""
+        return {own.dtype for own in self._stored.values()}
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return device_of(self.gm)

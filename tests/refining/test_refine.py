@@ -374,6 +374,15 @@ def model_with(model: nn.Module, gm: Any) -> Any:
     return multiplied_out(model, gm)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_a_model_alone_that_is_in_half_precision(dtype: torch.dtype) -> None:
+    """A LayerNorm with weights in float16 refuses what autocast gives it."""
+    model, gm = subject("gpt2", "shared", dtype=dtype)
+    plain, cast = (refined(gm, model, steps=3, autocast=wanted) for wanted in (False, True))
+    assert equal(everything(plain), everything(cast))
+    assert cast.fxshare.refined[-1].dropped == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_in_the_models_dtype(dtype: torch.dtype) -> None:
     model, gm = subject("llama-like", "shared", dtype=dtype)
