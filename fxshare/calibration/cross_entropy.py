@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 _IGNORED = -100
 """A target that does not count, as in ``F.cross_entropy``."""
 # numbers that are in float32 at a time
-_MOST = 1 << 22
+_MOST = 1 << 20
 
 
 def next_token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

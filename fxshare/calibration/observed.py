@@ -96,6 +96,20 @@ def tap_of(site: Site, weight_OI: Tensor) -> GradientTap:
     return GradientTap(site.slices, diagonal, projected)
 
 
+def _freeze(copy: nn.Module) -> None:
+    """Have the matrices of a structure copy ask for no gradient, in the same memory: of one that
+    does autograd keeps what it is multiplied by, for a product that nobody wants."""
+    looked_up = {id(m.weight) for m in copy.modules() if isinstance(m, nn.Embedding)}
+    frozen: dict[int, nn.Parameter] = {}
+    for module in copy.modules():
+        for name, one in module._parameters.items():
+            if one is None or one.ndim < 2 or not one.requires_grad or id(one) in looked_up:
+                continue  # what is left says that a loss depends on the model where no tap does
+            if id(one) not in frozen:
+                frozen[id(one)] = nn.Parameter(one.detach(), requires_grad=False)
+            module._parameters[name] = frozen[id(one)]
+
+
 class GraphStage:
     """The captured graph with observers in it."""
 
@@ -133,6 +147,7 @@ class GraphStage:
             stages.append(ObserveGradients(sites=tuple(called), new_tap=new_tap, mask=mask))
         self.contract = captured.contract
         self.gm, _ = run(captured.graph, stages)
+        _freeze(self.gm)
         set_training(self.gm, False)
         self.seen = observed(self.gm)
         self.tapped = tapped(self.gm)

@@ -83,6 +83,7 @@ def plan_within_budget(
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
     data = hold_back(captured, batches, planner.search)
+    give_back()  # what capturing left behind
     room = _room(captured, sites, weights, data.fit[0], cfg, work)
     gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
     statistics = gather(captured, 0)

@@ -15,12 +15,14 @@ from fxshare.base.numerics import worst
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.distance import DISTANCE, distance, output_rows
 from fxshare.calibration.losses import default_loss
+from fxshare.calibration.observed import GraphStage
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import capture
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
 from fxshare.factors.metric import slice_statistics
 from fxshare.sites.match import match
+from fxshare.sites.tensors import dense_weights
 from tests.planning.models import MANY, PLAIN, batches, features, llama, plain_model
 from tests.strategies import no_warnings_of_ours
 from tests.toys import GPT2, NANOGPT, TIED_MLP, VOCABULARY, WIDTH, same_tensors, tensors_of
@@ -353,3 +355,34 @@ def test_a_loss_that_is_none_is_refused(loss: Any, reason: str) -> None:
 def test_an_output_without_floats_needs_a_loss() -> None:
     with pytest.raises(CalibrationError, match="give loss="):
         default_loss({"ids": torch.ones(2, 3, dtype=torch.int64)}, {})
+
+
+def test_inputs_of_linears_are_not_kept_for_gradients_of_weights() -> None:
+    """They are most of what a batch has alive. The model's own weights stay as they are."""
+    model = GPT2.model()
+    sites = match(model, load_config(FUSED)).sites
+    data = batches(1)
+    captured = capture(model, data[0])
+    weights = dense_weights(captured.model, sites)
+    stage = GraphStage(captured, sites, weights, gradients=True)
+    wide = 4 * WIDTH
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[-1]) or t, _same):
+        stage(captured.caller(data[0]))
+    own = dict(captured.graph.named_parameters())
+    ours = dict(stage.gm.named_parameters())
+    assert all(one.requires_grad for one in own.values())
+    assert all(ours[name].data_ptr() == one.data_ptr() for name, one in own.items())
+    matrices = [name for name, one in own.items() if one.ndim == 2 and "wte" not in name]
+    assert not any(ours[name].requires_grad for name in matrices if "wpe" not in name)
+    frozen = kept.count(wide)
+    kept.clear()
+    for name in matrices:
+        ours[name].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[-1]) or t, _same):
+        stage(captured.caller(data[0]))
+    assert frozen < kept.count(wide)
+
+
+def _same(one: Tensor) -> Tensor:
+    return one
