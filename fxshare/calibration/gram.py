@@ -100,6 +100,7 @@ class GramAccumulator:
         self._device = None if device is None else torch.device(device)
         self._products: list[Tensor] = []  # upper strips: (width, features - first), float64
         self._sum: Tensor | None = None  # (features,) float64
+        self._is_checked = False
 
     def state(self) -> dict[str, Tensor]:
         """The sums, to be written; nothing before the first rows."""
@@ -112,6 +113,7 @@ class GramAccumulator:
         """What had this :meth:`state`."""
         made = cls(features)
         made.tokens = tokens
+        made._is_checked = True  # or it would not have been written
         if state:
             made._sum = state["sum"]
             made._products = [state[str(at)] for at in range(len(_strips(features)))]
@@ -167,6 +169,7 @@ class GramAccumulator:
         if len(rows_TI) == 0:
             return
         total_I = self._allocate(rows_TI.device)
+        self._is_checked = False
         dtype = torch.float64 if rows_TI.dtype == torch.float64 else torch.float32
         rows_TI = rows_TI.to(total_I.device, dtype)
         self.tokens += len(rows_TI)
@@ -198,6 +201,7 @@ class GramAccumulator:
         """Take in what other processes have summed up of as many ``tokens`` in all; the sums are on
         ``device`` where this one had no rows."""
         if tokens:
+            self._is_checked = False
             self._sum = total_of(self._allocate(device))
             self._products = [total_of(part) for part in self._products]
         self.tokens = tokens
@@ -212,11 +216,13 @@ class GramAccumulator:
                 f"Gram matrix of {self.features} features: expected at least 1 token, found 0; "
                 "the site never ran, or the mask left out every row"
             )
-        if not all(bool(part.isfinite().all()) for part in (self._sum, *self._products)):
+        parts = () if self._is_checked else (self._sum, *self._products)
+        if not all(bool(part.isfinite().all()) for part in parts):
             raise CalibrationError(
                 f"Gram matrix of {self.features} features: the sums over {self.tokens} tokens are "
                 "not finite; mask padding rows with `keep`, or run the calibration in float32"
             )
+        self._is_checked = True
         return self._sum
 
     def gram(self) -> Tensor:

@@ -27,7 +27,7 @@ from fxshare.errors import CalibrationError
 from fxshare.sites.site import Site
 
 _LEAST_KEPT = 1 << 28
-_MOST_KEPT = 1 << 29
+_MOST_KEPT = 3 << 28
 _MOST_IN_MEMORY = 1 << 29
 # square matrices of a group's width that are there at once: a moment as it is kept, expanded and
 # pooled, its root, the sum of the members' products and one of them, and two of the congruence

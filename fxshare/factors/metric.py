@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.spent import part
+from fxshare.calibration.gram import pooled_gram
 from fxshare.calibration.statistics import Statistics
 from fxshare.errors import FactoriseError
 from fxshare.factors.damping import Damping
@@ -206,6 +207,16 @@ def _solved(weight_OI: Tensor, gap_OI: Tensor) -> Tensor:
 
 def _times(left: Tensor, right_OI: Tensor) -> Tensor:
     return left[:, None] * right_OI if left.ndim == 1 else left @ right_OI
+
+
+def pooled_moment(slices: Mapping[str, SliceStatistics], names: Sequence[str]) -> Tensor:
+    """The mean of the input moments of slices over their distinct inputs."""
+    inputs = {slices[name].input: slices[name] for name in sorted(names)}
+    if len(inputs) == 1:
+        (alone,) = inputs.values()
+        return alone.gram_II
+    # one at a time: those of all layers of a wide input are gigabytes
+    return pooled_gram(member.gram_II for member in inputs.values())
 
 
 class OutputRoot:

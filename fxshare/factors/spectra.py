@@ -25,7 +25,6 @@ from fxshare.base.cache import write_entry
 from fxshare.base.filed import Filed
 from fxshare.base.processes import here
 from fxshare.base.spent import part
-from fxshare.calibration.gram import pooled_gram
 from fxshare.errors import FactoriseError
 from fxshare.factors.damping import Damping
 from fxshare.factors.decompose import (
@@ -52,7 +51,7 @@ from fxshare.factors.entries import (
 from fxshare.factors.every_rank import EveryRank, every_rank
 from fxshare.factors.factorise import Factors
 from fxshare.factors.kept import Kept
-from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root
+from fxshare.factors.metric import OutputRoot, SliceStatistics, output_root, pooled_moment
 from fxshare.factors.tails import tails_of
 from fxshare.factors.triangles import mirrored
 
@@ -63,7 +62,8 @@ _WIDE = 1024
 # products of a weight and a moment up to which it is not
 _FEW = 9
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _PRODUCTS, _IMAGES, _ROOTS = 0.35, 0.15, 0.25, 0.08, 0.12, 0.05
+_DECOMPOSED, _MADE, _POOLED, _GRAMS = 0.35, 0.12, 0.2, 0.08
+_PRODUCTS, _IMAGES, _ROOTS = 0.08, 0.12, 0.05
 
 
 @dataclass(eq=False)
@@ -102,6 +102,7 @@ class Spectra:
     _pooled: Kept[Damping] = field(init=False)
     _roots: Kept[OutputRoot] = field(init=False)
     _images: Kept[Tensor] = field(init=False)
+    _grams: Kept[Tensor] = field(init=False)
     _readers: Counter[object] | None = None
     _products: Kept[Tensor] = field(init=False)
 
@@ -112,19 +113,21 @@ class Spectra:
         self._decompositions = Kept(int(decomposed * self.room), stays=decomposed > 0)
         self._pooled = Kept(int(_POOLED * self.room))
         self._products = Kept(int(_PRODUCTS * self.room))
-        # what decompositions do not take of it images do
-        images = _IMAGES + _DECOMPOSED - decomposed
-        self._images = Kept(int(images * self.room), stays=True)
+        # what decompositions do not take of it images and moments do
+        more = (_DECOMPOSED - decomposed) / 2
+        self._images = Kept(int((_IMAGES + more) * self.room), stays=True)
+        self._grams = Kept(int((_GRAMS + more) * self.room), stays=True)
         self._roots = Kept(int(_ROOTS * self.room))
 
     def share_inputs(self, other: Spectra) -> None:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""
-        self._pooled, self._images = other._pooled, other._images
+        self._pooled, self._images, self._grams = other._pooled, other._images, other._grams
 
     def release(self) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
         again."""
-        for kept in (self._decompositions, self._pooled, self._roots, self._images, self._products):
+        asked = (self._decompositions, self._pooled, self._grams, self._images, self._products)
+        for kept in (*asked, self._roots):
             kept.clear()
         self.made.clear()
         for one in self.slices.values():
@@ -132,18 +135,23 @@ class Spectra:
 
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""
-        inputs = {self.slices[name].input: self.slices[name] for name in sorted(names)}
         size = 16 * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Damping:
-            if len(inputs) == 1:
-                (alone,) = inputs.values()
-                return Damping(alone.gram_II, self.relative_floor)
-            # one at a time: those of all layers of a wide input are gigabytes
-            one = pooled_gram(member.gram_II for member in inputs.values())
-            return Damping(one, self.relative_floor)
+            return Damping(pooled_moment(self.slices, names), self.relative_floor)
 
-        return self._pooled.get(frozenset(inputs), make, size)
+        return self._pooled.get(frozenset(self.slices[name].input for name in names), make, size)
+
+    def _gram(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """The members' pooled Gram in a dtype; one that is only multiplied by has no root."""
+        if dtype == torch.float64:
+            return self.pooled(names).moment
+
+        def make() -> Tensor:
+            return pooled_moment(self.slices, names).to(dtype)
+
+        size = dtype.itemsize * self.slices[names[0]].weight_OI.shape[1] ** 2
+        return self._grams.get(frozenset(self.slices[name].input for name in names), make, size)
 
     def factors(
         self, names: tuple[str, ...], rank: int, dtype: torch.dtype = torch.float64
@@ -206,12 +214,16 @@ class Spectra:
             size = sum(len(one.weight_OI) for one in members)
 
         def make() -> Decomposition:
-            stored = self._read_decomposition(names, damped, dtype)
+            folder, device = self.cache if self.name else None, members[0].weight_OI.device
+            entry = self._decomposed_as(names, damped, dtype)
+            stored = None if folder is None else read_decomposition(folder, entry, dtype, device)
             if stored is not None:
                 return stored
             side = self._inputs(names, damped=True) if damped else self._side(names, dtype)
             found = decompose(side, dtype)
-            self._write_decomposition(names, damped, found)
+            # what takes no time is not worth a file: the heads of a large model are thousands
+            if folder is not None and len(found.spectrum) >= _LEAST_WRITTEN:
+                write_decomposition(folder, entry, found)
             return found
 
         key = names, damped, dtype
@@ -226,7 +238,7 @@ class Spectra:
         if self._has_images(names, inputs.keys(), dtype):
             images = [self._image(name, tuple(inputs.values()), dtype) for name in names]
             return OutputSide(members, roots, images=images)
-        return OutputSide(members, roots, self.pooled(names).moment)
+        return OutputSide(members, roots, self._gram(names, dtype))
 
     def _has_images(
         self, names: Sequence[str], inputs: Collection[object], dtype: torch.dtype
@@ -358,28 +370,9 @@ class Spectra:
         """What spectra depend on beside statistics and weights, and the name of those."""
         return options_key(self.name, self.relative_floor, self.sketch, self.seed)
 
-    def _read_decomposition(
-        self, names: tuple[str, ...], damped: bool, dtype: torch.dtype
-    ) -> Decomposition | None:
-        if self.cache is None or not self.name:
-            return None
-        entry = self._decomposed_as(names, damped, dtype)
-        return read_decomposition(self.cache, entry, dtype, self._device())
-
-    def _write_decomposition(
-        self, names: tuple[str, ...], damped: bool, found: Decomposition
-    ) -> None:
-        # what takes no time is not worth a file: the heads of a large model are thousands
-        if self.cache is not None and self.name and len(found.spectrum) >= _LEAST_WRITTEN:
-            entry = self._decomposed_as(names, damped, found.vectors.dtype)
-            write_decomposition(self.cache, entry, found)
-
     def _decomposed_as(self, names: tuple[str, ...], damped: bool, dtype: torch.dtype) -> str:
         kind = "damped" if damped else "vectors"
         return f"{self._key(names)}.{kind}{'' if dtype == torch.float64 else '-single'}"
-
-    def _device(self) -> torch.device:
-        return next(iter(self.slices.values())).weight_OI.device
 
     def _key(self, names: tuple[str, ...]) -> str | None:
         if self.cache is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -151,6 +151,7 @@ class Covers:
     known: Callable[[Part], bool] | None = None
     """Which spectra are at hand; where it is given, others than those of single layers are not
     asked for."""
+    _by_layer: dict[Part, list[Part]] = field(default_factory=dict, repr=False)
 
     def tails(self, part: Part) -> Floats:
         """The loss of a part at every rank from 0."""
@@ -168,6 +169,11 @@ class Covers:
         return self._cover(layers, shape_of(self.nodes, part).full_rank + 1)
 
     def _layers(self, part: Part) -> list[Part]:
+        if part not in self._by_layer:
+            self._by_layer[part] = self._divided(part)
+        return self._by_layer[part]
+
+    def _divided(self, part: Part) -> list[Part]:
         by_layer: dict[int, set[str]] = {}
         for name in part:
             by_layer.setdefault(self.nodes[name].layer, set()).add(name)
