@@ -15,7 +15,7 @@ from fxshare.planning.trials import MOST_REFINED, REFINED_STEPS, trials
 from fxshare.sites.site import Site
 
 _PRICES = 49
-DECOMPOSED, MADE, POOLED = 0.35, 0.12, 0.2
+DECOMPOSED, MADE, POOLED = 0.35, 0.09, 0.2
 """Shares of what is kept for decompositions, factors and roots, as
 :class:`fxshare.factors.spectra.Spectra` has them."""
 _AWARE = 0.75 * 0.75

@@ -44,6 +44,8 @@ class Kept(Generic[Value]):
 
     def found(self, key: Hashable) -> Value | None:
         """The value of a key, None where it is not kept."""
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
         if key not in self._values:
             return None
         self._values.move_to_end(key)

@@ -62,8 +62,8 @@ _WIDE = 1024
 # products of a weight and a moment up to which it is not
 _FEW = 9
 # of the room for what is kept, by kind
-_DECOMPOSED, _MADE, _POOLED, _GRAMS = 0.35, 0.12, 0.2, 0.08
-_PRODUCTS, _IMAGES, _ROOTS = 0.08, 0.12, 0.05
+_DECOMPOSED, _MADE, _POOLED, _GRAMS = 0.35, 0.09, 0.2, 0.08
+_PRODUCTS, _IMAGES, _ROOTS = 0.08, 0.12, 0.08
 
 
 @dataclass(eq=False)
@@ -117,7 +117,9 @@ class Spectra:
         more = (_DECOMPOSED - decomposed) / 2
         self._images = Kept(int((_IMAGES + more) * self.room), stays=True)
         self._grams = Kept(int((_GRAMS + more) * self.room), stays=True)
-        self._roots = Kept(int(_ROOTS * self.room))
+        # those of heads are many and small, and asked for again with every run of layers
+        roots = int(_ROOTS * self.room)
+        self._roots = Kept(roots, stays=True, largest=roots // 16)
 
     def share_inputs(self, other: Spectra) -> None:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""
