@@ -22,6 +22,7 @@ class To(str, Enum):
     DENSE = "dense"
     PY = "py"
     VLLM = "vllm"
+    ORT_GENAI = "ort-genai"
 
 
 def export_model(
@@ -30,7 +31,7 @@ def export_model(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="The file to make (.pt2, .onnx, .safetensors), or the folder (dense, py, vllm).",
+            help="The file to make (.pt2, .onnx, .safetensors), or the folder (the others).",
         ),
     ],
     to: Annotated[
@@ -38,7 +39,7 @@ def export_model(
         typer.Option(
             help="pt2: torch.export. aoti: compiled by AOTInductor. onnx. dense: the original's "
             "weights, multiplied out. py: a Python module. vllm: a folder for vLLM and "
-            "transformers.",
+            "transformers. ort-genai: a folder for ONNX Runtime GenAI.",
             show_default=False,
         ),
     ],
@@ -88,7 +89,7 @@ def export_model(
         opset=opset,
         original=source if to in (To.DENSE, To.VLLM) else None,
         untie=untie,
-        tokenizer=folder if to is To.VLLM else None,
+        tokenizer=folder if to in (To.VLLM, To.ORT_GENAI) else None,
         force=force,
         seed=seed,
     )

@@ -108,14 +108,15 @@ def export(
     to
         ``pt2`` (``torch.export``), ``aoti`` (AOTInductor), ``onnx``, ``dense`` (the original's
         state dict with the products multiplied out), ``py`` (the graph as a Python module),
-        ``vllm`` (a folder that vLLM and transformers load, in which bases stay shared).
+        ``vllm`` (a folder that vLLM and transformers load, in which bases stay shared),
+        ``ort-genai`` (a folder for ONNX Runtime GenAI: a graph with a cache).
     example
         One batch to export with. Where None, random numbers of the form that the model was
         captured with.
     dynamic
         Let batch size and sequence length vary where the model does; else they are the example's.
     opset
-        For ``onnx``; torch's default where None.
+        For ``onnx`` and ``ort-genai``; torch's default where None.
     original
         For ``dense``: the original model, a function that makes one, or
         ``"package.module:function"``, where the compiled model cannot say its class or does not use
@@ -123,8 +124,8 @@ def export(
     untie
         For ``vllm``: give every linear its own copy of the bases that it reads.
     tokenizer
-        For ``vllm``: a folder whose tokenizer files are copied, or a tokenizer of transformers.
-        Where None, those of the folder that the original was loaded from.
+        For ``vllm`` and ``ort-genai``: a folder whose tokenizer files are copied, or a tokenizer of
+        transformers. Where None, those of the folder that the original was loaded from.
     force
         Replace an older export at ``path``; it stays until the new one is checked.
     seed
@@ -146,7 +147,7 @@ def export(
     from fxshare.exporting.certifying.certificate import certificate_path
     from fxshare.exporting.certifying.certify import certify
     from fxshare.exporting.subject import subject_of
-    from fxshare.exporting.targets import dense, onnx, python, vllm
+    from fxshare.exporting.targets import dense, onnx, ort_genai, python, vllm
 
     place_of = Path(path)
     options = Options(opset, original, untie, tokenizer)
@@ -154,7 +155,7 @@ def export(
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
     if to == "vllm":
         gm = vllm.as_written(gm)
-    ours = {"py": python.ours, "vllm": vllm.ours}
+    ours = {"py": python.ours, "vllm": vllm.ours, "ort-genai": ort_genai.ours}
     if place_of.suffix != dense.SUFFIX:
         ours["dense"] = dense.ours
     renames = onnx.rename_data if to == "onnx" else None
@@ -186,7 +187,7 @@ def export(
 
 
 def _write(subject: Subject, path: Path, to: str, options: Options) -> Written:
-    from fxshare.exporting.targets import aoti, dense, onnx, pt2, python, vllm
+    from fxshare.exporting.targets import aoti, dense, onnx, ort_genai, pt2, python, vllm
 
     if any(t.device.type == "meta" for t in subject.model.parameters()):
         raise ExportError(f"{subject.name} is on the meta device: it has no values to export")
@@ -196,6 +197,8 @@ def _write(subject: Subject, path: Path, to: str, options: Options) -> Written:
         return onnx.write(subject, path, options.opset)
     if to == "vllm":
         return vllm.write(subject, path, options)
+    if to == "ort-genai":
+        return ort_genai.write(subject, path, options)
     write = {"pt2": pt2.write, "aoti": aoti.write, "py": python.write}[to]
     return write(subject, path)
 

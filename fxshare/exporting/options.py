@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from fxshare.store.skeleton import ModelSource
     from fxshare.store.tokenizer import TokenizerSource
 
-Target = Literal["pt2", "aoti", "onnx", "dense", "py", "vllm"]
+Target = Literal["pt2", "aoti", "onnx", "dense", "py", "vllm", "ort-genai"]
 TARGETS: tuple[str, ...] = get_args(Target)
-FOLDERS = ("dense", "py", "vllm")
-"""Those that make a folder; ``dense`` also a file."""
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _TAKEN_BY = {
-    "opset": ("onnx",),
+    "opset": ("onnx", "ort-genai"),
     "original": ("dense", "vllm"),
     "untie": ("vllm",),
-    "tokenizer": ("vllm",),
+    "tokenizer": ("vllm", "ort-genai"),
 }
 
 
@@ -59,4 +57,4 @@ class Options:
             check_opset(self.opset)
 
 
-__all__ = ["FOLDERS", "TARGETS", "Options", "Target"]
+__all__ = ["TARGETS", "Options", "Target"]

@@ -48,7 +48,7 @@ def traced(subject: Subject) -> Traced:
     try:
         with quiet():
             program = torch.export.export(
-                _Bare.around(_compact(subject.model), list(inputs), dict(subject.constants)),
+                _Bare.around(compact(subject.model), list(inputs), dict(subject.constants)),
                 (),
                 inputs,
                 dynamic_shapes=dims,
@@ -62,7 +62,7 @@ def traced(subject: Subject) -> Traced:
             f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
     baked = _baked(program, subject)
-    _strip(program)
+    strip(program)
     shapes = subject.shapes
     notes = tuple(
         f"the {what} is fixed at the example's: the model depends on it"
@@ -105,7 +105,7 @@ class _Bare(nn.Module):
         return plain(self.__dict__["_called"](**inputs, **self.__dict__["_constants"]))
 
 
-def _compact(model: nn.Module) -> nn.Module:
+def compact(model: nn.Module) -> nn.Module:
     """A copy in which no tensor is a part of a larger one: torch.export.save writes whole storages,
     and the slices of one weight are views of it."""
     memo: dict[int, Any] = {}
@@ -133,7 +133,7 @@ def _baked(program: torch.export.ExportedProgram, subject: Subject) -> set[int]:
     }
 
 
-def _strip(program: torch.export.ExportedProgram) -> None:
+def strip(program: torch.export.ExportedProgram) -> None:
     """Drop what only this process can use: stack traces with local paths, and module classes."""
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):

@@ -27,6 +27,7 @@ ENGINES = {
     "dense": "torch",
     "onnx": "onnxruntime",
     "vllm": "transformers",
+    "ort-genai": "onnxruntime_genai",
 }
 """What runs a target here, when it is checked."""
 _SHOWN = 8
@@ -38,6 +39,8 @@ def certify(subject: Subject, written: Written, to: str, *, seed: int) -> Certif
     Raises :class:`CheckFailed` where their tokens differ by more than rounding.
     """
     engine = ENGINES[to]
+    if to == "ort-genai" and written.generate is None:
+        engine = "onnxruntime"
     blank = Certificate(
         target=to,
         model=subject.name,

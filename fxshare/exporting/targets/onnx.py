@@ -54,28 +54,20 @@ def write(
     _, _, onnxruntime = _imported()
     found = traced(subject)
     names = _output_names(subject.shown)
-    with warnings.catch_warnings(), _silence("torch.onnx"), _silence("onnxscript"):
-        warnings.simplefilter("ignore")
-        try:
-            made: Any = torch.onnx.export(
-                found.program,
-                (),
-                kwargs=dict(subject.inputs),
-                input_names=_input_names(subject.inputs),
-                output_names=names,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:
-            raise ExportError(_reason(f"torch.onnx cannot export {subject.name}", error)) from error
-    _strip(made.model)
-    size = sum(t.nbytes for t in found.program.state_dict.values())
-    made.save(path, external_data=size > largest_file)
+    write_program(
+        found.program,
+        path,
+        inputs=subject.inputs,
+        input_names=_input_names(subject.inputs),
+        output_names=names,
+        opset=opset,
+        what=subject.name,
+        largest_file=largest_file,
+    )
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(_reason("onnxruntime refuses the model", error)) from error
+        raise ExportError(reason("onnxruntime refuses the model", error)) from error
 
     def run(call: Call) -> Any:
         tensors = [t for t in pytree.tree_leaves(dict(call)) if isinstance(t, Tensor)]
@@ -87,6 +79,41 @@ def write(
         return refilled(subject.shown, outputs)
 
     return Written(run, found.batch, found.sequence, found.notes, unmasked_only=True)
+
+
+def write_program(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    *,
+    inputs: Call,
+    input_names: list[str],
+    output_names: list[str],
+    opset: int | None,
+    what: str,
+    largest_file: int = _LARGEST_FILE,
+) -> None:
+    """Write a program, its weights beside it where they are more than ``largest_file`` bytes.
+
+    Raises :class:`ExportError` naming ``what`` where an operator has no ONNX form.
+    """
+    with warnings.catch_warnings(), _silence("torch.onnx"), _silence("onnxscript"):
+        warnings.simplefilter("ignore")
+        try:
+            made: Any = torch.onnx.export(
+                program,
+                (),
+                kwargs=dict(inputs),
+                input_names=input_names,
+                output_names=output_names,
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(reason(f"torch.onnx cannot export {what}", error)) from error
+    _strip(made.model)
+    size = sum(t.nbytes for t in program.state_dict.values())
+    made.save(path, external_data=size > largest_file)
 
 
 def rename_data(path: Path, old: str, new: str) -> None:
@@ -161,7 +188,8 @@ class _silence:
         self._logger.setLevel(self._level)
 
 
-def _reason(what: str, error: Exception) -> str:
+def reason(what: str, error: Exception) -> str:
+    """``what``, and the first line of an error of another library with that of its cause."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     cause = error.__cause__
     because = f" ({type(cause).__name__}: {str(cause).splitlines()[0]})" if cause else ""

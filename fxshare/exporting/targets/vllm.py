@@ -82,7 +82,7 @@ def write(
     write_tensors({name: ("parameter", t) for name, t in tensors.items()}, path, max_shard_bytes)
     _write_configs(subject, family, table, path)
     (path / FILE).write_text(modeling_text(family), encoding="utf-8")
-    source = options.tokenizer or _tokenizer_of(subject)
+    source = options.tokenizer or tokenizer_of(subject)
     if source is not None:
         write_tokenizer(source, path)
     loaded = read_back(path, family.auto)
@@ -170,7 +170,7 @@ def _write_configs(subject: Subject, family: Family, table: Table, path: Path) -
         write_json(path / HF_GENERATION, generation.to_dict())
 
 
-def _tokenizer_of(subject: Subject) -> str | None:
+def tokenizer_of(subject: Subject) -> str | None:
     """The folder that the original was loaded from, where it is one of this machine."""
     structure = structure_of(subject.model)
     name = getattr(getattr(structure and structure.model, "config", None), "_name_or_path", "")

@@ -1,0 +1,165 @@
+"""``to="ort-genai"``: ONNX Runtime GenAI says what the compiled model does, with its own cache."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxshare
+from fxshare.errors import CheckFailed, ExportError
+from fxshare.exporting.certifying.certificate import changes_since, read_certificate
+from fxshare.exporting.engines import matrix
+from tests.exporting import build
+from tests.zoo.families import family
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+genai = pytest.importorskip("onnxruntime_genai")
+target = importlib.import_module("fxshare.exporting.targets.ort_genai")
+NEW = 12
+
+
+def compiled(name: str = "llama", **options: Any) -> Any:
+    original = build.transformers_model(name, use_cache=True)
+    return build.compiled_transformers(name, original, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model whose layers share bases, and its folder, with a tokenizer's file."""
+    root = tmp_path_factory.mktemp("genai")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "X"}')
+    gm = compiled()
+    fxshare.export(gm, root / "m", to="ort-genai", tokenizer=root / "tokenizer")
+    return gm, root / "m"
+
+
+def say(path: Path, prompt: list[int], new: int) -> list[int]:
+    """GenAI's loop, as its documents have it."""
+    model = genai.Model(str(path))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + new, min_length=len(prompt) + new)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(map(int, generator.get_sequence(0)))[len(prompt) :]
+
+
+def greedy(gm: Any, prompt: list[int], new: int) -> list[int]:
+    x = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(new):
+            logits = gm(input_ids=x, attention_mask=torch.ones_like(x)).logits
+            x = torch.cat([x, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return x[0, len(prompt) :].tolist()
+
+
+def test_the_same_tokens(exported: tuple[Any, Path]) -> None:
+    gm, path = exported
+    generator = torch.Generator().manual_seed(8)
+    said = []
+    for length in (1, 6, 12):
+        prompt = torch.randint(3, 32, (length,), generator=generator).tolist()
+        said.append(say(path, prompt, NEW))
+        assert said[-1] == greedy(gm, prompt, NEW)
+    assert len({tuple(tokens) for tokens in said}) > 1
+
+
+def test_the_folder_and_its_certificate(exported: tuple[Any, Path]) -> None:
+    gm, path = exported
+    names = {"model.onnx", "genai_config.json", "tokenizer_config.json", "certificate.json"}
+    assert {file.name for file in path.iterdir()} == names
+    assert all(target.ours(name) for name in names)
+    config = json.loads((path / "genai_config.json").read_text())["model"]
+    assert config["type"] == "decoder"
+    assert config["decoder"]["num_key_value_heads"] == 2
+    assert config["decoder"]["head_size"] == 4
+    graph = onnx.load(path / "model.onnx").graph
+    given = [put.name for put in graph.input]
+    assert given[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert given[3:] == [f"past_key_values.{n}.{w}" for n in range(2) for w in ("key", "value")]
+    # batch, tokens and what is in the cache vary
+    assert all(put.type.tensor_type.shape.dim[0].dim_param for put in graph.input)
+    assert all(put.type.tensor_type.shape.dim[2].dim_param for put in graph.input[3:])
+    # of bases that layers share there is one
+    stored = sum(onnx.numpy_helper.to_array(t).nbytes for t in graph.initializer)
+    assert stored <= sum(p.nbytes for p in {id(p): p for p in gm.parameters()}.values()) + 2048
+    certificate = read_certificate(path)
+    assert (certificate.engine, certificate.kind) == ("onnxruntime_genai", "tokens")
+    assert certificate.engine_version == genai.__version__
+    assert certificate.found == certificate.expected
+    assert changes_since(path, certificate) == []
+
+
+def test_verify_runs_it(exported: tuple[Any, Path]) -> None:
+    row = matrix.row_of("ort-genai", exported[1])
+    assert (row.state, row.version) == ("equal", genai.__version__), row
+    assert row.gap is not None
+    assert row.gap < 1e-4
+
+
+def test_without_the_engine_it_is_said(
+    exported: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    (note,), generate = target._by_genai(exported[1])
+    assert generate is None
+    assert "pip install 'fxshare[ort-genai]'" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mistral", "cache layers: DynamicSlidingWindowLayer.*such as a sliding window"),
+        ("t5", "has an encoder"),
+        ("bert", "BertForMaskedLM is none"),
+        ("nanogpt", "a causal language model of transformers, and NanoGPT is none"),
+    ],
+)
+def test_what_has_no_such_step(name: str, message: str, tmp_path: Path) -> None:
+    found = family(name)
+    gm = fxshare.compile(found.model(), found.config, example=found.call())
+    with pytest.raises(ExportError, match=message):
+        fxshare.export(gm, tmp_path / "m", to="ort-genai")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_are_no_graph(tmp_path: Path) -> None:
+    original = build.transformers_model("llama")
+    gm = fxshare.compile(original, build.transformers_config("llama"), capture="modules")
+    with pytest.raises(ExportError, match="was captured at module granularity"):
+        fxshare.export(gm, tmp_path / "m", to="ort-genai", example={"input_ids": build.ids()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_lowered_and_pivoted(name: str, tmp_path: Path) -> None:
+    gm = fxshare.lower(compiled(name, **build.PIVOTED))
+    fxshare.export(gm, tmp_path / "m", to="ort-genai")
+    assert read_certificate(tmp_path / "m").equal is True
+    prompt = list(range(3, 12))
+    assert say(tmp_path / "m", prompt, NEW) == greedy(gm, prompt, NEW)
+
+
+@pytest.mark.slow
+def test_a_cache_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right on whole texts, wrong on the steps after them."""
+    update = target.GivenCache.update
+
+    def forgets(self: Any, key: Any, value: Any, layer: int, *rest: Any, **more: Any) -> Any:
+        found = update(self, key, value, layer, *rest, **more)
+        self.pasts[layer] = (found[0] * 0.0, found[1])
+        return found
+
+    monkeypatch.setattr(target.GivenCache, "update", forgets)
+    with pytest.raises(CheckFailed, match="ort-genai export of LlamaForCausalLM says token"):
+        fxshare.export(compiled(), tmp_path / "m", to="ort-genai")
+    assert list(tmp_path.iterdir()) == []
