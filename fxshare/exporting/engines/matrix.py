@@ -94,6 +94,7 @@ def row_of(engine: str, export: Path, python: str | None = None) -> Row:
     job = {
         "engine": engine,
         "path": str(export.resolve()),
+        "dtype": certificate.dtype,
         "prompts": certificate.prompts,
         "new": len(certificate.expected[0]),
         "inputs": certificate.inputs,

@@ -4,10 +4,10 @@
 
     python worker.py <job.json
 
-The job has ``engine``, ``path``, ``prompts`` (lists of token ids) and ``new``; for ``pt2`` and
-``onnx`` also ``inputs`` (the names of the arguments), and ``rows`` and ``width`` where they are
-fixed. The last line of its output is the answer: ``version``, ``tokens``, ``logits`` (of each
-token), ``seconds`` and ``resident`` bytes; or ``missing``, what cannot be imported.
+The job has ``engine``, ``path``, ``dtype``, ``prompts`` (lists of token ids) and ``new``; for
+``pt2`` and ``onnx`` also ``inputs`` (the names of the arguments), and ``rows`` and ``width`` where
+they are fixed. The last line of its output is the answer: ``version``, ``tokens``, ``logits`` (of
+each token), ``seconds`` and ``resident`` bytes; or ``missing``, what cannot be imported.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def vllm(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
         trust_remote_code=True,
         model_impl="transformers",
         skip_tokenizer_init=True,
+        dtype=job["dtype"],  # of its own accord it makes float32 half as wide
         enforce_eager=True,
         max_model_len=longest,
         max_num_seqs=4,
