@@ -40,6 +40,11 @@ def load_pretrained(name: str, folder: Path, *, allow_missing: bool) -> nn.Modul
             f"{name}: config.json is that of a folder of fxshare.save, but fxshare.json is missing;"
             " copy the whole folder"
         )
+    if str(config.get("model_type")).startswith(f"{MODEL_TYPE}_"):
+        raise DataError(
+            f"{name}: an export of fxshare to 'vllm', whose code runs in transformers and vLLM "
+            "where one says so, and never here; name the folder that it was made from"
+        )
     quantised = config.get("quantization_config")
     if quantised is not None and not isinstance(quantised, Mapping):
         raise DataError(

@@ -360,6 +360,15 @@ def test_weights_in_shards_and_a_tokenizer(
     assert worst(subject.run(call), written.run(call)).relative < 1e-5
 
 
+def test_an_export_is_nothing_to_compile(served: dict[str, tuple[Any, Path]]) -> None:
+    from fxshare.loading.names import load_model
+
+    with pytest.raises(
+        fxshare.errors.DataError, match="an export of fxshare to 'vllm', whose code"
+    ):
+        load_model(str(served["llama"][1]))
+
+
 # what is refused ----------------------------------------------------------------------------------
 
 
@@ -444,3 +453,18 @@ def test_what_vllm_flattens_before_a_linear() -> None:
     x = torch.randn(5, 6)
     assert torch.equal(linear(x.reshape(-1)), linear(x))
     assert torch.equal(linear(x.reshape(1, -1)), linear(x))
+
+
+def test_an_interruption_leaves_nothing(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for name in ("write_tensors", "write_json", "modeling_text", "read_back", "check_layout"):
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm, name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                fxshare.export(llama, tmp_path / "m", to="vllm")
+        assert list(tmp_path.iterdir()) == [], name
+    assert not [name for name in sys.modules if name.startswith("transformers_modules")]

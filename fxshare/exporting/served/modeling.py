@@ -8,6 +8,7 @@ from typing import Any
 
 from fxshare.exporting.served import shared_linears
 from fxshare.exporting.served.family import Family
+from fxshare.store.transformers import MODEL_TYPE
 
 FILE = "modeling_fxshare.py"
 _PREFIX = "Shared"
@@ -48,7 +49,7 @@ class {name}({original}):
 def model_type_of(family: Family) -> str:
     """A type of our own: by the original's, transformers would fill the original's class with what
     it finds and make up the rest."""
-    return f"fxshare_{family.model.config.model_type}"
+    return f"{MODEL_TYPE}_{family.model.config.model_type}"
 
 
 def auto_map_of(family: Family) -> dict[str, str]:
