@@ -22,9 +22,10 @@ from passes.graph.graph import (
     structure_copy,
     weight_and_bias,
 )
+from passes.graph.hidden import Hidden, NotHidden, hidden_units
 from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
-from passes.graph.slices import Slice, slice_weight, slices
+from passes.graph.slices import KeptUnits, Slice, slice_weight, slices
 from passes.graph.stacks import stacks
 from passes.graph.uses import other_readers, used_nodes
 from passes.observing.gradients import ObserveGradients, tapped
@@ -46,6 +47,7 @@ from passes.runner import Applied, equal_outputs, run
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.sharing.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.sharing.reuse_basis import ReuseBasis
+from passes.sharing.select_units import SelectedUnits, SelectUnits
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import Rows, SplitLinear, SplitSite
 from passes.sharing.unstack_experts import UnstackExperts, unstacked_as
@@ -60,6 +62,8 @@ __all__ = [
     "FuseCoefficients",
     "FxShareError",
     "GroupCoefficients",
+    "Hidden",
+    "KeptUnits",
     "LayOut",
     "LinearCall",
     "LookUpRows",
@@ -69,6 +73,7 @@ __all__ = [
     "MergeGathers",
     "MergeSlices",
     "NameFault",
+    "NotHidden",
     "ObserveGradients",
     "ObserveInputs",
     "ObserveLookups",
@@ -80,6 +85,8 @@ __all__ = [
     "RequiresError",
     "ReuseBasis",
     "Rows",
+    "SelectUnits",
+    "SelectedUnits",
     "ShapeError",
     "ShareBasis",
     "SharedGroup",
@@ -94,6 +101,7 @@ __all__ = [
     "derived_buffers",
     "equal_outputs",
     "forget_origins",
+    "hidden_units",
     "is_embedding",
     "is_linear",
     "linear_calls",

@@ -116,6 +116,23 @@ def _gap(rows: list[tuple[int, int]], height: int) -> str | None:
     return None if at == height else f"{at} rows of {height}"
 
 
+def other_units(view: View, named: tuple[str, Slice]) -> str | None:
+    """A slice that has other hidden units than are recorded, or than others of the same MLP."""
+    _, place = named
+    weight_OI = view.weight(place.module)
+    for units, rows in ((place.unit_rows, True), (place.unit_columns, False)):
+        if units is None or weight_OI is None:
+            continue
+        if any(low >= high for low, high in pairwise((-1, *units.kept, units.of))):
+            return f"units {units.kept[:8]} of {units.of}, not ascending or not in range"
+        size = place.stop - place.start if rows else weight_OI.shape[1]
+        if size != units.parts * len(units.kept):
+            return f"{size} where {units.parts} times {len(units.kept)} are recorded"
+        if (units.of, units.kept) != view.units[units.name]:
+            return f"other units than the first slice of {units.name!r}"
+    return None
+
+
 def not_looked_up(view: View, module: str) -> str | None:
     """A holder of slices which is no ``nn.Linear``, although its rows are not just looked up."""
     return _foreign(view, module, (F.embedding,))

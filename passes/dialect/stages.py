@@ -95,6 +95,14 @@ _SLICES = (
         "slices that are its rows, each row once",
         _MAKE,
     ),
+    Rule(
+        "hidden-units",
+        view.each_slice,
+        findings.other_units,
+        "as many rows or columns as hidden units are recorded, ascending, the same in all that "
+        "compute and read them",
+        "Make it with SelectUnits",
+    ),
 )
 _LINEARS = Rule(
     "linear-module",
@@ -249,6 +257,7 @@ RULES: Mapping[Stage, tuple[Rule, ...]] = {
 }
 _LEADS_TO: Mapping[str, Stage] = {
     "look-up-rows": "split",
+    "select-units": "split",
     "split-linear": "split",
     "share-basis": "shared",
     "pivot-basis": "shared",

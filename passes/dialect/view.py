@@ -69,6 +69,16 @@ class View:
         return found
 
     @cached_property
+    def units(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """How many hidden units there were, and which are there, by the name of their selection."""
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for place in self.slices.values():
+            for units in (place.unit_rows, place.unit_columns):
+                if units is not None:
+                    found.setdefault(units.name, (units.of, units.kept))
+        return found
+
+    @cached_property
     def places(self) -> dict[tuple[str, int, int], set[tuple[str, int, int]]]:
         """The places of linears that are stored several times, and the others of each."""
         found: dict[tuple[str, int, int], set[tuple[str, int, int]]] = {}

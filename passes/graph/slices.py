@@ -8,7 +8,7 @@ Every pass that moves a slice writes its new place into ``gm.meta["slices"]``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,28 @@ from passes.errors import PassError
 from passes.graph.graph import weight_and_bias
 
 _KEY = "slices"
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """Which of some hidden units are there (:class:`passes.SelectUnits`): ``kept`` of ``of``,
+    ascending, in each of ``parts`` runs of rows or columns."""
+
+    name: str
+    of: int
+    kept: tuple[int, ...] = field(repr=False)
+    parts: int = 1
+
+    def places(self) -> Tensor:
+        """The rows or columns that are there, in order."""
+        kept = torch.tensor(self.kept, dtype=torch.int64)
+        return torch.cat([part * self.of + kept for part in range(self.parts)])
+
+    def whole(self, tensor: Tensor, dim: int) -> Tensor:
+        """The tensor with zeros where units are not there."""
+        shape = list(tensor.shape)
+        shape[dim] = self.parts * self.of
+        return tensor.new_zeros(shape).index_copy(dim, self.places().to(tensor.device), tensor)
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,21 @@ class Slice:
     """The basis in whose order of inputs (kept, then the others) this slice's rows are."""
     basis_rows: tuple[int, int] | None = None
     """The rows of the basis module that are this slice's, where several bases are stacked in it."""
+    unit_rows: KeptUnits | None = None
+    """Its rows are hidden units, of which these are there."""
+    unit_columns: KeptUnits | None = None
+    """It reads hidden units, of which these are there."""
+
+    def whole_weight(self, rows: Tensor) -> Tensor:
+        """A weight that stands for the slice, from its rows as they are stored (whole of their
+        basis): zeros in the place of units that are not there."""
+        if self.unit_columns is not None:
+            rows = self.unit_columns.whole(rows, 1)
+        return rows if self.unit_rows is None else self.unit_rows.whole(rows, 0)
+
+    def whole_bias(self, rows: Tensor) -> Tensor:
+        """As :meth:`whole_weight`, of a bias."""
+        return rows if self.unit_rows is None else self.unit_rows.whole(rows, 0)
 
 
 def slices(gm: fx.GraphModule) -> Mapping[str, Slice]:
@@ -59,7 +96,7 @@ def slice_weight(gm: fx.GraphModule, name: str) -> Tensor:
     weight_OI, _ = weight_and_bias(gm.get_submodule(place.module))
     rows = rows_of(gm, place, weight_OI)
     if place.basis is None:
-        return rows
+        return place.whole_weight(rows)
     return torch.matmul(rows, basis_of(gm, place))
 
 

@@ -37,7 +37,7 @@ from passes import (
 from passes.dialect import RULES, STAGES, Stage, check, findings, stage_of, watch
 from passes.graph.modes import caller_modes, set_modes
 from passes.graph.origins import origins
-from passes.graph.slices import Slice, set_slices
+from passes.graph.slices import KeptUnits, Slice, set_slices
 from passes.sharing.pivot_basis import PivotedGroup
 from tests.passes.build import captured, groups, pivoted, site_of, sites, whole_sites, x_of
 from tests.toys import TOYS, Toy
@@ -280,6 +280,13 @@ BROKEN: list[tuple[str, Stage, Break, str, str]] = [
     ("captured", "captured", _wrong_bias, "node 'up'", "linear-call"),
     ("split", "captured", lambda gm: None, "slice 'wte' (node 'wte_weight')", "no-records"),
     ("split", "split", lambda g: _place(g, "up", stop=5), "(node 'up')", "slice-rows"),
+    (
+        "split",
+        "split",
+        lambda g: _place(g, "up", unit_rows=KeptUnits("units", 9, (0, 1, 2))),
+        "slice 'up' (node 'up')",
+        "hidden-units",
+    ),
     (
         "split",
         "split",
