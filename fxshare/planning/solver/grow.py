@@ -38,6 +38,8 @@ class Grown:
     prices: Floats
     values: dict[Run, Floats] = field(default_factory=dict)
     least: dict[Run, Floats] = field(default_factory=dict)
+    best: dict[Run, Floats] = field(default_factory=dict)
+    """Of every run the best partition into priced ones."""
 
     def part(self, run: Run) -> Part:
         """The slices of a run."""
@@ -45,8 +47,8 @@ class Grown:
 
     def partition(self, price: float) -> list[Part]:
         """The best partition into priced runs at one of the prices."""
-        at = self._position(price)
-        _, back = _shortest(len(self.row), {run: v[at] for run, v in self.values.items()})
+        at = self.position(price)
+        _, back = shortest(len(self.row), {run: v[at] for run, v in self.values.items()})
         chosen, end = [], len(self.row)
         while end:
             start = back[end]
@@ -56,15 +58,16 @@ class Grown:
 
     def bound(self, price: float) -> float:
         """No partition into runs, priced or not, has a lower value at one of the prices."""
-        at = self._position(price)
+        at = self.position(price)
         values = {run: v[at] for run, v in (self.least | self.values).items()}
-        return _shortest(len(self.row), values)[0]
+        return shortest(len(self.row), values)[0]
 
-    def _position(self, price: float) -> int:
+    def position(self, price: float) -> int:
+        """Which of the prices it is."""
         return int(np.flatnonzero(self.prices == price)[0])
 
 
-def _shortest(length: int, values: dict[Run, float]) -> tuple[float, list[int]]:
+def shortest(length: int, values: dict[Run, float]) -> tuple[float, list[int]]:
     """The shortest path through the boundaries between layers; of equal ones the shorter run."""
     best, back = [0.0] + [float("inf")] * length, [0] * (length + 1)
     for end in range(1, length + 1):
@@ -90,13 +93,15 @@ def grow(problem: Problem, row: Sequence[Part], price: float) -> Grown:
 def _grow(problem: Problem, row: Sequence[Part], prices: Floats) -> Grown:
     grown = Grown(row, prices)
     counts = _counts(problem, row, prices)
-    split: dict[Run, Floats] = {}  # the best partition of each run into priced ones
+    split = grown.best
     growing: set[Run] = set()
     for length in range(1, len(row) + 1):
         for start in range(len(row) - length + 1):
             run = (start, start + length)
             part = grown.part(run)
             if not problem.allowed(part):
+                if problem.others:  # which leave segments of any length
+                    split[run] = _best_apart(run, split)
                 continue
             apart = _best_apart(run, split)
             shorter = {(run[0], run[1] - 1), (run[0] + 1, run[1])}

@@ -45,6 +45,8 @@ class Candidate(Protocol):
     """A way to store some slices: its curve of loss against cost, and the kind of thing it is."""
 
     @property
+    def key(self) -> Part: ...
+    @property
     def slices(self) -> Part: ...
     @property
     def curve(self) -> Curve: ...
@@ -59,6 +61,29 @@ class SharedBasis:
     slices: Part
     curve: Curve
     kind: str = "basis"
+
+    @property
+    def key(self) -> Part:
+        """What it is called in a partition."""
+        return self.slices
+
+
+@dataclass(frozen=True, eq=False)
+class Other:
+    """A candidate of another kind: it takes all its slices, which are in no group then. ``of`` is
+    what it means to whoever made it."""
+
+    name: str
+    slices: Part
+    curve: Curve
+    kind: str
+    of: object = None
+
+    @property
+    def key(self) -> Part:
+        """What it is called in a partition: a part that has no slice, since a group of the same
+        slices is something else."""
+        return frozenset({f"\0{self.kind} {self.name}"})
 
 
 @dataclass(eq=False)
@@ -82,6 +107,10 @@ class Problem:
     side_limit: float | None = None
     least_of: Callable[[Part], Curve] | None = None
     known: Callable[[Part], bool] | None = None
+    others: Mapping[Part, Other] = field(default_factory=dict)
+    """Candidates of other kinds, by their keys (:attr:`Other.key`)."""
+    insists: bool = False
+    """Whether they are taken wherever there are some, to be judged."""
     _known: dict[Part, SharedBasis] = field(init=False, default_factory=dict)
     _joins: dict[Part, bool] = field(init=False, default_factory=dict)
     _values: dict[Part, list[float]] = field(init=False, default_factory=dict)
@@ -97,6 +126,8 @@ class Problem:
 
     def candidate(self, part: Part) -> Candidate:
         """The candidate of a part, made on first use."""
+        if part in self.others:
+            return self.others[part]
         if part not in self._known:
             self._known[part] = SharedBasis(part, self.curve_of(part))
         return self._known[part]
@@ -116,6 +147,10 @@ class Problem:
         self.prices = np.asarray(prices, dtype=np.float64)
         self._at = {float(price): at for at, price in enumerate(prices)}
         self._values, self.grown = {}, {}
+
+    def covered(self, part: Part) -> Part:
+        """The slices of a part of a partition."""
+        return self.others[part].slices if part in self.others else part
 
     def is_priced(self, part: Part) -> bool:
         """Whether a part's own curve is known."""

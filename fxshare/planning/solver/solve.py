@@ -21,7 +21,7 @@ import numpy as np
 from fxshare.errors import PlanError
 from fxshare.planning.solver.curve import Curve
 from fxshare.planning.solver.problem import Candidate, Part, Problem
-from fxshare.planning.solver.strategies import STRATEGIES
+from fxshare.planning.solver.strategies import STRATEGIES, mixed_in
 
 _PRICES = 48
 
@@ -132,13 +132,15 @@ def _within_side(problem: Problem, free: Solution, limit: float) -> Solution:
             problem,
             curve_of=partial(_priced, price, lambda part: problem.candidate(part).curve),
             least_of=problem.least_of and partial(_priced, price, problem.least_of),
+            others={
+                key: replace(one, curve=_curve(price, one.curve, one.slices))
+                for key, one in problem.others.items()
+            },
         )
         found = _sweep(priced, [free.budget], free.strategy)[0]
         bound = max(bound, found.bound - price * limit)
         priced_bound = max(priced_bound, found.priced_bound - price * limit)
-        choices = tuple(
-            Choice(problem.candidate(c.candidate.slices), c.option) for c in found.choices
-        )
+        choices = tuple(Choice(problem.candidate(c.candidate.key), c.option) for c in found.choices)
         one = replace(found, choices=_filled(choices, free.budget, limit))
         if one.side <= limit:
             high = exponent
@@ -183,7 +185,10 @@ def _filled(choices: tuple[Choice, ...], budget: float, limit: float) -> tuple[C
 
 
 def _priced(price: float, curve_of: Callable[[Part], Curve], part: Part) -> Curve:
-    curve = curve_of(part)
+    return _curve(price, curve_of(part), part)
+
+
+def _curve(price: float, curve: Curve, part: Part) -> Curve:
     if curve.side is None:
         raise PlanError(
             f"a plan is bounded in a second unit that {sorted(part)[0]!r} has no cost in"
@@ -227,7 +232,8 @@ def _collect(problem: Problem, strategy: str) -> _Collected:
     for price in prices:
         # in the slices' order: some strategies give sets, whose order changes from run to run
         parts = STRATEGIES[strategy](problem, price)
-        parts = sorted(parts, key=lambda part: min(position[name] for name in part))
+        parts = mixed_in(strategy, problem, price, parts)
+        parts = sorted(parts, key=lambda p: min(position[n] for n in problem.covered(p)))
         found.append(frozenset(parts))
         partitions.setdefault(found[-1], parts)
     # over every partition collected, not only the one found at this price: a heuristic may have
@@ -275,7 +281,8 @@ def least_cost(problem: Problem, loss: float, *, strategy: str = "auto") -> Solu
 
 def _grid(problem: Problem) -> list[float]:
     """Prices from where everything is dense to where everything is cheapest."""
-    slopes = [s for p in problem.singletons() for s in _ends(problem.candidate(p).curve) if s > 0]
+    each = [*problem.singletons(), *problem.others]
+    slopes = [s for p in each for s in _ends(problem.candidate(p).curve) if s > 0]
     if not slopes:
         return [1.0]
     low, high = min(slopes) * 0.5, max(slopes) * 2

@@ -18,6 +18,7 @@ import networkx as nx
 
 from fxshare.errors import PlanError
 from fxshare.planning.solver.grow import LEAST_GAIN, LEAST_SHARE, grow, paid_share
+from fxshare.planning.solver.mixed import mixed
 from fxshare.planning.solver.problem import Part, Problem
 
 Strategy = Callable[[Problem, float], list[Part]]
@@ -267,6 +268,11 @@ def exhaustive(problem: Problem, price: float) -> list[Part]:
         part = frozenset[str]().union(*(x for at, x in enumerate(items) if mask >> at & 1))
         if problem.may_join(part):
             worth[mask] = (problem.value(part, price), part)
+    for key, other in problem.others.items():
+        mask = sum(1 << at for at, x in enumerate(items) if x <= other.slices)
+        value = problem.value(key, price)
+        if mask not in worth or value < worth[mask][0]:
+            worth[mask] = (value, key)
     best: dict[int, tuple[float, int]] = {0: (0.0, 0)}
     for mask in range(1, whole + 1):
         first, least = mask & -mask, (float("inf"), 0)
@@ -305,6 +311,16 @@ def auto(problem: Problem, price: float) -> list[Part]:
         tried.append(agglomerative)
     found = [strategy(problem, price) for strategy in tried]
     return min(found, key=lambda parts: sum(problem.value(p, price) for p in parts))
+
+
+def mixed_in(strategy: str, problem: Problem, price: float, parts: list[Part]) -> list[Part]:
+    """The best of a strategy's partition and of those in which candidates of other kinds take
+    slices; what looks at all partitions has looked at them."""
+    count = len(problem.singletons())
+    whole = strategy == "exhaustive" or (strategy == "auto" and count <= MOST_EXHAUSTIVE)
+    if whole and not problem.insists:
+        return parts
+    return mixed(problem, price, parts, _families(problem, problem.singletons()), strategy)
 
 
 STRATEGIES: dict[str, Strategy] = {
