@@ -84,12 +84,15 @@ class Quality:
         return found["planned"] / found["basis sharing"]
 
 
-def methods(size: float, *, search: str) -> dict[str, dict[str, Any]]:
+def methods(
+    size: float, *, search: str, kinds: Sequence[str] = ("basis",)
+) -> dict[str, dict[str, Any]]:
     """The configurations compared, beside the weight types."""
+    planner = {"search": search, "kinds": list(kinds)}
     return {
         "basis sharing": {"group_size": 2, "compression_rate": size},
         "whitened SVD": {"group_size": 1, "compression_rate": size},
-        "planned": {"budget": {"params_kept": size}, "planner": {"search": search}},
+        "planned": {"budget": {"params_kept": size}, "planner": planner},
     }
 
 
@@ -100,12 +103,13 @@ def bench_quality(
     sizes: Sequence[float] = SIZES,
     batch: int = 8,
     search: str = "quick",
+    kinds: Sequence[str] = ("basis",),
     seed: int = 0,
     refine: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Quality:
     """Measure every method on every case at every size. ``refine``: Basis Sharing and planned plans
-    are also refined, for so many minutes each."""
+    are also refined, for so many minutes each. ``kinds`` of candidates compete in planned plans."""
     if refine is not None:
         RefineOptions(minutes=refine)  # a wrong value is told before anything is compiled
     start = time.perf_counter()
@@ -116,7 +120,7 @@ def bench_quality(
         dense[case.name] = _loss(case.model, case.held_out)
         say(f"{case.name}: dense {dense[case.name]:.4f} nats per token")
         for size in sizes:
-            for method, extra in methods(size, search=search).items():
+            for method, extra in methods(size, search=search, kinds=kinds).items():
                 gm, seconds = _compiled(case, extra, batches, seed)
                 row = _row(case, size, method, gm, dense[case.name], seconds)
                 say(f"{case.name} {size:.2f} {method}: +{row.increase:.4f}")

@@ -155,7 +155,7 @@ def _planned(
     )
     plan = found.plan
     size = dtype_of(loaded.model).itemsize
-    times = _times(plan, loaded.model) if plan.groups else None
+    times = None if plan.is_dense else _times(plan, loaded.model)
     text = plan_text(plan, cfg, element_size=size, alternatives=found.alternatives, times=times)
     dense = left_dense(loaded.model, plan.sites, plan.skipped)
     return _Made(found, model, text if dense is None else f"warning: {dense}\n{text}")
@@ -281,7 +281,7 @@ def plan_text(
     )
 
     lines = head_lines(plan, element_size=element_size)
-    if plan.groups:
+    if not plan.is_dense:
         header, rows = groups_table(plan)
         lines.append(table(header, rows, left=2))
     else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fxshare.config import ShareConfig
     from fxshare.plans.plan import Group, Plan
+    from fxshare.plans.units import Units
     from fxshare.result.record import Record
     from fxshare.sites.site import Site, Skipped, SliceSpec
 
@@ -49,7 +50,8 @@ def explain_in_plan(plan: Plan, name: str) -> list[str]:
         return found
     known = [call for site in plan.sites for call in site.readers]
     known += [s.name for site in plan.sites for s in site.slices]
-    known += [group.name for group in plan.groups] + [s.name for s in plan.skipped]
+    known += [group.name for group in plan.groups] + [one.name for one in plan.units]
+    known += [s.name for s in plan.skipped]
     raise fxshare.errors.ConfigError(
         f"--why {name}: the plan has no module, slice or group of this name.{_nearest(name, known)}"
     )
@@ -71,6 +73,9 @@ def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | No
     for group in plan.groups:
         if name == group.name:
             return [f"a basis of {_few(group.slices)}", *_numbers(group, record)]
+    for one in plan.units:
+        if name == one.name:
+            return _units(one)
     for skipped in plan.skipped:
         if skipped.name == name:
             return _skipped(skipped, cfg)
@@ -124,6 +129,11 @@ def _basis(
     from fxshare.views.table import why_dense
 
     group = next((group for group in plan.groups if s.name in group.slices), None)
+    units = next((one for one in plan.units if site.name in one.sites), None)
+    if units is not None:
+        error = None if record is None else record.slice_errors.get(s.name)
+        tail = "" if error is None else f"; relative error {error:.3e}"
+        return [f"units {units.name}: keeps {units.kept} of {units.of}{tail}", *_units(units)]
     if group is None:
         kept = "in no group: keeps its original weight rows"
         if record is None and cfg is not None and cfg.mode == "planned":
@@ -137,6 +147,18 @@ def _basis(
     error = None if record is None else record.slice_errors.get(s.name)
     tail = "" if error is None else f"; relative error {error:.3e}"
     return [f"basis {group.name} of rank {group.rank}, {shared}{tail}", *_numbers(group, record)]
+
+
+def _units(one: Units) -> list[str]:
+    """Which MLP it is, its sizes and its loss."""
+    share = one.kept / one.of
+    lines = [
+        f"hidden units of {_few(one.producers)}, read by {one.consumer}: {one.kept} of {one.of} "
+        f"stay, {one.stored_numbers:,} of {one.dense_numbers:,} numbers ({share:.3f})"
+    ]
+    if one.loss is not None:
+        lines.append(f"predicted loss increase of the MLP: {one.loss:.3e} per token")
+    return lines
 
 
 def _few(names: Sequence[str]) -> str:

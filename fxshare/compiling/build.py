@@ -38,7 +38,13 @@ def built(
     began, by ``time.perf_counter``."""
     model, cfg = stages.model, stages.cfg
     rewritten, applied = rewrite(
-        stages.captured.graph, plan, factors.groups, cfg.fuse, own, pivots=factors.pivots
+        stages.captured.graph,
+        plan,
+        factors.groups,
+        cfg.fuse,
+        own,
+        pivots=factors.pivots,
+        units=factors.units,
     )
     result = assemble(stages.captured, rewritten, plan, copy=copy)
     keep_structure(result, model, own)

@@ -19,13 +19,19 @@ from fxshare.capture import Mode, device_of
 from fxshare.compiling.budgeted import within_budget
 from fxshare.compiling.build import built
 from fxshare.compiling.foretold import foretell
-from fxshare.compiling.given import check_plan, check_values, named_passes
+from fxshare.compiling.given import check_plan, check_plan_units, check_values, named_passes
 from fxshare.compiling.stages import Stages, configuration, prepare, working
 from fxshare.config import ConfigSource
 from fxshare.errors import CalibrationError
-from fxshare.factors.realise import Factorised, planned_factors, remade_factors, sharing_factors
+from fxshare.factors.realise import (
+    Factorised,
+    planned_factors,
+    remade_factors,
+    sharing_factors,
+)
 from fxshare.generation.shell import generate
 from fxshare.models.wrapped import unwrapped
+from fxshare.planning.kinds.named import carried_out, kinds_named
 from fxshare.planning.rules import make_plan
 from fxshare.planning.work import Work
 from fxshare.plans.plan import Plan
@@ -119,7 +125,9 @@ def compile(
     stages = prepare(model, configuration(model, cfg), calibration, example, capture)
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
-    given = None if plan is None else plan.groups  # how long it took to make is each rank's own
+    given = (
+        None if plan is None else (plan.groups, plan.units)
+    )  # how long it took to make is each rank's own
     here().agree({"call": "compile", "plan": given, "passes": [type(p).__name__ for p in own]})
     if plan is None:
         foretell(stages, work)
@@ -146,22 +154,23 @@ def _plan_and_factors(
     model, cfg = stages.model, stages.cfg
     if plan is not None:
         check_plan(plan, stages.sites)
+        check_plan_units(plan, stages.captured)
     elif cfg.mode != "planned":
         plan = make_plan(cfg, stages.sites, stages.skipped)
     weights = dense_weights(model, stages.sites if plan is None else plan.sites)
-    if plan is None or plan.groups:
+    if plan is None or not plan.is_dense:
         check_values(weights)
     if plan is None:
         budgeted = within_budget(stages, weights, loss, seed, work)
-        plan, made = budgeted.plan, budgeted.factors
+        plan, made, units = budgeted.plan, budgeted.factors, budgeted.units
         statistics: Statistics | None = budgeted.statistics
-    elif plan.mode == "planned" and plan.groups:
+    elif plan.mode == "planned" and not plan.is_dense:
         statistics = stages.calibrate(gradients=True, loss=loss, seed=seed, work=work)
         if statistics is None:
             raise CalibrationError(
                 "a planned plan needs calibration data to be carried out: give calibration=..."
             )
-        made = None
+        made, units = None, {}
     else:
         given = stages.calibrate(work=work) if plan.groups else None
         with stage("factorise", _LOG):
@@ -170,5 +179,6 @@ def _plan_and_factors(
     with stage("factorise", _LOG):
         if made is None:
             assert statistics is not None
-            made = remade_factors(plan, weights, statistics, cfg)
-        return plan, planned_factors(plan, weights, biases, made), statistics
+            made = again = remade_factors(plan, weights, statistics, cfg)
+            units = carried_out(plan, again, kinds_named(cfg.planner.kinds))
+        return plan, planned_factors(plan, weights, biases, made, units), statistics

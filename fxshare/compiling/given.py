@@ -8,9 +8,11 @@ from typing import get_origin
 
 from torch import Tensor
 
+from fxshare.capture import Captured
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, FactoriseError, PlanError
 from fxshare.plans.plan import Plan
+from fxshare.sites.mlps import mlps
 from fxshare.sites.site import Site
 from passes import Pass
 
@@ -62,4 +64,24 @@ def check_plan(plan: Plan, sites: Sequence[Site]) -> None:
                 f"the plan's site {site.name!r} with {len(site.slices)} slices is not what the "
                 "configuration matches in this model and its graph calls; make the plan again with "
                 "the same configuration and the same example or calibration data"
+            )
+
+
+def check_plan_units(plan: Plan, captured: Captured) -> None:
+    """Raise :class:`PlanError` for units of a given plan that are none in the captured graph."""
+    if not plan.units:
+        return
+    known = mlps(captured.graph, plan.sites, side_by_side=captured.side_by_side)
+    for one in plan.units:
+        found = known.of(one.consumer)
+        if found is None:
+            raise PlanError(
+                f"units {one.name!r}: {one.consumer!r} {known.reasons[one.consumer]}; leave the "
+                "entry out"
+            )
+        producers = {site.name for site in found.producers}
+        if producers != set(one.producers):
+            raise PlanError(
+                f"units {one.name!r}: {one.consumer!r} reads what {sorted(producers)} compute, "
+                f"found the producers {sorted(one.producers)}"
             )

@@ -81,7 +81,7 @@ def after_refining(
 
 def _compiled(stages: Stages, weights: Mapping[str, Tensor], one: Offered) -> Compiled:
     biases = site_biases(stages.model, one.plan.sites)
-    factors = planned_factors(one.plan, weights, biases, one.factors)
+    factors = planned_factors(one.plan, weights, biases, one.factors, one.units)
     start = time.perf_counter()
     result, record = built(stages, one.plan, factors, None, (), copy=False, start=start)
     return attach(result, record, Verbs(generate, save_pretrained))

@@ -6,17 +6,20 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fxshare.compiling.survey import Survey
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import ConfigError, PlanError
 from fxshare.planning.kinds.basis import groups_of, make_problem
+from fxshare.planning.kinds.kind import Scene
+from fxshare.planning.kinds.named import entries_of, kinds_named, others_of
 from fxshare.planning.nodes import nodes_for
 from fxshare.planning.options import Unit, limit_of, options_for
 from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
-from fxshare.planning.stored_problem import Stored, StoredSpectra, read_problem
+from fxshare.planning.stored_problem import Stored, StoredSpectra, mlps_in, read_problem
 from fxshare.planning.sweep import alternatives, sweep_budgets
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
@@ -49,7 +52,10 @@ def replan(
     check_layers(config.planner, stored.sites)
     options = options_for(config.budget, config.planner, stored.element_size)
     nodes = nodes_for(stored.sites, stored.inputs)
-    problem = make_problem(nodes, StoredSpectra.of(folder, config), options)
+    kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
+    problem = make_problem(nodes, priced, options)
+    scene = Scene(mlps_in(stored), nodes, priced, options)
+    problem = replace(problem, others=others_of(kinds, scene))
     budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
     strategy = config.planner.strategy
     if config.budget.max_loss_increase is not None:
@@ -60,6 +66,7 @@ def replan(
         mode="planned",
         sites=stored.sites,
         groups=groups_of(solution, nodes),
+        units=entries_of(kinds, solution),
         skipped=stored.skipped,
         outlook=_outlook(solution, stored, options.unit, time.perf_counter() - start),
     )
@@ -68,8 +75,7 @@ def replan(
         swept = sweep_budgets(
             problem, shares, options, strategy=strategy, loss_name=stored.loss_name
         )
-    grouped = {name for group in plan.groups for name in group.slices}
-    dense = [s.name for x in plan.sites for s in x.slices if s.name not in grouped]
+    dense = [s.name for x in plan.sites for s in x.slices if s.name not in plan.rewritten]
     return Survey(plan, alternatives(problem, dense, solution.price), swept)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from fxshare.errors import PlanError
 from fxshare.models.wrapped import unwrapped
 from fxshare.planning.budget import Budgeted
 from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.kinds.kind import Scene
+from fxshare.planning.kinds.named import others_of
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import options_of
 from fxshare.planning.rules import make_plan, uniform_plan
@@ -131,12 +133,13 @@ def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Su
     options = options_of(config.budget, planner, model)
     spectra = budgeted.spectra
     problem = make_problem(nodes_of(stages.sites, spectra.slices), spectra, options)
+    scene = Scene(budgeted.mlps, problem.nodes, spectra, options)
+    problem = replace(problem, others=others_of(budgeted.kinds, scene))
     swept = None
     if shares:
         swept = sweep_budgets(
             problem, shares, options, strategy=planner.strategy, loss_name=statistics.loss
         )
-    grouped = {name for group in plan.groups for name in group.slices}
-    dense = [s.name for x in plan.sites for s in x.slices if s.name not in grouped]
+    dense = [s.name for x in plan.sites for s in x.slices if s.name not in plan.rewritten]
     price = 0.0 if plan.outlook is None else plan.outlook.price
     return Survey(plan, alternatives(problem, dense, price), swept)

@@ -46,7 +46,9 @@ def one_plan(plan: Plan) -> Plan:
     Raises :class:`ProcessError` where one has found another.
     """
     together = here()
-    together.agree({"plan, found on other machines or with other libraries,": plan.groups})
+    together.agree(
+        {"plan, found on other machines or with other libraries,": (plan.groups, plan.units)}
+    )
     return together.broadcast(plan, "the plan")
 
 

@@ -34,6 +34,11 @@ class Planner(Section):
         description="plain (basis and coefficient), pivoted (some inputs kept as they are: fewer "
         "numbers at the same rank), or auto (whichever is cheaper).",
     )
+    kinds: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
+        default=("basis",),
+        description="Kinds of candidates that compete: basis (slices that share a basis), units "
+        "(hidden units of an MLP go), or one of your own as package.module:Name.",
+    )
     max_group: Count | None = Field(
         default=None, description="Most layers that may share one basis."
     )

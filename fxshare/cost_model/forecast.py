@@ -47,9 +47,12 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
     """
     home = {name: group for group in plan.groups for name in group.slices}
     found: list[Operation] = []
+    fewer = {} if dense else _sizes(plan)
     for site in plan.sites:
         for _ in site.calls:
-            if dense or not any(s.name in home for s in site.slices):
+            if site.name in fewer:
+                found.append(Matmul(tokens, *fewer[site.name]))
+            elif dense or not any(s.name in home for s in site.slices):
                 found.append(Matmul(tokens, site.in_features, site.out_features))
             else:
                 found += _site(site, home, tokens)
@@ -57,6 +60,18 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
             group = home.get(site.slices[0].name)
             if group is not None and not dense:
                 found.append(Matmul(tokens, group.rank, site.in_features))
+    return found
+
+
+def _sizes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """The sizes ``(in, out)`` of the sites of MLPs whose units go."""
+    known = {site.name: site for site in plan.sites}
+    found = {}
+    for one in plan.units:
+        for name in one.producers:
+            site = known[name]
+            found[name] = site.in_features, one.parts_of(site) * one.kept
+        found[one.consumer] = one.kept, known[one.consumer].out_features
     return found
 
 

@@ -17,14 +17,18 @@ from torch import Tensor, fx, nn
 from fxshare.base.numerics import beyond_rounding, relative_error
 from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import GuardError, MatchError
+from fxshare.factors.empty import selected
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PIVOTED
+from fxshare.plans.units import Units
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product, slices_of
+from fxshare.sites.mlps import mlps
 from fxshare.sites.site import Site
 from passes import (
     PivotedGroup,
     Rows,
+    SelectedUnits,
     SharedGroup,
     SplitSite,
     default_passes,
@@ -206,8 +210,10 @@ class Backend:
             SplitSite((site.name,), tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
             for site in sites
         ]
-        storing = PIVOTED.passes(pivots)
-        result, _ = run(gm, default_passes(split, groups, storing, fuse=record.config.fuse))
+        storing, fuse = PIVOTED.passes(pivots), record.config.fuse
+        units = [one for one in record.plan.units if one.is_within(sites)]
+        chosen = [self._units(one) for one in units if self._is_seen(gm, one, tuple(sites))]
+        result, _ = run(gm, default_passes(split, groups, storing, fuse=fuse, units=chosen))
         keep_sources(gm, result)
         for parameter in result.parameters():
             parameter.requires_grad_(False)
@@ -224,7 +230,7 @@ class Backend:
             place = places[s.name]
             if place.basis is None:
                 stored, _ = weight_and_bias(self.compiled.get_submodule(place.module))
-                kept = rows_of(self.compiled, place, stored.detach())
+                kept = place.whole_weight(rows_of(self.compiled, place, stored.detach()))
                 changed |= not torch.equal(kept, own)
                 own = kept
             rows.append(own)
@@ -232,6 +238,28 @@ class Backend:
         bias = site_bias(self.compiled, site)
         bias = None if bias is None else bias.detach()
         return new_linear(weight, bias, requires_grad=False, training=False)
+
+    def _is_seen(self, gm: fx.GraphModule, one: Units, sites: Sequence[Site]) -> bool:
+        """Whether the graph shows the MLP whose units go; else its weights have zeros instead."""
+        found = mlps(gm, [site.model_copy(update={"calls": (site.name,)}) for site in sites])
+        mlp = found.of(one.consumer)
+        return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
+
+    def _units(self, one: Units) -> SelectedUnits:
+        """What stays, with the compiled module's weights."""
+        places = slices_of(self.compiled)
+        weights = {}
+        kept = tuple(range(one.of))
+        for name in (s.name for x in self._plan.sites if x.name == one.consumer for s in x.slices):
+            place = places[name]
+            weight, _ = weight_and_bias(self.compiled.get_submodule(place.module))
+            weights[name] = rows_of(self.compiled, place, weight.detach())
+            kept = kept if place.unit_columns is None else place.unit_columns.kept
+        return selected(self._plan, one, kept, weights)
+
+    @property
+    def _plan(self) -> Plan:
+        return record_of(self.compiled).plan
 
     def _factors(
         self, group: Group, names: Sequence[str]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from fxshare.plans.plan import Plan
-from passes import PivotedGroup, SharedGroup
+from fxshare.plans.units import Units
+from passes import PivotedGroup, SelectedUnits, SharedGroup
 
 
 def empty_factors(
@@ -31,3 +32,44 @@ def empty_factors(
             table_RT = basis_RI[:, group.rank :]
             pivots.append(PivotedGroup(group.name, kept_J, table_RT, coefficients))
     return groups, pivots
+
+
+def empty_units(
+    plan: Plan,
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+    kept: Mapping[str, Sequence[int]] | None = None,
+) -> list[SelectedUnits]:
+    """As :func:`empty_factors`, of the MLPs whose units go; ``kept`` are those that stay where they
+    are known, else the first ones."""
+    found = []
+    for one in plan.units:
+        weights = {
+            s.name: torch.empty(
+                s.out_features, one.kept, dtype=dtype_of(one.consumer), device=device
+            )
+            for site in plan.sites
+            if site.name == one.consumer
+            for s in site.slices
+        }
+        found.append(
+            selected(plan, one, tuple((kept or {}).get(one.name, range(one.kept))), weights)
+        )
+    return found
+
+
+def selected(
+    plan: Plan,
+    one: Units,
+    kept: tuple[int, ...],
+    weights: Mapping[str, torch.Tensor],
+    biases: Mapping[str, torch.Tensor] | None = None,
+) -> SelectedUnits:
+    """What the pass takes: which units stay, and the consumer's tensors by slice."""
+    rows = {
+        s.name: (s.stop - s.start) // one.of
+        for site in plan.sites
+        if site.name in one.producers
+        for s in site.slices
+    }
+    return SelectedUnits(one.name, kept, one.of, rows, dict(weights), dict(biases or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from fxshare.calibration.gram import pooled_gram
 from fxshare.calibration.statistics import Statistics
 from fxshare.config import ShareConfig
 from fxshare.errors import FactoriseError, FxShareWarning, PlanError
+from fxshare.factors.empty import selected
 from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
+from fxshare.factors.units import UnitFactors
 from fxshare.plans.plan import Group, Plan
-from passes import PivotedGroup, SharedGroup
+from passes import KeptUnits, PivotedGroup, SelectedUnits, SharedGroup
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Factorised:
 
     groups: list[SharedGroup] = field(default_factory=list)
     pivots: list[PivotedGroup] = field(default_factory=list)
+    units: list[SelectedUnits] = field(default_factory=list)
     weighted_errors: dict[str, float] = field(default_factory=dict)
     slice_errors: dict[str, float] = field(default_factory=dict)
     bias_shifts: dict[str, float] = field(default_factory=dict)
@@ -65,6 +68,43 @@ class Factorised:
         effective = group.stored_as.whole_basis(held.double(), kept)
         for name, c in stored.items():
             self.slice_errors[name] = relative_error(weights[name], c.double() @ effective)
+
+    def add_units(
+        self,
+        plan: Plan,
+        made: UnitFactors,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+    ) -> None:
+        """Take in what carries an entry of units out, and how far it is from the dense weights,
+        with zeros where units go."""
+        entry = made.entry
+        sites = {site.name: site for site in plan.sites}
+        rows = _rows(plan, weights)
+        stored, moved = {}, {}
+        for s in sites[entry.consumer].slices:
+            dtype = rows[s.name].dtype
+            stored[s.name] = made.weights[s.name].to(dtype)
+            whole = replace(made, weights=stored).whole(s.name, torch.float64)
+            self.slice_errors[s.name] = relative_error(rows[s.name], whole)
+            if s.name in made.bias_shift:
+                old = _bias_rows(plan, s.name, biases)
+                moved[s.name] = (old + made.bias_shift[s.name]).to(dtype)
+                self.bias_shifts[s.name] = float((moved[s.name].double() - old).norm())
+        one = selected(plan, entry, made.kept, stored, moved)
+        self.units.append(one)
+        self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
+        if entry.kept == entry.of:
+            return
+        for name, parts in one.producers.items():
+            kept = KeptUnits(entry.name, entry.of, made.kept, parts)
+            at = kept.places().to(rows[name].device)
+            whole = kept.whole(rows[name].index_select(0, at), 0)
+            self.slice_errors[name] = relative_error(rows[name], whole.double())
+            if sites[plan.site_of(name).name].bias:
+                old = _bias_rows(plan, name, biases)
+                gone = old - kept.whole(old.index_select(0, at), 0)
+                self.bias_shifts[name] = float(gone.norm())
 
 
 def sharing_factors(
@@ -108,8 +148,9 @@ def planned_factors(
     weights: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
     made: Mapping[str, GroupFactors],
+    units: Mapping[str, UnitFactors] | None = None,
 ) -> Factorised:
-    """The factors that a search has already made."""
+    """The factors that a search has already made, and what carries the choice of units out."""
     rows = _rows(plan, weights)
     result = Factorised()
     for group in track(plan.groups, "factorising", total=len(plan.groups)):
@@ -124,6 +165,11 @@ def planned_factors(
         result.add(group, one.basis_RI, one.coefficients, rows, pivoted=one.pivoted, biases=moved)
         result.weighted_errors[group.name] = one.lost / one.total if one.total > 0 else 0.0
         result.floored[group.name] = one.floored
+    for entry in plan.units:
+        start = time.perf_counter()
+        assert units is not None
+        result.add_units(plan, units[entry.name], weights, biases)
+        result.seconds[entry.name] = time.perf_counter() - start
     return result
 
 

@@ -139,6 +139,9 @@ def part_of_plan(plan: Plan, graph: fx.GraphModule) -> Plan:
         group.model_copy(update={"slices": tuple(n for n in group.slices if n in there)})
         for group in plan.groups
     )
-    return plan.model_copy(
-        update={"sites": tuple(sites), "groups": tuple(group for group in groups if group.slices)}
-    )
+    update = {
+        "sites": tuple(sites),
+        "groups": tuple(group for group in groups if group.slices),
+        "units": tuple(one for one in plan.units if one.is_within(sites)),
+    }
+    return plan.model_copy(update=update)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fxshare.base.randomness import randomness_as_before
 from fxshare.capture import device_of, dtype_of
 from fxshare.capture.modules import linears_side_by_side, put_back
-from fxshare.factors.empty import empty_factors
+from fxshare.factors.empty import empty_factors, empty_units
 from fxshare.generation.factored_embedding import factored
 from fxshare.generation.multiplied_out import held_by, put_multiplied_out
 from fxshare.generation.unread import is_never_read, never_read
@@ -46,7 +46,10 @@ def module_form(gm: nn.Module) -> nn.Module:
     linears = linears_side_by_side(structure.model)
     called = (str(node.target) for node in linears.graph.nodes if node.op == "call_module")
     inside, outside = held_by(plan.sites, called)
-    plan = _part(plan, inside)
+    torn = {n for u in plan.units if not u.is_within(inside) for n in u.sites}
+    outside += [site for site in inside if site.name in torn]
+    plan = _part(plan, [site for site in inside if site.name not in torn])
+    units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"))
     groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
     # what lowering multiplied out is one weight now
     groups = [g for g in groups if all(places[name].basis for name in g.coefficients)]
@@ -58,6 +61,8 @@ def module_form(gm: nn.Module) -> nn.Module:
         False,
         structure.passes,
         pivots=[pivot for pivot in pivots if pivot.name in names],
+        units=units,
+        apart=True,
     )
     sites = [call for site in plan.sites for call in site.calls]
     result = put_back(structure.model, rewritten, sites, copy=False)
@@ -85,7 +90,8 @@ def _part(plan: Plan, sites: Sequence[Site]) -> Plan:
     for group in plan.groups:
         names = tuple(name for name in group.slices if name in there)
         groups += [group.model_copy(update={"slices": names})] if names else []
-    return plan.model_copy(update={"sites": tuple(sites), "groups": tuple(groups)})
+    units = tuple(one for one in plan.units if one.is_within(sites))
+    return plan.model_copy(update={"sites": tuple(sites), "groups": tuple(groups), "units": units})
 
 
 def _put_embeddings(result: nn.Module, gm: nn.Module, plan: Plan) -> None:

@@ -51,6 +51,7 @@ from fxshare.store.sizes import (
 )
 from fxshare.store.skeleton import ModelSource, skeleton
 from fxshare.store.tensors import fill
+from fxshare.store.units import check_units
 from passes import Pass
 from passes.errors import FxShareError
 
@@ -119,6 +120,7 @@ def _load(
     check_sizes(folder, manifest)
     record = _record(folder, manifest)
     check_plan_sizes(folder, manifest, record.plan)
+    check_units(folder, record.plan, manifest.kept_units)
     check_inputs(folder, manifest, record.inputs)
     _check_passes(folder, record, passes)
     target = torch.device("cpu" if device is None else device)

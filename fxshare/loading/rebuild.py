@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxshare.capture import recapture, recapture_devices
 from fxshare.capture.call import Shapes
 from fxshare.errors import StoreError
-from fxshare.factors.empty import empty_factors
+from fxshare.factors.empty import empty_factors, empty_units
 from fxshare.models.structure import freeze, keep_structure
 from fxshare.result.fingerprint import graph_sha256
 from fxshare.result.record import Lowered, Record
@@ -20,6 +20,7 @@ from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.visible import unstacked
 from fxshare.store.manifest import DTYPES, Manifest
 from fxshare.store.skeleton import hollow
+from fxshare.store.units import unpacked
 from passes import Pass
 from passes.errors import FxShareError
 
@@ -86,8 +87,15 @@ def _compile_again(
     groups, pivots = empty_factors(
         record.plan, lambda site: dtypes.get(f"{site}.weight", default), device
     )
+    units = empty_units(
+        record.plan,
+        lambda site: dtypes.get(f"{site}.weight", default),
+        device,
+        {name: unpacked(kept) for name, kept in manifest.kept_units.items()},
+    )
+    fuse = record.config.fuse
     rewritten, _ = rewrite(
-        captured.graph, record.plan, groups, record.config.fuse, passes, pivots=pivots
+        captured.graph, record.plan, groups, fuse, passes, pivots=pivots, units=units
     )
     result = assemble(captured, rewritten, record.plan, copy=False)
     keep_structure(result, model, passes)

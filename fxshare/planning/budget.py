@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,12 @@ from fxshare.errors import PlanError
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import SliceStatistics, slice_statistics
 from fxshare.factors.spectra import Spectra
+from fxshare.factors.units import UnitFactors
 from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.kinds.kind import Kind
+from fxshare.planning.kinds.named import kinds_and_mlps
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, bytes_of, limit_of, options_of
@@ -39,6 +42,7 @@ from fxshare.planning.trials import Trial, Tried, trials
 from fxshare.planning.work import Work
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
+from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
@@ -56,6 +60,10 @@ class Budgeted:
     statistics: Statistics
     spectra: Spectra
     """What was priced on the statistics."""
+    units: Mapping[str, UnitFactors] = field(default_factory=dict)
+    """What carries out the plan's entries of other kinds."""
+    kinds: tuple[Kind, ...] = ()
+    mlps: tuple[Mlp, ...] = ()
 
 
 def plan_within_budget(
@@ -82,6 +90,7 @@ def plan_within_budget(
     assert cfg.budget is not None
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
+    kinds, found_mlps = kinds_and_mlps(planner, captured, sites)
     data = hold_back(captured, batches, planner.search)
     give_back()  # what capturing left behind
     room = _room(captured, sites, weights, data.fit[0], cfg, work)
@@ -96,14 +105,16 @@ def plan_within_budget(
 
     slices = in_metric(statistics)
     options = options_of(cfg.budget, planner, model)
-    write_problem(work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg))
+    write_problem(
+        work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg, found_mlps)
+    )
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
         judged = data.judged(captured, statistics, loss)
         judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
     search = _search(model, sites, weights, options, cfg, judge, work)
-    search = replace(search, room=room.kept - most_bytes)
+    search = replace(search, room=room.kept - most_bytes, kinds=kinds, mlps=found_mlps)
     spectra = search.spectra(slices)
     search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
 
@@ -116,7 +127,7 @@ def plan_within_budget(
         found = choice(found, search, skipped, lambda plans: choose(plans, data))
     best = found.best
     along = Slope(0.0, 0.0, 0)
-    if judge is not None and not judge.is_distance and best.factors:
+    if judge is not None and not judge.is_distance and (best.factors or best.units):
         some, tokens = data.some_to_fit(captured, statistics)
         every = Judged(some, 0, len(some), 0)
         fit = Judge(captured, sites, every, loss=loss, remembered=_memory_of(work))
@@ -124,7 +135,8 @@ def plan_within_budget(
     outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
     plan = plan_of(best, search, skipped, outlook)
     factors = replace(best.factors, dtype=torch.float64)
-    return Budgeted(plan, factors, statistics, spectra[True])
+    units: Mapping[str, UnitFactors] = best.units or {}
+    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, found_mlps)
 
 
 def _search(
@@ -156,8 +168,8 @@ def _search(
 def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:
     if search.judge is not None:
         search.judge.forget()
-    new, old = search.dense(best.factors), (search.weights, search.biases)
-    what = None if best.factors.what is None else ("slope", best.factors.what)
+    new, old = search.dense(best), (search.weights, search.biases)
+    what = None if best.what is None else ("slope", best.what)
     return slope(judge, tokens, old, new, predicted=best.predicted, what=what)
 
 
@@ -241,7 +253,7 @@ def _searched(
 ) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
-    todo = _trials(cfg.planner, search.options)
+    todo = _trials(cfg.planner, search.options, mixed=bool(search.kinds and search.mlps))
     found = search.run(spectra, todo)
     if search.judge is None:
         return found
@@ -281,10 +293,11 @@ def _strategy(planner: Planner) -> str:
     return planner.strategy
 
 
-def _trials(planner: Planner, options: Options) -> list[Trial]:
+def _trials(planner: Planner, options: Options, *, mixed: bool) -> list[Trial]:
     # a strategy that was asked for by name is kept to: "separate" means no sharing at all
     mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
-    found = trials(planner.search, mergeable=mergeable)
+    mixed = mixed and options.shares_bases
+    found = trials(planner.search, mergeable=mergeable, mixed=mixed)
     return [t if t.strategy != "layers" else replace(t, strategy=_strategy(planner)) for t in found]
 
 
@@ -302,7 +315,7 @@ def _remeasured(
         dense = search.dense_cost(best)
         half = replace(search, budget=(search.budget + dense) / 2, judge=None)
         middle = half.run(spectra, [best.trial], label=" halfway").best
-    on = substituted(captured, search.sites, *search.dense(middle.factors))
+    on = substituted(captured, search.sites, *search.dense(middle))
     for one in spectra.values():
         one.release()
     if search.judge is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxshare.factors.group import GroupFactors
+from fxshare.factors.units import UnitFactors
 from fxshare.planning.held_back import Parts
 from fxshare.planning.search import Found, Planned, Search
 from fxshare.planning.trials import MOST_REFINED, AfterRefining
@@ -24,6 +25,8 @@ class Offered:
     """The trial that it comes from."""
     plan: Plan
     factors: Mapping[str, GroupFactors]
+    units: Mapping[str, UnitFactors]
+    """What carries out its entries of other kinds."""
 
 
 Choose = Callable[[Sequence[Offered], Parts], Sequence[AfterRefining]]
@@ -38,7 +41,8 @@ def _contending(plans: Sequence[tuple[str, Planned]]) -> list[tuple[str, Planned
     found: dict[object, tuple[str, Planned]] = {}
     for name, one in ranked:
         trial = one.trial
-        found.setdefault((trial.merge, trial.blend, trial.loss_aware), (name, one))
+        way = trial.merge, trial.blend, trial.loss_aware, trial.others
+        found.setdefault(way, (name, one))
     return list(found.values())[:MOST_REFINED]
 
 
@@ -56,6 +60,7 @@ def plan_of(
         mode="planned",
         sites=search.sites,
         groups=one.groups,
+        units=() if one.units is None else one.units.units,
         skipped=tuple(skipped),
         outlook=outlook,
     )
@@ -70,7 +75,12 @@ def choice(
     """The plan that is best after refinement, with what the others lose then."""
     plans = _contending(found.plans)
     offered = [
-        Offered(name, plan_of(one, search, skipped), replace(one.factors, dtype=torch.float64))
+        Offered(
+            name,
+            plan_of(one, search, skipped),
+            replace(one.factors, dtype=torch.float64),
+            one.units or {},
+        )
         for name, one in plans
     ]
     after = choose(offered)

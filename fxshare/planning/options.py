@@ -47,6 +47,7 @@ def options_for(
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
+        shares_bases="basis" in planner.kinds,
     )
 
 
@@ -107,6 +108,8 @@ class Options:
     keep_dense: frozenset[int] = frozenset()
     may_share: tuple[frozenset[str], ...] = ()
     tie: tuple[Part, ...] = ()
+    shares_bases: bool = True
+    """Whether there are bases at all; without them only other kinds save anything."""
 
 
 Side = Callable[[Shape, Ints, Storage | None], Ints]

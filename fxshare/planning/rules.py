@@ -6,12 +6,14 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 from fxshare.base.progress import stage
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import storages_of, usable
+from fxshare.plans.units import Units
 from fxshare.sites.site import Site, Skipped, SliceSpec
 
 _LOG = logging.getLogger(__name__)
@@ -141,10 +143,13 @@ def _group(rate: float, type_name: str, label: str, members: Sequence[Member]) -
     )
 
 
-def named_apart(groups: Sequence[Group]) -> tuple[Group, ...]:
+Entry = TypeVar("Entry", Group, Units)
+
+
+def named_apart(groups: Sequence[Entry]) -> tuple[Entry, ...]:
     """Groups of one type over inputs of different width, or of types ``a-b`` and ``a_b``, would
     have one name: a number is added from the second on."""
-    named: dict[str, Group] = {}
+    named: dict[str, Entry] = {}
     for group in groups:
         name, number = group.name, 2
         while name in named:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fxshare.base.filed import Filed
-from fxshare.base.lazily import Lazily
 from fxshare.base.memory import trim
 from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
@@ -32,6 +31,9 @@ from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
+from fxshare.planning.kinds.kind import Kind, Scene
+from fxshare.planning.kinds.named import entries_of, others_of
+from fxshare.planning.made import CarriedOut, dense
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.contenders import contenders
@@ -40,6 +42,7 @@ from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
 from fxshare.planning.work import Work
 from fxshare.plans.plan import Group
+from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class Planned:
     factors: Factored
     trial: Trial
     refitted: bool
+    units: CarriedOut | None = None  # what other kinds took
     seconds: float = 0.0
     predicted: float = math.nan
     """In the model's loss, whatever the ranks were chosen by."""
@@ -68,9 +72,15 @@ class Planned:
         """The loss increase per token."""
         return self.lost.per_token
 
+    @property
+    def what(self) -> object:
+        """What tells its weights apart; None where the statistics have no name."""
+        what, units = self.factors.what, self.units
+        return what if what is None or not units else (what, units.what)
+
     def take(self, twin: Planned) -> None:
         """Take over what was found of an equal plan."""
-        self.refitted, self.groups = twin.refitted, twin.groups
+        self.refitted, self.groups, self.units = twin.refitted, twin.groups, twin.units
         self.lost, self.predicted = twin.lost, twin.predicted
 
 
@@ -103,12 +113,15 @@ class Search:
     cache: Path | None = None
     work: Work | None = None
     sketch: int | None = None
+    kinds: tuple[Kind, ...] = ()  # those beside the basis
+    mlps: tuple[Mlp, ...] = ()
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
-    problems: dict[tuple[int, str, bool], Problem | None] = field(default_factory=dict, repr=False)
-    """What was solved on the spectra at hand, by strategy and whether types are merged; None where
-    it had a floor."""
-    contend: dict[tuple[str, bool], Callable[[Part], bool]] = field(
+    problems: dict[tuple[int, str, bool, str], Problem | None] = field(
+        default_factory=dict, repr=False
+    )
+    """What was solved on the spectra at hand; None where it had a floor."""
+    contend: dict[tuple[str, bool, str], Callable[[Part], bool]] = field(
         default_factory=dict, repr=False
     )
     """Which groups are priced, likewise; where there is none whichever the strategy asks for."""
@@ -203,7 +216,7 @@ class Search:
         return None, None
 
     def _judged(self, one: Planned, judge: Judge) -> Candidate:
-        return judge.substituted(*self.dense(one.factors), one.factors.what)
+        return judge.substituted(*self.dense(one), one.what)
 
     def spectra(self, slices: Mapping[str, SliceStatistics], number: int = 0) -> SpectraByMetric:
         """Spectra of the statistics of a round, to give to every :meth:`run` on them: they keep
@@ -236,33 +249,46 @@ class Search:
             floor=max(self.options.floor, trial.floor * share),
             may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
         )
-        problem = self._problem(spectra, options, trial.strategy)
+        problem = self._problem(spectra, options, trial.strategy, trial.others)
         solution = solve(problem, self.budget, strategy=trial.strategy)
         if trial.blend:
             solution = blend(solution, problem, trial.blend, share, options)
         groups = groups_of(solution, nodes)
         nothing = Factored((), spectra, refit=False, bias=self.bias)
-        return Planned(solution, groups, nothing, trial, False, spectra=spectra)
+        known = {site.name: site for site in self.sites}
+        entries = entries_of(self.kinds, solution)
+        units = CarriedOut(entries, spectra, self.kinds, known, self.bias) if entries else None
+        return Planned(solution, groups, nothing, trial, False, units, spectra=spectra)
 
-    def _problem(self, spectra: Spectra, options: Options, strategy: str) -> Problem:
+    def _problem(self, spectra: Spectra, options: Options, strategy: str, others: str) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
         collected: trials that differ in blending only, and other budgets, solve it once. With one
         the groups are those that were priced for the first trial of that strategy."""
         nodes = nodes_of(self.sites, spectra.slices)
-        of = strategy, options.may_share != self.options.may_share
+        of = strategy, options.may_share != self.options.may_share, others
         key = id(spectra), *of
         known: Callable[[Part], bool] | None = self.contend.get(of)
         if options.floor != self.options.floor:
             if key in self.problems:
-                return make_problem(nodes, spectra, options, known=spectra.is_computed)
+                made = make_problem(nodes, spectra, options, known=spectra.is_computed)
+                return self._beside(made, spectra, options, others)
             self.problems[key] = None
             made = make_problem(nodes, spectra, options, known=known)
+            made = self._beside(made, spectra, options, others)
             return _shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
             made = make_problem(nodes, spectra, options, known=known)
+            made = self._beside(made, spectra, options, others)
             found = self.problems[key] = _shared(made, spectra, options, strategy)
         return found
+
+    def _beside(self, problem: Problem, spectra: Spectra, options: Options, others: str) -> Problem:
+        """The problem with candidates of other kinds, unless a trial does without."""
+        if others == "none" or not self.kinds:
+            return problem
+        found = others_of(self.kinds, Scene(self.mlps, problem.nodes, spectra, options))
+        return replace(problem, others=found, insists=others == "all")
 
     def measured_again(self, price: float | None) -> Search:
         """The search on other statistics; with a price only those groups are priced on them that
@@ -270,8 +296,8 @@ class Search:
         if not price:
             return replace(self, problems={})
         contend = {
-            (strategy, merged): contenders(problem, price)
-            for (_, strategy, merged), problem in self.problems.items()
+            (strategy, merged, others): contenders(problem, price)
+            for (_, strategy, merged, others), problem in self.problems.items()
             if problem is not None
         }
         return replace(self, problems={}, contend=contend)
@@ -301,38 +327,9 @@ class Search:
         one.factors.share()
         one.refitted = refit
 
-    def dense(self, factors: Factored) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """The sites' weights multiplied out, in float32 at least, and their shifted biases; each is
-        computed when it is asked for."""
-        group_of = {name: group.name for group in factors.groups for name in group.slices}
-        sites = {x.name: x for x in self.sites if any(s.name in group_of for s in x.slices)}
-
-        @part("multiply out")
-        def weight(site: str) -> Tensor:
-            whole, rows = self.weights[site], []
-            # the model's own matrix products are no finer
-            dtype = torch.promote_types(whole.dtype, torch.float32)
-            for s in sites[site].slices:
-                if s.name in group_of:
-                    rows.append(factors[group_of[s.name]].product(s.name, dtype))
-                else:
-                    rows.append(whole[s.start : s.stop].to(dtype))
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-        def bias(site: str) -> Tensor:
-            shifts = []
-            for s in sites[site].slices:
-                made = factors[group_of[s.name]] if s.name in group_of else None
-                shift = None if made is None else made.bias_shift.get(s.name)
-                device = self.weights[site].device
-                still = torch.zeros(s.out_features, dtype=torch.float64, device=device)
-                shifts.append(still if shift is None else shift)
-            return self.biases[site].double() + torch.cat(shifts)
-
-        shifted = tuple(
-            site.name for site in sites.values() if any(factors.shifts(s.name) for s in site.slices)
-        )
-        return Lazily(tuple(sites), weight), Lazily(shifted, bias)
+    def dense(self, one: Planned) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """See :func:`dense`."""
+        return dense(self.sites, self.weights, self.biases, one.factors, one.units)
 
 
 def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:
@@ -356,7 +353,7 @@ def _outcome(one: Planned, label: str) -> Tried:
         measured=one.measured,
         tokens=one.lost.tokens,
         cost=one.solution.cost,
-        groups=len(one.groups),
+        groups=len(one.groups) + len(one.units or ()),
         seconds=one.seconds,
     )
 
@@ -386,11 +383,14 @@ def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
         groups.append(group.model_copy(update={"loss": lost}))
     one.groups = tuple(groups)
     one.predicted = sum(group.loss or 0.0 for group in groups)
+    for made in (one.units or {}).values():
+        wholes = ((name, made.whole(name, torch.float64)) for name in made.weights)
+        one.predicted += sum(slices[name].quadratic_loss(whole) for name, whole in wholes)
 
 
 def _signature(one: Planned) -> object:
     groups = frozenset((g.slices, g.rank, g.storage) for g in one.groups)
-    return one.trial.loss_aware, groups
+    return one.trial.loss_aware, groups, repr(one.units and one.units.what)
 
 
 def _same_input_types(nodes: Mapping[str, Node]) -> tuple[frozenset[str], ...]:

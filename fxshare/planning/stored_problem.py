@@ -20,8 +20,10 @@ from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, PlanError, StoreError
 from fxshare.factors.entries import entry_of, options_key, read_tails
 from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.units import Order, stored_order
 from fxshare.planning.options import bytes_of
 from fxshare.planning.work import Work
+from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Frozen, Site, Skipped
 
 _FILE = "problem.json"
@@ -38,6 +40,8 @@ class Stored(Frozen):
     """What each slice reads; equal for those that read one activation."""
     config: ShareConfig
     """Of the run that wrote it."""
+    mlps: tuple[tuple[tuple[str, ...], str], ...] = ()
+    """Producers and consumer of every MLP, by the names of their sites."""
     element_size: int
     """Bytes of a number."""
     whole_bytes: int
@@ -53,6 +57,7 @@ class Stored(Frozen):
         slices: Mapping[str, SliceStatistics],
         statistics: Statistics,
         cfg: ShareConfig,
+        mlps: Sequence[Mlp] = (),
     ) -> Stored:
         """The problem of a model and its statistics."""
         return Stored(
@@ -60,11 +65,20 @@ class Stored(Frozen):
             skipped=tuple(skipped),
             inputs={name: repr(one.input) for name, one in slices.items()},
             config=cfg,
+            mlps=tuple((tuple(x.name for x in m.producers), m.consumer.name) for m in mlps),
             element_size=dtype_of(model).itemsize,
             whole_bytes=bytes_of(model),
             loss_name=statistics.loss,
             tokens=statistics.tokens,
         )
+
+
+def mlps_in(stored: Stored) -> tuple[Mlp, ...]:
+    """The MLPs of a stored problem."""
+    known = {site.name: site for site in stored.sites}
+    if any(name not in known for some, last in stored.mlps for name in (*some, last)):
+        return ()
+    return tuple(Mlp(tuple(known[n] for n in some), known[last]) for some, last in stored.mlps)
 
 
 def write_problem(work: Work | None, make: Callable[[], Stored]) -> None:
@@ -115,6 +129,17 @@ class StoredSpectra:
                 f"the group of {names[0]!r}{f' and {len(names) - 1} others' if names[1:] else ''} "
                 f"was not priced in {self.folder.parent}: give MODEL and --calibration as well, so "
                 "that it can be (the same as then)"
+            )
+        return found
+
+    def order(self, kind: str, names: tuple[str, ...]) -> Order:
+        """The hidden units that these slices read, by what they are worth to a kind."""
+        found = stored_order(self.folder, self.options, kind, names)
+        if found is None:
+            raise PlanError(
+                f"the hidden units that {names[0]!r} reads were not priced in "
+                f"{self.folder.parent}: give MODEL and --calibration as well, so that they can be "
+                "(the same as then)"
             )
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Effort = Literal["off", "quick", "thorough", "refined"]
@@ -28,6 +28,9 @@ class Trial:
     """Whether types that read one activation may share a basis."""
     loss_aware: bool = True
     """Whether the gradient statistics are used; without them errors of activations count."""
+    others: Literal["may", "none", "all"] = "may"
+    """Whether candidates of other kinds than the basis compete, are left out, or are taken wherever
+    there are some: far from dense a prediction may favour the wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,22 @@ class Tried:
     after: AfterRefining | None = None
 
 
-def trials(effort: Effort, *, mergeable: bool) -> list[Trial]:
-    """The trials of each effort; the first is the plain optimum of the quadratic model."""
+def trials(effort: Effort, *, mergeable: bool, mixed: bool = False) -> list[Trial]:
+    """The trials of each effort; the first is the plain optimum of the quadratic model. ``mixed``
+    says that there are candidates of several kinds: then some trials do without one or the other.
+    """
+    found = _trials(effort, mergeable=mergeable)
+    if not mixed or effort == "off":
+        return found
+    first = [t for t in found if t.strategy != "separate"]
+    plain = [replace(t, others="none") for t in found if t.strategy == "separate"]
+    some = [t for t in found if t.name in ("planned", "blend 0.5")]
+    alone = [replace(t, name=f"{t.name}, bases alone", others="none") for t in some]
+    every = [replace(t, name=f"{t.name}, others wherever they fit", others="all") for t in some]
+    return first + alone + every + plain
+
+
+def _trials(effort: Effort, *, mergeable: bool) -> list[Trial]:
     first = Trial("planned")
     if effort == "off":
         return [first]

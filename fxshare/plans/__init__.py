@@ -2,5 +2,6 @@
 
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.units import Units
 
-__all__ = ["Group", "Outlook", "Plan", "TrialResult"]
+__all__ = ["Group", "Outlook", "Plan", "TrialResult", "Units"]

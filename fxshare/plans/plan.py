@@ -9,7 +9,8 @@ import difflib
 import json
 import reprlib
 from collections import Counter
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError, model_validator
 
@@ -18,9 +19,12 @@ from fxshare.base.names import as_group_name
 from fxshare.errors import PlanError
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
+from fxshare.plans.units import Units
 from fxshare.sites.site import Frozen, Label, ModulePath, Site, Skipped, TypeNames
 
-VERSION = 1
+VERSION = 2
+"""What this version reads; a plan without hidden units is written as version 1, which earlier ones
+read as well."""
 
 
 class Group(Frozen):
@@ -61,13 +65,22 @@ class Group(Frozen):
 class Plan(Frozen):
     """Everything that rewriting needs to know, and nothing that depends on weights."""
 
-    version: int = VERSION
+    version: int = 1
     mode: Literal["exact", "sharing", "planned"]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...] = ()
+    units: tuple[Units, ...] = ()
+    """Of which MLPs hidden units go; planned mode only."""
     skipped: tuple[Skipped, ...] = ()
     outlook: Outlook | None = None
     """What was predicted, and how good the plan can be; planned mode only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_version(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("units") and given.get("version", 1) == 1:
+            return {**given, "version": 2}
+        return given
 
     @model_validator(mode="after")
     def _is_partition(self) -> Plan:
@@ -119,7 +132,47 @@ class Plan(Frozen):
                     f"group {group.name!r}: rank {group.rank} is outside 1.."
                     f"{min(group.in_features, group.out_features)}"
                 )
+        self._check_units(home)
         return self
+
+    def _check_units(self, home: Mapping[str, str]) -> None:
+        """Every MLP has its sites to itself. ``home`` are the groups of slices."""
+        known = {site.name: site for site in self.sites}
+        owner: dict[str, str] = {}
+        names = {group.name for group in self.groups}
+        for one in self.units:
+            fault = one.fault(known)
+            if fault is not None:
+                raise ValueError(f"units {one.name!r}: {fault}")
+            if one.name in names:
+                raise ValueError(f"two groups or MLPs are named {one.name!r}")
+            names.add(one.name)
+            for name in one.sites:
+                if name in owner:
+                    raise ValueError(
+                        f"site {name!r} is in units {owner[name]!r} and in {one.name!r}"
+                    )
+                owner[name] = one.name
+                shared = [s.name for s in known[name].slices if s.name in home]
+                if shared:
+                    raise ValueError(
+                        f"slice {shared[0]!r} is in group {home[shared[0]]!r}, and units "
+                        f"{one.name!r} go from its site; leave it out of one of the two"
+                    )
+        if self.units and self.mode != "planned":
+            raise ValueError(f"mode {self.mode!r}: hidden units are chosen in planned mode only")
+
+    @property
+    def rewritten(self) -> frozenset[str]:
+        """The slices that do not stay as they are: in a group, or in an MLP whose units go."""
+        found = {name for group in self.groups for name in group.slices}
+        sites = {name for one in self.units for name in one.sites}
+        return frozenset(found | {s.name for x in self.sites if x.name in sites for s in x.slices})
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is rewritten."""
+        return not self.groups and not self.units
 
     @property
     def dense_numbers(self) -> int:
@@ -128,9 +181,11 @@ class Plan(Frozen):
 
     @property
     def stored_numbers(self) -> int:
-        """Numbers after rewriting, of bases, coefficients and the slices outside every group."""
-        grouped = sum(group.dense_numbers for group in self.groups)
-        return self.dense_numbers - grouped + sum(group.stored_numbers for group in self.groups)
+        """Numbers after rewriting, of bases, coefficients, what is left of MLPs, and the slices
+        that stay as they are."""
+        parts: tuple[Group | Units, ...] = (*self.groups, *self.units)
+        before = sum(part.dense_numbers for part in parts)
+        return self.dense_numbers - before + sum(part.stored_numbers for part in parts)
 
     @property
     def params_kept(self) -> float:
@@ -146,7 +201,10 @@ class Plan(Frozen):
 
     def to_json(self) -> str:
         """The plan as a JSON document that people can edit."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        plain = self.model_dump(mode="json")
+        if not self.units:
+            del plain["units"]
+        return json.dumps(plain, indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Plan:

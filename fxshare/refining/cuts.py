@@ -106,6 +106,7 @@ def cuts_of(gm: nn.Module, trainable: Trainable) -> Cuts:
     latest = [*(run.first for run in runs[1:]), end]
     bounds = [0, *(crossing.fewest(run.after, at) for run, at in zip(runs, latest, strict=True))]
     factors = {name for group in trainable.groups for name in (group.basis, *group.coefficients)}
+    factors.update(trainable.units)
     parts = _joined([set().union(*read[start:stop]) & factors for start, stop in pairwise(bounds)])
     stretches = [(bounds[first], bounds[last + 1]) for first, last in parts]
     owners: dict[str, set[int]] = {}
@@ -130,6 +131,7 @@ def _part(trainable: Trainable, names: set[str]) -> Trainable:
     return Trainable(
         tuple(g for g in trainable.groups if {g.basis, *g.coefficients} <= names),
         tuple(name for name in trainable.others if name in names),
+        tuple(name for name in trainable.units if name in names),
     )
 
 

@@ -29,6 +29,8 @@ class Trainable:
     groups: tuple[Group, ...]
     others: tuple[str, ...] = ()
     """Norms and biases."""
+    units: tuple[str, ...] = ()
+    """The weights of MLPs whose hidden units went."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,11 +38,13 @@ class Trainable:
         found: dict[str, None] = {}
         for group in self.groups:
             found.update(dict.fromkeys((group.basis, *group.coefficients)))
+        found.update(dict.fromkeys(self.units))
         return (*found, *(name for name in self.others if name not in found))
 
 
 def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Trainable:
-    """Bases, coefficients and pivot tables of ``gm``, and what ``also`` asks for.
+    """Bases, coefficients and pivot tables of ``gm``, what is left of MLPs whose units went, and
+    what ``also`` asks for.
 
     Raises :class:`RefineError` where there is none, or where they are no plain tensors.
     """
@@ -48,7 +52,10 @@ def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Tra
     first = {id(parameter): name for name, parameter in named.items()}
     readers: dict[str, dict[str, None]] = {}
     pivoted: dict[str, bool] = {}
+    units: dict[str, None] = {}
     for place in slices_of(gm).values():
+        if place.unit_rows is not None or place.unit_columns is not None:
+            units[_name(gm, place.module, first)] = None
         if place.basis is None:
             continue
         basis = _name(gm, place.basis, first)
@@ -56,13 +63,13 @@ def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Tra
         pivoted[basis] = place.pivoted
     groups = tuple(Group(name, tuple(found), pivoted[name]) for name, found in readers.items())
     others = _others(named, model, also)
-    if not groups and not others:
+    if not groups and not others and not units:
         raise RefineError(
             f"{type(gm).__name__} has no factors to train: nothing has a basis (exact mode, or "
             "a plan that leaves everything dense); compile it with a budget or a compression rate "
             "first"
         )
-    found = Trainable(groups, others)
+    found = Trainable(groups, others, tuple(units))
     for name in found.names:
         _check(name, named[name])
     return found

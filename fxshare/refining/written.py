@@ -103,13 +103,19 @@ def _report(
 def _moved(record: Record, before: nn.Module, after: nn.Module) -> Mapping[str, float]:
     """How far the weights of each group were moved, over their size."""
     found = {}
-    for group in record.plan.groups:
+    plan = record.plan
+    members = {group.name: group.slices for group in plan.groups}
+    for one in plan.units:
+        members[one.name] = tuple(
+            s.name for site in plan.sites if site.name in one.sites for s in site.slices
+        )
+    for row, names in members.items():
         gap = size = 0.0
-        for name in group.slices:
+        for name in names:
             old_OI = slice_product(before, name)
             gap += float((slice_product(after, name) - old_OI).norm()) ** 2
             size += float(old_OI.norm()) ** 2
-        found[group.name] = (gap / size) ** 0.5 if size else 0.0
+        found[row] = (gap / size) ** 0.5 if size else 0.0
     return found
 
 

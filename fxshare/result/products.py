@@ -25,7 +25,7 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     weight_OI, _ = weight_and_bias(module.get_submodule(place.module))
     rows = rows_of(module, place, weight_OI.detach()).double()
     if place.basis is None:
-        return rows
+        return place.whole_weight(rows)
     return rows @ basis_of(module, place).detach().double()
 
 
@@ -37,7 +37,7 @@ def site_bias(module: nn.Module, site: Site) -> Tensor | None:
         _, bias = weight_and_bias(module.get_submodule(place.module))
         if bias is None:
             return None
-        rows.append(rows_of(module, place, bias.detach()))
+        rows.append(place.whole_bias(rows_of(module, place, bias.detach())))
     return torch.cat(rows)
 
 

@@ -13,6 +13,7 @@ from fxshare.base.names import as_label, as_module_path, as_type_names
 from fxshare.plans.cost import Shape, flops, weights_bytes
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PLAIN
+from fxshare.plans.units import Units
 from fxshare.sites.site import Site, Skipped
 
 _LISTED = 4
@@ -233,7 +234,7 @@ def group_reports(
 ) -> tuple[GroupReport, ...]:
     """A row per group of the plan, and one per site outside every group."""
     site_of = {s.name: site for site in plan.sites for s in site.slices}
-    grouped = {name for group in plan.groups for name in group.slices}
+    grouped = plan.rewritten
     rows = [
         _group_row(
             group,
@@ -244,6 +245,10 @@ def group_reports(
             seconds=(seconds or {}).get(group.name, 0.0),
         )
         for group in plan.groups
+    ]
+    rows += [
+        _units_row(one, plan, element_size, errors=errors or {}, seconds=seconds or {})
+        for one in plan.units
     ]
     for site in plan.sites:
         alone = [s for s in site.slices if s.name not in grouped]
@@ -284,6 +289,39 @@ def _shape(group: Group, sites: Sequence[Site]) -> Shape:
         sum(bool(site.calls) for site in distinct),
         sum(len(site.lookups) for site in distinct),
         sum(site.out_features for site in distinct if not site.calls),
+    )
+
+
+def _units_row(
+    one: Units,
+    plan: Plan,
+    element_size: int,
+    *,
+    errors: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> GroupReport:
+    """A row of hidden units: its rank is how many stay."""
+    sites = {site.name: site for site in plan.sites}
+    before, after = one.dense_numbers, one.stored_numbers
+    return GroupReport(
+        name=one.name,
+        type=one.type,
+        label="",
+        layers=one.layers,
+        slices=sum(len(sites[name].slices) for name in one.sites),
+        in_features=sites[one.producers[0]].in_features,
+        out_features=sites[one.consumer].out_features,
+        rank=one.kept,
+        storage="units",
+        numbers_before=before,
+        numbers_after=after,
+        bytes_before=before * element_size,
+        bytes_after=after * element_size,
+        flops_before=2 * before,
+        flops_after=2 * after,
+        weighted_error=errors.get(one.name),
+        floored=0,
+        seconds=seconds.get(one.name, 0.0),
     )
 
 

@@ -16,6 +16,7 @@ from passes import (
     Pass,
     PivotedGroup,
     Rows,
+    SelectedUnits,
     SharedGroup,
     SplitSite,
     default_passes,
@@ -33,9 +34,12 @@ def rewrite(
     extra: Sequence[Pass] = (),
     *,
     pivots: Sequence[PivotedGroup] = (),
+    units: Sequence[SelectedUnits] = (),
+    apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
     """Apply the default passes for a plan to a captured graph; the result has no code of its own,
-    and is to be put into another module."""
+    and is to be put into another module. ``apart`` says that the graph has its linears side by
+    side."""
     sites = [
         SplitSite(site.calls, tuple(Rows(s.name, s.start, s.stop) for s in site.slices))
         for site in plan.sites
@@ -47,7 +51,14 @@ def rewrite(
         if site.lookups
     ]
     passes = default_passes(
-        sites, groups, PIVOTED.passes(pivots), fuse=fuse, extra=extra, looked_up=looked_up
+        sites,
+        groups,
+        PIVOTED.passes(pivots),
+        fuse=fuse,
+        extra=extra,
+        looked_up=looked_up,
+        units=units,
+        apart=apart,
     )
     with stage("rewrite", _LOG) as running:
         result, applied = run(graph, passes, code=False)

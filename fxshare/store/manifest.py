@@ -19,6 +19,7 @@ from fxshare.errors import StoreError
 from fxshare.result.record import Step
 from fxshare.result.refinement import Refinement
 from fxshare.store.probe import Probe
+from fxshare.store.units import UnitRuns
 from passes.graph.names import shortened
 
 FORMAT = "fxshare"
@@ -141,6 +142,8 @@ class Manifest(_Frozen):
     slice_errors: dict[ModulePath, float]
     bias_shifts: dict[ModulePath, float] = Field(default_factory=dict)
     other_shifts: dict[ModulePath, float] = Field(default_factory=dict)
+    kept_units: dict[ModulePath, UnitRuns] = Field(default_factory=dict)
+    """Which hidden units stay, by the plan's name of the MLP: ``0-3,7``."""
     refined: tuple[Refinement, ...] = ()
     """What refining did; see :class:`fxshare.Record`."""
     tensors: dict[ModulePath, TensorEntry]

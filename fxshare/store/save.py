@@ -45,6 +45,7 @@ from fxshare.store.probe import Probe, take
 from fxshare.store.tensors import tensors_of, write_tensors
 from fxshare.store.tokenizer import TokenizerSource, write_tokenizer
 from fxshare.store.transformers import write_hf_configs
+from fxshare.store.units import kept_units
 
 _LOG = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5 * 10**9
@@ -160,6 +161,7 @@ def _manifest(
         slice_errors=dict(record.slice_errors),
         bias_shifts=dict(record.bias_shifts),
         other_shifts=dict(record.other_shifts),
+        kept_units=kept_units(slices_of(gm)),
         refined=record.refined,
         tensors=tensors,
         graph_sha256=record.graph_sha256,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxshare.plans.plan import Group, Plan
+from fxshare.plans.units import Units
 from fxshare.sites.site import Site, SliceSpec
 
 MOST_ROWS = 64
@@ -59,7 +60,13 @@ def _grid(plan: Plan, detail: str) -> Grid:
     layers: list[int | None] = [*sorted({s.layer for s in plan.sites if s.layer is not None})]
     if any(site.layer is None for site in plan.sites):
         layers.append(None)
-    group_of = {name: group for group in plan.groups for name in group.slices}
+    group_of: dict[str, Group | Units] = {
+        name: group for group in plan.groups for name in group.slices
+    }
+    by_site = {name: one for one in plan.units for name in one.sites}
+    for site in plan.sites:
+        if site.name in by_site:
+            group_of |= {s.name: by_site[site.name] for s in site.slices}
     cells: dict[tuple[Row, int], list[Bar]] = {}
     for site, number in _numbered(plan.sites):
         for s in site.slices:
@@ -95,7 +102,7 @@ def _row(site: Site, s: SliceSpec, number: int, detail: str) -> Row:
     return Row(site.type, " ".join(filter(None, (again, which))))
 
 
-def _kept(group: Group | None) -> float:
+def _kept(group: Group | Units | None) -> float:
     return 1.0 if group is None else group.stored_numbers / group.dense_numbers
 
 

@@ -135,10 +135,10 @@ def _wrapped(text: str, size: float, width: float, *, bold: bool) -> list[str]:
 
 def _totals(plan: Plan) -> list[str]:
     shared = sum(len(group.slices) > 1 for group in plan.groups)
-    grouped = sum(len(group.slices) for group in plan.groups)
-    dense = sum(len(site.slices) for site in plan.sites) - grouped
+    dense = sum(len(site.slices) for site in plan.sites) - len(plan.rewritten)
+    units = f", {len(plan.units)} MLPs with fewer hidden units" if plan.units else ""
     parts = [
-        f"{len(plan.groups)} bases, {shared} of them shared",
+        f"{len(plan.groups)} bases, {shared} of them shared{units}",
         f"{dense} slices dense",
     ]
     if plan.skipped:
@@ -344,10 +344,11 @@ def _legend(grid: Grid, plan: Plan, chosen: Mapping[str, int], place: _Layout) -
     drawn = [b for b in grid.cells.values() if len(b) == 1 or _bars_fit(b, place)]
     keys = {bar.group for bars in drawn for bar in bars}
     texts: list[tuple[str, str]] = []
-    if plan.groups:
+    if not plan.is_dense:
         texts.append(("share", "filled height, and number: share of the weights' numbers kept"))
     if keys & set(chosen):
-        texts.append(("shared", "joined, in one colour: one shared basis"))
+        also = ", or the hidden units of one MLP" if plan.units else ""
+        texts.append(("shared", f"joined, in one colour: one shared basis{also}"))
     if keys - set(chosen) - {None}:
         texts.append(("alone", "a basis of its own"))
     if None in keys:

@@ -12,7 +12,8 @@ from fxshare.plans.cost import Shape, numbers, ranks
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.plans.storage import PLAIN, storages_of
-from fxshare.result.report import group_reports
+from fxshare.plans.units import Units
+from fxshare.result.report import GroupReport, group_reports
 from fxshare.sites.site import Site, SliceSpec
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _LISTED = 6
 def groups_table(plan: Plan) -> Table:
     """A row per group. FLOPs are per token, the basis counted once per site."""
     losses = any(group.loss is not None for group in plan.groups)
+    losses = losses or any(one.loss is not None for one in plan.units)
     header = ["group", "type", "layers", "slices", "in→out", "rank", "break-even", "storage"]
     header += ["kept", "numbers before", "after", "FLOPs/token before", "after"]
     header += ["predicted Δloss"] if losses else []
@@ -53,7 +55,18 @@ def groups_table(plan: Plan) -> Table:
         if losses:
             row.append("–" if group.loss is None else f"{group.loss:.3e}")
         rows.append(row)
-    return header, rows
+    return header, rows + [_units_row(one, costs[one.name], losses) for one in plan.units]
+
+
+def _units_row(one: Units, cost: GroupReport, losses: bool) -> list[str]:
+    """The row of an MLP whose units go: its rank is how many stay."""
+    row = [one.name, one.type, layers_text(one.layers), str(cost.slices)]
+    row += [f"{cost.in_features}→{cost.out_features}", f"{one.kept} of {one.of}", "–", "units"]
+    row += [f"{one.kept / one.of:.3f}", f"{one.dense_numbers:,}", f"{one.stored_numbers:,}"]
+    row += [f"{cost.flops_before:,}", f"{cost.flops_after:,}"]
+    if losses:
+        row.append("–" if one.loss is None else f"{one.loss:.3e}")
+    return row
 
 
 def layers_text(layers: tuple[int, ...]) -> str:
@@ -73,7 +86,8 @@ def head_lines(plan: Plan, *, element_size: int | None = None) -> list[str]:
     before, after = plan.dense_numbers, plan.stored_numbers
     lines = [
         f"{plan.mode} mode: {len(plan.sites)} sites, {sum(len(s.slices) for s in plan.sites)} "
-        f"slices, {len(plan.groups)} groups",
+        f"slices, {len(plan.groups)} groups"
+        + (f", {len(plan.units)} MLPs with fewer hidden units" if plan.units else ""),
         f"params_kept {plan.params_kept:.4f}: {before:,} weights → {after:,} stored numbers",
     ]
     costs = group_reports(plan, element_size or 1)
@@ -91,7 +105,7 @@ def dense_lines(
     alternatives: Mapping[str, Alternative | None] | None = None,
 ) -> list[str]:
     """What stays dense and why, a line per reason; then the modules that are not rewritten."""
-    grouped = {name for group in plan.groups for name in group.slices}
+    grouped = plan.rewritten
     reasons: dict[str, list[tuple[Site, SliceSpec]]] = {}
     for site in plan.sites:
         for s in site.slices:

@@ -16,6 +16,7 @@ from fxshare.planning.sweep import Alternative, Sweep, SweepPoint
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PLAIN
+from fxshare.plans.units import Units
 from fxshare.sites.site import Site, Skipped, SliceSpec
 from fxshare.views.table import (
     dense_lines,
@@ -236,7 +237,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_the_reference_page_names_every_key_and_its_example_holds() -> None:
     page = (DOCS / "reference" / "plan.md").read_text(encoding="utf-8")
-    for section in (Plan, Site, SliceSpec, Group, Skipped, Outlook, TrialResult):
+    for section in (Plan, Site, SliceSpec, Group, Units, Skipped, Outlook, TrialResult):
         for name in section.model_fields:
             assert f"`{name}`" in page, name
     (example,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)

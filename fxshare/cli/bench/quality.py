@@ -36,6 +36,9 @@ def quality(
     search: Annotated[
         str, typer.Option("--search", help="off, quick, thorough or refined.")
     ] = "quick",
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="What planned plans choose from, such as basis,units.")
+    ] = "basis",
     refine: Annotated[
         float | None,
         typer.Option(
@@ -91,7 +94,13 @@ def quality(
     shares = sizes_of(sizes)
     with using(threads):
         result = bench_quality(
-            cases, sizes=shares, search=search, seed=seed, refine=refine, say=note
+            cases,
+            sizes=shares,
+            search=search,
+            kinds=[kind.strip() for kind in kinds.split(",")],
+            seed=seed,
+            refine=refine,
+            say=note,
         )
     if plot is not None:
         draw(result, plot)

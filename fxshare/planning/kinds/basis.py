@@ -66,6 +66,7 @@ def make_problem(
     def curve(part: Part, tails_of: Callable[[Part], Floats] = covers.tails) -> Curve:
         shape = shape_of(nodes, part)
         whole = any(nodes[name].layer in options.keep_dense for name in part)
+        whole = whole or not options.shares_bases
         found = axes(shape, whole)
         # dense loses nothing
         tails = np.zeros(0) if whole else tails_of(part)
@@ -199,11 +200,11 @@ class Covers:
 
 
 def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:
-    """The plan's groups; slices that stay dense are in none."""
+    """The plan's groups; slices that stay dense, or that another kind took, are in none."""
     groups = []
     for choice in solution.choices:
         option = choice.meaning
-        if option is None:
+        if option is None or choice.candidate.kind != "basis":
             continue
         assert isinstance(option, BasisOption)
         part = choice.candidate.slices

@@ -1,0 +1,79 @@
+"""What a kind of candidate owes the planner, beside the groups that share a basis.
+
+A kind says what it may take of a model and what that loses at every cost, and carries out what was
+chosen. Solver, search, judge, tables and pictures ask the kind and name none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.spectra import Spectra
+from fxshare.factors.units import UnitFactors
+from fxshare.planning.options import Options, Side, second_unit, unit_cost
+from fxshare.planning.solver.problem import Node, Other
+from fxshare.planning.stored_problem import StoredSpectra
+from fxshare.plans.cost import Shape
+from fxshare.plans.storage import PLAIN
+from fxshare.plans.units import Units
+from fxshare.sites.mlps import Mlp
+
+BASIS = "basis"
+"""The name of the first kind, groups that share a basis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a kind sees of a model: its parts, what was measured on them, and what is counted."""
+
+    mlps: tuple[Mlp, ...]
+    nodes: Mapping[str, Node]
+    spectra: Spectra | StoredSpectra
+    options: Options
+
+    @property
+    def slices(self) -> Mapping[str, SliceStatistics]:
+        """The statistics of every slice; none where a plan is made without the model."""
+        return {} if isinstance(self.spectra, StoredSpectra) else self.spectra.slices
+
+    def costs(self, shapes: Sequence[Shape]) -> int:
+        """What dense linears of these shapes cost, in the budget's unit."""
+        none = np.array([0])
+        return sum(
+            int(unit_cost(shape, none, PLAIN, self.options, dense=True)[0]) for shape in shapes
+        )
+
+    def sides(self) -> Side:
+        """What they cost in the second unit."""
+        alone = [Shape(node.in_features, node.out_features) for node in self.nodes.values()]
+        return second_unit(alone, self.options)[0]
+
+
+class Kind(Protocol):
+    """A kind of candidate."""
+
+    @property
+    def name(self) -> str:
+        """What configurations and plan files call it."""
+
+    def candidates(self, scene: Scene) -> Sequence[Other]:
+        """What it may take, each with its curve of loss against cost; none takes a slice of a
+        layer that is kept dense."""
+
+    def entry(self, one: Other, meaning: object, loss: float) -> Units:
+        """The entry of a plan for an option of one of its candidates."""
+
+    def carry_out(
+        self, entry: Units, consumer: Mapping[str, SliceStatistics], spectra: Spectra, *, bias: bool
+    ) -> UnitFactors:
+        """The tensors of an entry; ``consumer`` are the slices that read the units."""
+
+
+Ints = NDArray[np.int64]
+__all__ = ["BASIS", "Ints", "Kind", "Scene"]

@@ -1,0 +1,128 @@
+"""Kinds of candidates by the names that a configuration gives them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+
+from fxshare.capture import Captured
+from fxshare.config import Planner
+from fxshare.errors import ConfigError, FxShareWarning, PlanError
+from fxshare.factors.factored import Factored
+from fxshare.factors.units import UnitFactors
+from fxshare.planning.kinds.kind import BASIS, Kind, Scene
+from fxshare.planning.kinds.units import HiddenUnits
+from fxshare.planning.rules import named_apart
+from fxshare.planning.solver.problem import Other, Part
+from fxshare.planning.solver.solve import Solution
+from fxshare.plans.plan import Plan
+from fxshare.plans.units import Units
+from fxshare.sites.mlps import Mlp, mlps
+from fxshare.sites.site import Site
+
+_METHODS = ("candidates", "entry", "carry_out")
+
+
+def kinds_named(names: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds beside the basis, in the order of their names; one's own as
+    ``package.module:Name``.
+
+    Raises :class:`ConfigError` for a name that says nothing, or what is no kind.
+    """
+    found: list[Kind] = []
+    for name in names:
+        if name == BASIS:
+            continue
+        made = HiddenUnits() if name == "units" else _imported(name)
+        if any(one.name == made.name for one in found) or made.name == BASIS:
+            raise ConfigError(f"planner.kinds: two kinds are called {made.name!r}")
+        found.append(made)
+    return tuple(found)
+
+
+def _imported(name: str) -> Kind:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"planner.kinds: expected basis, units or 'package.module:Name'; found {name!r}"
+        )
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"planner.kinds: cannot import {name!r}: {error}; expected 'package.module:Name' on "
+            "the Python path"
+        ) from error
+    if isinstance(made, type):
+        made = made()
+    missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
+    if missing or not isinstance(getattr(made, "name", None), str):
+        raise ConfigError(
+            f"planner.kinds: {name!r} is a {type(made).__name__} without "
+            f"{missing[0] if missing else 'a name'}; expected a kind as "
+            "fxshare.planning.kinds.kind.Kind says"
+        )
+    kind: Kind = made
+    return kind
+
+
+def kinds_and_mlps(
+    planner: Planner, captured: Captured, sites: Sequence[Site]
+) -> tuple[tuple[Kind, ...], tuple[Mlp, ...]]:
+    """The kinds that a configuration names beside the basis, and what they may take; a warning
+    where there is nothing, with the reason."""
+    kinds = kinds_named(planner.kinds)
+    if not kinds:
+        return (), ()
+    found = mlps(captured.graph, sites, side_by_side=captured.side_by_side)
+    if not found.found:
+        name, reason = next(iter(found.reasons.items()), ("the model", "has no linears"))
+        warnings.warn(
+            f"planner.kinds {[kind.name for kind in kinds]}: no MLP was found, so that nothing "
+            f"but bases competes; {name!r} {reason}",
+            FxShareWarning,
+            stacklevel=2,
+        )
+    return kinds, found.found
+
+
+def others_of(kinds: Sequence[Kind], scene: Scene) -> dict[Part, Other]:
+    """The candidates of all kinds by what the solver calls them."""
+    return {one.key: one for kind in kinds for one in kind.candidates(scene)}
+
+
+def entries_of(kinds: Sequence[Kind], solution: Solution) -> tuple[Units, ...]:
+    """The plan's entries of all kinds but the basis; what stays dense has none."""
+    by_name = {kind.name: kind for kind in kinds}
+    found = []
+    for choice in solution.choices:
+        one = choice.candidate
+        if isinstance(one, Other) and choice.meaning is not None:
+            found.append(by_name[one.kind].entry(one, choice.meaning, choice.loss))
+    return named_apart(found)
+
+
+def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping[str, UnitFactors]:
+    """What carries out the entries of a plan that was read from a file, on the statistics of its
+    groups' factors.
+
+    Raises :class:`PlanError` for an entry of a kind that is not named.
+    """
+    by_name = {kind.name: kind for kind in (HiddenUnits(), *kinds)}
+    sites = {site.name: site for site in plan.sites}
+    found = {}
+    for entry in plan.units:
+        if entry.kind not in by_name:
+            raise PlanError(
+                f"units {entry.name!r} are of kind {entry.kind!r}, which is not known; name it in "
+                f"planner.kinds as 'package.module:Name'. Known: {', '.join(by_name)}"
+            )
+        slices = factors.spectra.slices
+        consumer = {s.name: slices[s.name] for s in sites[entry.consumer].slices}
+        kind = by_name[entry.kind]
+        found[entry.name] = kind.carry_out(entry, consumer, factors.spectra, bias=factors.bias)
+    return found
+
+
+__all__ = ["carried_out", "entries_of", "kinds_and_mlps", "kinds_named", "others_of"]

@@ -1,0 +1,126 @@
+"""What a plan of the search is made of, and the dense weights that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fxshare.base.lazily import Lazily
+from fxshare.base.spent import part
+from fxshare.factors.factored import Factored
+from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.spectra import Spectra
+from fxshare.factors.units import UnitFactors
+from fxshare.planning.kinds.kind import Kind
+from fxshare.plans.units import Units
+from fxshare.sites.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedOut(Mapping[str, UnitFactors]):
+    """What carries out the entries of other kinds, by their names, made when it is asked for and
+    kept with the spectra."""
+
+    units: tuple[Units, ...]
+    spectra: Spectra
+    kinds: tuple[Kind, ...]
+    sites: Mapping[str, Site]
+    bias: bool
+
+    def __getitem__(self, name: str) -> UnitFactors:
+        entry = self._by_name[name]
+        kind = next(kind for kind in self.kinds if kind.name == entry.kind)
+        consumer = self.consumer(entry)
+        size = 8 * entry.kept * sum(len(one.weight_OI) for one in consumer.values())
+
+        def make() -> UnitFactors:
+            return kind.carry_out(entry, consumer, self.spectra, bias=self.bias)
+
+        key = (entry.kind, entry.consumer, entry.kept, self.bias)
+        made: UnitFactors = self.spectra.made.get(key, make, size)
+        return made
+
+    def consumer(self, entry: Units) -> dict[str, SliceStatistics]:
+        """The slices that read the units of an entry."""
+        slices = self.sites[entry.consumer].slices
+        return {s.name: self.spectra.slices[s.name] for s in slices}
+
+    def shifts(self, entry: Units) -> bool:
+        """Whether the bias of the consumer takes up a mean."""
+        means = [one.mean_I is not None for one in self.consumer(entry).values()]
+        return self.bias and any(means) and entry.kept < entry.of
+
+    @property
+    def what(self) -> object:
+        """What tells these apart from others of the same statistics."""
+        return sorted((one.kind, one.consumer, one.kept) for one in self.units)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Units]:
+        return {one.name: one for one in self.units}
+
+    def __iter__(self) -> Iterator[str]:
+        return (one.name for one in self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def dense(
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    factors: Factored,
+    units: CarriedOut | None = None,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The sites' weights multiplied out, in float32 at least, and their shifted biases; each is
+    computed when it is asked for. Of an MLP whose units go the producers stay as they are, and the
+    consumer has zeros in its columns: the same function, whatever an activation makes of zero."""
+    group_of = {name: group.name for group in factors.groups for name in group.slices}
+    grouped = {x.name: x for x in sites if any(s.name in group_of for s in x.slices)}
+    reading = {one.consumer: one for one in units.units} if units is not None else {}
+    known = {site.name: site for site in sites}
+
+    @part("multiply out")
+    def weight(site: str) -> Tensor:
+        whole, rows = weights[site], []
+        # the model's own matrix products are no finer
+        dtype = torch.promote_types(whole.dtype, torch.float32)
+        for s in known[site].slices:
+            if site in reading:
+                assert units is not None
+                rows.append(units[reading[site].name].whole(s.name, dtype))
+            elif s.name in group_of:
+                rows.append(factors[group_of[s.name]].product(s.name, dtype))
+            else:
+                rows.append(whole[s.start : s.stop].to(dtype))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def shift_of(site: str, name: str) -> Tensor | None:
+        if site in reading:
+            assert units is not None
+            return units[reading[site].name].bias_shift.get(name)
+        return factors[group_of[name]].bias_shift.get(name) if name in group_of else None
+
+    def bias(site: str) -> Tensor:
+        shifts = []
+        for s in known[site].slices:
+            shift = shift_of(site, s.name)
+            device = weights[site].device
+            still = torch.zeros(s.out_features, dtype=torch.float64, device=device)
+            shifts.append(still if shift is None else shift)
+        return biases[site].double() + torch.cat(shifts)
+
+    shifted = [
+        site.name for site in grouped.values() if any(factors.shifts(s.name) for s in site.slices)
+    ]
+    if units is not None:
+        shifted += [one.consumer for one in units.units if units.shifts(one)]
+    return Lazily((*grouped, *reading), weight), Lazily(tuple(shifted), bias)
+
+
+__all__ = ["CarriedOut", "dense"]

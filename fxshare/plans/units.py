@@ -1,0 +1,121 @@
+"""What a plan says about the hidden units of one MLP: how many stay. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from fxshare.base.names import as_group_name
+from fxshare.sites.site import Frozen, ModulePath, Site, TypeNames
+
+
+class Units(Frozen):
+    """The hidden units of one MLP: rows of its producers, columns of its consumer.
+
+    Which of them stay follows from the data when the plan is carried out, as the factors of a group
+    do.
+    """
+
+    name: Annotated[str, AfterValidator(as_group_name)]
+    kind: Annotated[str, AfterValidator(as_group_name)] = "units"
+    """What chose them: ``planner.kinds``."""
+    type: TypeNames
+    """The weight types of all its sites."""
+    layers: tuple[int, ...]
+    producers: tuple[ModulePath, ...] = Field(min_length=1)
+    """The sites that compute the units; one with gate and up in it has several rows for each."""
+    consumer: ModulePath
+    """The site that reads them."""
+    kept: int = Field(ge=1)
+    """How many stay."""
+    of: int = Field(ge=1)
+    """How many there are."""
+    numbers_per_unit: int = Field(ge=1)
+    """Weights of one unit in all its sites."""
+    loss: float | None = None
+    """Predicted increase of the model's loss per token; None where it was not predicted."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All its sites by name."""
+        return (*self.producers, self.consumer)
+
+    def is_within(self, sites: Iterable[Site]) -> bool:
+        """Whether all its sites are among some."""
+        return set(self.sites) <= {site.name for site in sites}
+
+    @property
+    def dense_numbers(self) -> int:
+        """Weights before, biases apart."""
+        return self.of * self.numbers_per_unit
+
+    @property
+    def stored_numbers(self) -> int:
+        """Weights after."""
+        return self.kept * self.numbers_per_unit
+
+    def parts_of(self, site: Site) -> int:
+        """How many rows of a producer each unit has."""
+        return site.out_features // self.of
+
+    def fault(self, known: Mapping[str, Site]) -> str | None:
+        """What does not fit the sites; None where all does."""
+        missing = [name for name in self.sites if name not in known]
+        if missing:
+            return f"{missing[0]!r} is not a site of the plan"
+        if len(set(self.sites)) < len(self.sites):
+            return "a site is named twice"
+        if self.kept > self.of:
+            return f"keeps {self.kept} of {self.of} units"
+        consumer = known[self.consumer]
+        if consumer.in_features != self.of:
+            return f"has {self.of} units, and {self.consumer!r} reads {consumer.in_features}"
+        numbers = consumer.out_features
+        for name in self.producers:
+            site = known[name]
+            if site.out_features % self.of:
+                return f"{name!r} has {site.out_features} rows, no multiple of {self.of} units"
+            numbers += self.parts_of(site) * site.in_features
+            cut = [s for s in site.slices if s.start % self.of or s.stop % self.of]
+            if cut:
+                return f"the slice {cut[0].name!r} has some of the units only"
+        looked_up = [name for name in self.sites if known[name].lookups]
+        if looked_up:
+            return f"the rows of {looked_up[0]!r} are looked up"
+        if numbers != self.numbers_per_unit:
+            return f"says {self.numbers_per_unit} numbers per unit, its sites have {numbers}"
+        return None
+
+
+def units_of(
+    producers: Sequence[Site],
+    consumer: Site,
+    *,
+    kept: int,
+    name: str | None = None,
+    loss: float | None = None,
+) -> Units:
+    """The entry of an MLP of which so many units stay."""
+    sites = (*producers, consumer)
+    layers = tuple(sorted({site.layer for site in sites if site.layer is not None}))
+    of = consumer.in_features
+    each = sum(site.out_features // of * site.in_features for site in producers)
+    types = "+".join(dict.fromkeys(site.type for site in sites))
+    where = "_".join(map(str, layers)) if layers else consumer.name
+    made = name or f"units_{where}"
+    return Units(
+        name="".join(c if c.isalnum() or c == "_" else "_" for c in made),
+        type=types,
+        layers=layers,
+        producers=tuple(site.name for site in producers),
+        consumer=consumer.name,
+        kept=kept,
+        of=of,
+        numbers_per_unit=each + consumer.out_features,
+        loss=loss,
+    )
+
+
+__all__ = ["Units", "units_of"]

@@ -1,0 +1,64 @@
+"""Hidden units in every family of the zoo whose MLPs the graph shows: half of them go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fxshare
+from fxshare import Plan
+from fxshare.compiling.stages import prepare
+from fxshare.config import load_config
+from fxshare.plans.units import units_of
+from fxshare.sites.mlps import mlps
+from fxshare.verifying.multiplied import multiplied_out
+from tests.strategies import no_warnings_of_ours
+from tests.zoo.families import FAMILIES, Family
+
+# one of each kind of MLP; the others repeat what these show and are run with -m slow
+_KINDS = ("qwen2", "opt", "t5")
+NONE = {
+    "mixtral": "'index_select",
+    "gpt_oss": "'index_select",
+    "nn_multihead": "'layers_",
+}
+"""Families in which no MLP is found, and what lies between."""
+
+
+def _all() -> list[Any]:
+    return [
+        pytest.param(f, id=f.name, marks=() if f.name in _KINDS else pytest.mark.slow)
+        for f in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("one", _all())
+def test_half_the_units_of_every_mlp_go_and_the_rest_is_what_it_says(one: Family) -> None:
+    subject = one.subject()
+    stages = prepare(subject.model, load_config(subject.config), one.batches(), None, None)
+    graph = stages.captured.graph
+    found = mlps(graph, stages.sites, side_by_side=stages.captured.side_by_side)
+    if one.name in NONE:
+        assert not found.found
+        assert any(NONE[one.name] in reason for reason in found.reasons.values())
+        return
+    assert found.found
+    entries = [
+        units_of(x.producers, x.consumer, kept=max(x.units // 2, 1), name=f"units_{number}")
+        for number, x in enumerate(found.found)
+    ]
+    plan = Plan(mode="planned", sites=stages.sites, units=tuple(entries))
+    with no_warnings_of_ours():
+        gm = fxshare.compile(
+            subject.model, subject.config, calibration=one.batches(), plan=plan, check=False
+        )
+    call = one.call(seed=3)
+    assert fxshare.verify(subject.model, gm, call).ok
+    assert fxshare.verify(subject.model, fxshare.lower(gm, prefer="speed"), call).ok
+    expected = multiplied_out(subject.model, gm)
+    if getattr(gm, "can_generate", lambda: False)() and "input_ids" in call:
+        ids = call["input_ids"][:1, :5]
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(gm.generate(ids, **options), expected.generate(ids, **options))
