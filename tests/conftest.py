@@ -17,6 +17,8 @@ from torch import fx
 
 from passes import Applied, Pass, dialect, runner
 
+_TESTS = Path(__file__).resolve().parent
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Workers side by side, each with a thread per core, wait for one another at every barrier: the
@@ -34,6 +36,24 @@ def pytest_configure(config: pytest.Config) -> None:
     # in the key. A cache for each session would be as right, and compiles for 17 s more each time.
     tag = f"tests of fxshare, {torch.backends.cpu.get_cpu_capability()}"
     os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    listed = set(_slow())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+            listed.remove(item.nodeid)
+    whole = [Path(argument).resolve() for argument in config.args] == [_TESTS]
+    if whole and listed:
+        raise pytest.UsageError(f"tests/slow.txt: there is no test {min(listed)!r} any more")
+
+
+def _slow() -> Iterator[str]:
+    for line in (_TESTS / "slow.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            yield line
 
 
 def pytest_collection_finish() -> None:

@@ -369,7 +369,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         "fxshare.planning.budget._remeasured",
         "fxshare.planning.budget._along",
         "fxshare.compiling.compile.planned_factors",
-        "fxshare.compiling.compile.rewrite",
+        "fxshare.compiling.build.rewrite",
     ],
 )
 def test_ended_at_the_border_of_a_stage(
