@@ -9,6 +9,7 @@ before refining, with its factors in closed form.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,7 @@ from fxshare.base.spent import part
 from fxshare.calibration.losses import Loss
 from fxshare.compiling.build import built
 from fxshare.compiling.stages import Stages
+from fxshare.errors import PlanError, RefineError
 from fxshare.factors.realise import planned_factors
 from fxshare.generation.shell import generate
 from fxshare.planning.held_back import Parts
@@ -47,7 +49,11 @@ def after_refining(
 ) -> list[AfterRefining]:
     """What each plan loses after refinement, on what is held back of the calibration data: the
     divergence from the dense model's logits, or the distance to its outputs; see
-    :func:`fxshare.refine`, of which ``loss`` is as well."""
+    :func:`fxshare.refine`, of which ``loss`` is as well. One that cannot be refined loses
+    infinitely much.
+
+    Raises :class:`PlanError` where none can be.
+    """
     batches = data.fit
     held_out = [batch for _, batch in data.held_back]
 
@@ -66,11 +72,20 @@ def after_refining(
 
     with stage("plan: refining", _LOG) as running, part("refine plans"):
         found: list[AfterRefining] = []
-        made: list[Compiled] = []
-        for one in track(list(plans), "refining plans", total=len(plans)):
-            made.append(refined(_compiled(stages, weights, one), REFINED_STEPS[0]))
-            found.append(_after(made[-1], REFINED_STEPS[0], one))
-        order = sorted(range(len(found)), key=lambda at: found[at].loss)
+        made: dict[int, Compiled] = {}
+        failures = []
+        for at, one in enumerate(track(list(plans), "refining plans", total=len(plans))):
+            try:
+                made[at] = refined(_compiled(stages, weights, one), REFINED_STEPS[0])
+            except RefineError as error:  # such as a loss that is not finite: others may do
+                failures.append(f"{one.name}: {error}")
+                _LOG.info("plan: %s is not refined, %s", one.name, error)
+                found.append(AfterRefining(math.inf, REFINED_STEPS[0]))
+                continue
+            found.append(_after(made[at], REFINED_STEPS[0], one))
+        if not made:
+            raise PlanError(f"search: refined: no plan can be refined; {'; '.join(failures)}")
+        order = sorted(made, key=lambda at: found[at].loss)
         better = order[: -(-len(order) // 2)] if len(order) > 1 else []
         for at in track(better, "refining the better plans", total=len(better)):
             found[at] = _after(refined(made[at], REFINED_STEPS[1]), sum(REFINED_STEPS), plans[at])

@@ -240,7 +240,10 @@ def unit_factors(
 
 
 def _mixing(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> Tensor:
-    """``G_:J G_JJ⁻¹`` ``(n, K)``: what each unit is, told by those that stay."""
+    """``G_:J G_JJ⁻¹`` ``(n, K)``: what each unit is, told by those that stay.
+
+    Raises :class:`FactoriseError` for moments that are not finite.
+    """
     at = torch.tensor(kept, device=gram_nn.device)
     columns_nK = gram_nn.index_select(1, at)
     block_KK = columns_nK.index_select(0, at)
@@ -252,6 +255,11 @@ def _mixing(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> Te
         root_KK, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break
+        if floor > 1.0:
+            raise FactoriseError(
+                f"hidden units: the moment of the {len(kept)} units that stay cannot be made "
+                "regular; look for NaN or infinity in the calibration data"
+            )
         # a singular Gram: fewer tokens than units
         floor = max(floor * 100, relative_floor)
     mixing: Tensor = torch.cholesky_solve(columns_nK.T, root_KK).T

@@ -385,7 +385,7 @@ def _outlook(
                 cost=t.cost,
                 groups=t.groups,
                 seconds=t.seconds,
-                refined=None if t.after is None else t.after.loss,
+                refined=t.after.loss if t.after and math.isfinite(t.after.loss) else None,
                 refined_steps=0 if t.after is None else t.after.steps,
             )
             for t in found.tried

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _NUMBERS = 1 << 20
 """Of the rows that are gone through at a time."""
@@ -51,6 +52,7 @@ class _Divergence(torch.autograd.Function):
         return total.to(wanted_NV.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient_NV,) = ctx.saved_tensors
         # in place: this is the only reader

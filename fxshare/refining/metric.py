@@ -70,11 +70,16 @@ def metrics_of(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(dense.graph, copied))
-    taps = {}
+    taps: dict[str, _Tap] = {}
+    places: list[str] = []
     for name in dict.fromkeys(name for block in cuts.blocks for name in block.outputs):
         (node,) = (new for old, new in copied.items() if old.name == name)
         taps[name] = _Tap()
-        dense.add_module(place := f"metric_{len(taps)}", taps[name])
+        place = f"metric_{len(taps)}"
+        while hasattr(dense, place):  # a module of the model's own
+            place += "_"
+        places.append(place)
+        dense.add_module(place, taps[name])
         with graph.inserting_after(node):
             tap = graph.call_module(place, (node,))
         read_instead(node, tap)
@@ -87,8 +92,8 @@ def metrics_of(
         with torch.enable_grad():
             loss, _ = default_loss(module(**call), call, generator=generator)
             loss.backward()  # type: ignore[no-untyped-call]
-    for number in range(len(taps)):
-        delattr(dense, f"metric_{number + 1}")
+    for place in places:
+        delattr(dense, place)
     found = {name: tap_of.moment for name, tap_of in taps.items()}
     return {name: _root(moment) for name, moment in found.items() if _counts(moment)}
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fxshare.calibration.cross_entropy import next_token_losses
 from fxshare.calibration.distance import output_rows
 from fxshare.calibration.losses import Loss, next_token_logits
 from fxshare.capture import Call, tensors
@@ -250,9 +249,8 @@ def _next_token(output: Any, call: Call, name: str) -> Summed:
 
 
 def _cross_entropy(logits_BTV: Tensor, ids_BT: Tensor, call: Call) -> Summed:
-    wide = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
-    targets = ids_BT[:, 1:].to(logits_BTV.device).flatten().long()
-    losses = F.cross_entropy(wide[:, :-1].flatten(0, 1), targets, reduction="none")
+    targets_BT = ids_BT[:, 1:].to(logits_BTV.device).long()
+    losses = next_token_losses(logits_BTV, targets_BT).flatten()
     mask = call.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == ids_BT.shape:
         both = (mask[:, 1:].bool() & mask[:, :-1].bool()).flatten().to(losses.device)

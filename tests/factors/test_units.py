@@ -159,3 +159,10 @@ def test_on_a_gpu_the_order_is_the_same() -> None:
     here = order_of(one.gram_II, metric_of([one]))
     there = order_of(one.gram_II.cuda(), metric_of([one]).cuda())
     torch.testing.assert_close(here.lost, there.lost.cpu(), rtol=1e-8, atol=1e-9 * here.lost[0])
+
+
+def test_a_moment_that_is_not_finite_ends_with_an_error() -> None:
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[1, 1] = torch.nan
+    with pytest.raises(FactoriseError, match="the moment of the 2 units"):
+        module._mixing(gram, (0, 1), 1e-8)

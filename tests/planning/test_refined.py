@@ -10,7 +10,7 @@ import torch
 
 import fxshare
 from fxshare.compiling import refined as refining
-from fxshare.errors import PlanError
+from fxshare.errors import PlanError, RefineError
 from fxshare.planning.trials import MOST_REFINED, AfterRefining
 from fxshare.views.table import trials_table
 from tests.planning.models import (
@@ -103,6 +103,26 @@ def test_a_loss_of_the_users_own_is_refined_by() -> None:
         fxshare.compile(plain_model(), cfg, calibration=features(4), loss=loss)
     assert refine.call_args.kwargs["loss"] is loss
     assert any(seen)
+
+
+def test_a_plan_that_cannot_be_refined_is_left_out_and_none_at_all_is_an_error(found: Any) -> None:
+    real, seen = refining.refine, []
+
+    def fails_first(gm: Any, *rest: Any, **keys: Any) -> Any:
+        seen.append(gm)
+        if len(seen) == 1:
+            raise RefineError("the loss on batch 0 is not finite")
+        return real(gm, *rest, **keys)
+
+    with mock.patch.object(refining, "refine", fails_first):
+        other = compiled(llama(), MANY, HALF, REFINED).fxshare.plan
+    lost = after(found.fxshare.plan)
+    (first,) = lost.keys() - after(other).keys()
+    assert after(other).keys() == lost.keys() - {first}
+    assert other.outlook.trial in after(other)
+    never = mock.patch.object(refining, "refine", side_effect=RefineError("not finite"))
+    with never, pytest.raises(PlanError, match=r"no plan can be refined; .*: not finite"):
+        compiled(llama(), MANY, HALF, REFINED)
 
 
 def test_a_limit_of_the_loss_is_refused_before_anything_is_measured() -> None:

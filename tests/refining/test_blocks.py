@@ -144,10 +144,14 @@ def test_metrics_are_moments_of_the_gradients_at_the_blocks_outputs() -> None:
     model, gm = subject("llama", "shared", dtype=EXACT)
     dense, cuts = dense_graph(gm, model.eval()).eval(), cuts_of(gm, trainable_of(gm, model, ()))
     text, (batch,) = dense.code, ids(1)
+    own = nn.Identity()
+    dense.add_module("metric_1", own)
     caller = gm.fxshare.caller(model)
     found = metrics_of(dense, cuts, [batch], caller, 0)
     assert dense.code == text  # and nothing is left in it
-    assert not any(name.startswith("metric_") for name, _ in dense.named_modules())
+    left = [name for name, _ in dense.named_modules() if name.startswith("metric_")]
+    assert left == ["metric_1"]
+    assert dense.get_submodule("metric_1") is own
     assert set(found) == {name for block in cuts.blocks for name in block.outputs}
     for name, root_DD in found.items():
         seen: list[Tensor] = []
