@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fxshare
 from fxshare.cli import main
-from fxshare.errors import ExportError, FxShareWarning
+from fxshare.errors import ConfigError, FxShareWarning
 from fxshare.exporting.certifying.certificate import certificate_path, read_certificate
 from fxshare.exporting.engines import matrix, worker
 from fxshare.exporting.served.reading import own_modules
@@ -208,10 +208,10 @@ def test_a_version_that_was_not_tested(served: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        (["--on", "transformer"], "expected some of transformers, vllm", 1),
+        (["--on", "transformer"], "expected some of transformers, vllm", 2),
         (["other", "--on", "pt2"], "--on takes one folder", 2),
         (["--on", "pt2", "--python", "pt2"], "expected ENGINE=PATH", 2),
-        (["--on", "pt2", "--python", "pt3=/bin/python"], "found 'pt3'", 1),
+        (["--on", "pt2", "--python", "pt3=/bin/python"], "found 'pt3'", 2),
     ],
 )
 def test_mistakes(
@@ -223,5 +223,5 @@ def test_mistakes(
 ) -> None:
     assert main(["verify", str(served), *arguments]) == code
     assert message in capsys.readouterr().err
-    with pytest.raises(ExportError, match="--on: expected some of"):
+    with pytest.raises(ConfigError, match="--on: expected some of"):
         matrix.engines_of(["tensorrt"])

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fxshare.errors import ExportError, FxShareWarning
+from fxshare.errors import ConfigError, FxShareWarning
 from fxshare.exporting.certifying.certificate import (
     Certificate,
     changes_since,
@@ -68,10 +68,10 @@ class Row:
 
 
 def engines_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The engines of these names; :class:`ExportError` says which there are."""
+    """The engines of these names; :class:`ConfigError` says which there are."""
     for name in names:
         if name not in TARGETS:
-            raise ExportError(f"--on: expected some of {', '.join(TARGETS)}; found {name!r}")
+            raise ConfigError(f"--on: expected some of {', '.join(TARGETS)}; found {name!r}")
     return tuple(dict.fromkeys(names))
 
 
