@@ -8,10 +8,9 @@ import networkx as nx
 
 from fxshare.calibration.gradients import is_diagonal, is_projected
 from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
-from fxshare.calibration.observed import Width
 from fxshare.capture import Captured
 from fxshare.sites.site import Site, SliceSpec
-from passes import ObserveInputs, observed, run
+from passes.observing.inputs import reads
 
 
 def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:
@@ -69,19 +68,17 @@ def _needed(
     """Which sites read an activation that another one reads too, and the bytes of each; what
     several read counts for the first of them."""
     site_of = {name: site.name for site in sites for name in site.calls}
-    gm, _ = run(captured.graph, [ObserveInputs(sites=tuple(site_of), new_observer=Width)])
-    readers: dict[str, list[str]] = {}
-    for call, names in observed(gm).items():
-        for name in names:
-            readers.setdefault(name, []).append(site_of[call])
+    readers: dict[object, list[str]] = {}
+    width: dict[object, int] = {}
+    for activation, call in reads(captured.graph, site_of):
+        readers.setdefault(activation, []).append(site_of[call.name])
+        width[activation] = call.weight_OI.shape[1]
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(site.name for site in sites)
     needed = dict.fromkeys((site.name for site in sites), 0)
-    for name, found in readers.items():
+    for activation, found in readers.items():
         nx.add_path(graph, found)
-        width = gm.get_submodule(name)
-        assert isinstance(width, Width)
-        needed[found[0]] += GramAccumulator.bytes_needed(width.features)
+        needed[found[0]] += GramAccumulator.bytes_needed(width[activation])
     together = {name: part for part in nx.connected_components(graph) for name in part}
     for site in sites:
         needed[site.name] += 8 * site.out_features * len(site.lookups)

@@ -70,17 +70,6 @@ Counting = InputObserver | TokenCounter | RowCounter
 """What counts tokens."""
 
 
-class Width(nn.Module):
-    """Stands where an observer of inputs would, to tell how wide they are."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, *_: Tensor) -> None:
-        """Sees nothing; only counted."""
-
-
 _ROWS = "rows"
 
 

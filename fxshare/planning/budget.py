@@ -92,7 +92,7 @@ def plan_within_budget(
     planner, model = cfg.planner, captured.model
     kinds, found_mlps = kinds_and_mlps(planner, captured, sites)
     data = hold_back(captured, batches, planner.search)
-    give_back()  # what capturing left behind
+    give_back(sum(weight.nbytes for weight in weights.values()))  # what capturing left behind
     room = _room(captured, sites, weights, data.fit[0], cfg, work)
     gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
     statistics = gather(captured, 0)

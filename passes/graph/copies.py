@@ -19,7 +19,9 @@ def copied(
 ) -> ModuleT:
     """``copy.deepcopy(module, known)``, which asks every module how it is pickled and every empty
     dict of hooks what is in it: of a small model that took most of the time."""
-    plain = [m for m in module.modules() if id(m) not in known and _is_plain(type(m))]
+    parts = [part for part in module.modules() if id(part) not in known]
+    kinds = {kind: _is_plain(kind) for kind in set(map(type, parts))}
+    plain = [part for part in parts if kinds[type(part)]]
     for part in plain:  # all of them first: they hold one another
         known[id(part)] = object.__new__(type(part))
     # a graph module among them looks at what it holds as soon as it is made
@@ -31,6 +33,8 @@ def copied(
                 held[name] = value
             elif (kind is dict or kind is OrderedDict) and not value:
                 held[name] = known.setdefault(id(value), kind())
+            elif kind is set and all(type(item) in _CONSTANTS for item in value):
+                held[name] = known.setdefault(id(value), set(value))
             elif name in _TENSORS_AND_MODULES and kind is dict:
                 held[name] = known[id(value)] = {
                     key: known[id(inner)] if id(inner) in known else copy.deepcopy(inner, known)

@@ -225,15 +225,15 @@ def structure_copy(
     that is changed before it runs, and has ``recompile()`` called then.
     """
     known: dict[int, object] = {}
-    if not clone_parameters:
-        for _, parameter in module.named_parameters(remove_duplicate=False):
-            known[id(parameter)] = parameter
-    if not clone_buffers:
-        for _, buffer in module.named_buffers(remove_duplicate=False):
-            known[id(buffer)] = buffer
+    parts = list(module.modules())
+    for part in parts:
+        if not clone_parameters:
+            known.update((id(p), p) for p in part._parameters.values() if p is not None)
+        if not clone_buffers:
+            known.update((id(b), b) for b in part._buffers.values() if b is not None)
     known.update(memo or {})
     result = copied(module, known, one_code, without_code)
-    copies = {id(part): known.get(id(part)) for part in module.modules()}
+    copies = {id(part): known.get(id(part)) for part in parts}
     rebind(result, {at: part for at, part in copies.items() if isinstance(part, nn.Module)})
     return result
 

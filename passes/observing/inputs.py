@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import linear_calls, named_node
+from passes.graph.graph import LinearCall, linear_calls, named_node
 from passes.graph.writes import is_written
 
 _KEY = "observed"
@@ -46,11 +46,7 @@ class ObserveInputs(Pass):
         mask = named_node(gm, self.mask, self.name)
         seen: dict[object, str] = {}
         found: dict[str, tuple[str, ...]] = {}
-        for call in linear_calls(gm):
-            if call.name not in self.sites:
-                continue
-            # an input that is written into in place may differ from one read to the next
-            key = (call.input, call.node) if is_written(call.input) else call.input
+        for key, call in reads(gm, self.sites):
             if key not in seen:
                 number = len(seen)
                 while hasattr(gm, f"observer_{number}"):  # the model's own, or an earlier run's
@@ -66,6 +62,15 @@ class ObserveInputs(Pass):
                 found[call.name] = (*found.get(call.name, ()), seen[key])
         gm.meta[_KEY] = found
         return len(seen)
+
+
+def reads(gm: fx.GraphModule, sites: Collection[str]) -> Iterator[tuple[object, LinearCall]]:
+    """The calls of the named linears in order, each with what is equal for those that read one
+    activation."""
+    for call in linear_calls(gm):
+        if call.name in sites:
+            # an input that is written into in place may differ from one read to the next
+            yield (call.input, call.node) if is_written(call.input) else call.input, call
 
 
 def observed(gm: fx.GraphModule) -> Mapping[str, tuple[str, ...]]:
