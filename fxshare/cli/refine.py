@@ -104,6 +104,15 @@ class Training:
         ),
     ] = None
     accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches for one step.")] = 1
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--recompute/--no-recompute",
+            help="Compute what is inside a layer again in the backward pass, for less memory. "
+            "Default: where activations take more than half of what is free.",
+            show_default=False,
+        ),
+    ] = None
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _train_block(
     limit: float,
 ) -> None:
     minutes = None if math.isinf(limit) else limit / 60
-    options = replace(work.options, objective=None, minutes=minutes)
+    options = replace(work.options, objective=None, minutes=minutes, recompute=False)
     measure = Measure(data.held_out, _given, teacher)
     few = Measure(Picked(data.held_out, range(min(_FEW, len(data.held_out)))), _given, teacher)
     before = student.state()

@@ -86,25 +86,8 @@ def cuts_of(gm: nn.Module, trainable: Trainable) -> Cuts:
 
     Raises :class:`RefineError` for what is no graph, or where no layer of a factor is known.
     """
-    products = products_of(gm)
-    assert isinstance(gm, fx.GraphModule)
-    nodes = list(gm.graph.nodes)
-    place = {node: at for at, node in enumerate(nodes)}
-    names = {id(parameter): name for name, parameter in gm.named_parameters()}
-    read = [_read(gm, node, names) & set(trainable.names) for node in nodes]
-    dependent = _dependent(nodes, read, {product.call for product in products})
-    crossing = _Crossing(
-        tuple(nodes),
-        tuple(
-            max((place[user] for user in node.users), default=0)
-            if node in dependent and node.op != "get_attr"
-            else 0
-            for node in nodes
-        ),
-    )
-    runs, end = _runs(gm, products, place)
-    latest = [*(run.first for run in runs[1:]), end]
-    bounds = [0, *(crossing.fewest(run.after, at) for run, at in zip(runs, latest, strict=True))]
+    seen = _seen(gm, trainable)
+    read, crossing, runs, bounds = seen.read, seen.crossing, seen.runs, seen.bounds
     factors = {name for group in trainable.groups for name in (group.basis, *group.coefficients)}
     factors.update(trainable.units)
     parts = _joined([set().union(*read[start:stop]) & factors for start, stop in pairwise(bounds)])
@@ -124,7 +107,50 @@ def cuts_of(gm: nn.Module, trainable: Trainable) -> Cuts:
         )
         for number, (start, stop) in enumerate(stretches)
     )
-    return Cuts(blocks, frozenset(node.name for node in dependent))
+    return Cuts(blocks, frozenset(node.name for node in seen.dependent))
+
+
+def bounds_of(gm: nn.Module, trainable: Trainable) -> list[int]:
+    """The places at which a compiled graph is cut between layers, from 0 to the one after the last
+    layer, whoever shares a basis.
+
+    Raises as :func:`cuts_of`.
+    """
+    return _seen(gm, trainable).bounds
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a graph's nodes read, which of them depend on factors, and where it is cut."""
+
+    read: list[set[str]]
+    dependent: set[fx.Node]
+    crossing: _Crossing
+    runs: list[_Run]
+    bounds: list[int]
+
+
+def _seen(gm: nn.Module, trainable: Trainable) -> _Seen:
+    products = products_of(gm)
+    assert isinstance(gm, fx.GraphModule)
+    nodes = list(gm.graph.nodes)
+    place = {node: at for at, node in enumerate(nodes)}
+    names = {id(parameter): name for name, parameter in gm.named_parameters()}
+    read = [_read(gm, node, names) & set(trainable.names) for node in nodes]
+    dependent = _dependent(nodes, read, {product.call for product in products})
+    crossing = _Crossing(
+        tuple(nodes),
+        tuple(
+            max((place[user] for user in node.users), default=0)
+            if node in dependent and node.op != "get_attr"
+            else 0
+            for node in nodes
+        ),
+    )
+    runs, end = _runs(gm, products, place)
+    latest = [*(run.first for run in runs[1:]), end]
+    bounds = [0, *(crossing.fewest(run.after, at) for run, at in zip(runs, latest, strict=True))]
+    return _Seen(read, dependent, crossing, runs, bounds)
 
 
 def _part(trainable: Trainable, names: set[str]) -> Trainable:
@@ -161,8 +187,9 @@ def _runs(
         found.append(run)
     if not found:
         raise RefineError(
-            "objective='blocks': no factor is in a layer whose number is known; give block_pattern "
-            "in the configuration, or take objective='kl' or 'hidden'"
+            "no factor is in a layer whose number is known, so that there is no place to cut at; "
+            "give block_pattern in the configuration, or refine without objective='blocks' and "
+            "recompute"
         )
     return found, end
 
@@ -279,4 +306,4 @@ def as_items(values: Mapping[str, Any], whose: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["STUDENT", "TEACHER", "Block", "Cuts", "as_items", "cuts_of", "part_of"]
+__all__ = ["STUDENT", "TEACHER", "Block", "Cuts", "as_items", "bounds_of", "cuts_of", "part_of"]

@@ -29,6 +29,7 @@ class RefineOptions:
     autocast: bool | None = None
     compile: bool = False
     offload: bool = False
+    recompute: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

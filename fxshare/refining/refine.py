@@ -74,6 +74,7 @@ def refine(
     autocast: bool | None = None,
     compile: bool = False,
     offload: bool = False,
+    recompute: bool | None = None,
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
 ) -> Compiled:
@@ -128,6 +129,10 @@ def refine(
         Run the step through ``torch.compile``, which itself takes a minute or more.
     offload
         Keep activations in a temporary file until the backward pass, where memory is short.
+    recompute
+        Keep what goes from layer to layer and compute the rest again in the backward pass, for the
+        time of a second forward pass. Where None, where the activations of the first batch take
+        more than half of the memory that is free.
     seed
         Of the order of batches, and of what is held out.
     work
@@ -161,6 +166,7 @@ def refine(
         autocast=autocast,
         compile=compile,
         offload=offload,
+        recompute=recompute,
         seed=seed,
     )
     check_shared(options)

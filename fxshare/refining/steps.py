@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxshare.base.processes import here
 from fxshare.base.spent import part
@@ -18,8 +19,10 @@ from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
 from fxshare.refining.measure import Teacher
 from fxshare.refining.options import RefineOptions
+from fxshare.refining.recompute import is_short, recomputed
 from fxshare.refining.student import Student
 
+_LOG = logging.getLogger(__name__)
 _BETAS = (0.9, 0.98)
 _NORM = 1.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,9 +96,10 @@ class Stepper:
         self._batches = batches
         self._caller = caller
         self._options = options
-        self._run: Callable[..., Any] | None = None
+        self._module = _module(student, caller(batches.fit[0]), options)
+        self._run: Callable[..., Any] = self._module
         if options.compile:
-            self._run = torch.compile(student.module)
+            self._run = torch.compile(self._module)
         self._autocast = _casts(student, options.autocast)
 
     @part("step")
@@ -154,8 +158,8 @@ class Stepper:
         return found.count
 
     def _output(self, call: Any) -> Any:
-        if self._run is None:
-            return self.student(call)
+        if self._run is self._module:
+            return self.student(call, run=self._run)
         try:
             return self.student(call, run=self._run)
         except Exception as error:
@@ -168,8 +172,20 @@ class Stepper:
                 FxShareWarning,
                 stacklevel=2,
             )
-            self._run = None
-            return self.student(call)
+            self._run = self._module
+            return self.student(call, run=self._run)
+
+
+def _module(student: Student, call: Call, options: RefineOptions) -> nn.Module:
+    """What computes the outputs whose gradients are taken."""
+    if options.recompute:
+        return recomputed(student)
+    if options.recompute is None and not options.offload and is_short(student, call):
+        try:
+            return recomputed(student)
+        except RefineError as error:  # nobody has asked for it
+            _LOG.info("refine: %s", error)
+    return student.module
 
 
 def _casts(student: Student, wanted: bool | None) -> bool:
