@@ -95,7 +95,7 @@ def test_killed_before_any_operation_on_files(tmp_path: Path) -> None:
 
 
 @FORKS
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_killed_at_random_moments(how: signal.Signals, tmp_path: Path) -> None:
     model, gm = usual()
     options = {"steps": 60}
