@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import networkx as nx
+import torch
 
+from fxshare.base.placement import dtype_of
 from fxshare.calibration.gradients import is_diagonal, is_projected
-from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator
+from fxshare.calibration.gram import DiagonalAccumulator, GramAccumulator, sums_dtype
 from fxshare.capture import Captured
 from fxshare.sites.site import Site, SliceSpec
 from passes.observing.inputs import reads
 
 
 def bytes_needed(captured: Captured, sites: Sequence[Site], *, gradients: bool = False) -> int:
-    """Bytes that the statistics of these sites are: one half Gram in float64 per distinct input,
-    and with ``gradients`` one per slice; diagonals and counts where rows are looked up."""
+    """Bytes that the statistics of these sites are: one half Gram per distinct input, and with
+    ``gradients`` one per slice; diagonals and counts where rows are looked up."""
     return sum(_needed(captured, sites, gradients)[1].values())
 
 
@@ -76,22 +78,25 @@ def _needed(
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(site.name for site in sites)
     needed = dict.fromkeys((site.name for site in sites), 0)
+    dtype = sums_dtype(dtype_of(captured.model))
     for activation, found in readers.items():
         nx.add_path(graph, found)
-        needed[found[0]] += GramAccumulator.bytes_needed(width[activation])
+        needed[found[0]] += GramAccumulator.bytes_needed(width[activation], dtype)
     together = {name: part for part in nx.connected_components(graph) for name in part}
     for site in sites:
         needed[site.name] += 8 * site.out_features * len(site.lookups)
         if gradients:
             needed[site.name] += GramAccumulator.bytes_needed(site.in_features) * len(site.lookups)
-            needed[site.name] += sum(moment_bytes(site, s) for s in site.slices if site.calls)
+            needed[site.name] += sum(
+                moment_bytes(site, s, dtype) for s in site.slices if site.calls
+            )
     return together, needed
 
 
-def moment_bytes(site: Site, s: SliceSpec) -> int:
-    """Of the gradient at what a slice writes."""
+def moment_bytes(site: Site, s: SliceSpec, dtype: torch.dtype) -> int:
+    """Of the gradient at what a slice writes, products summed up in a dtype."""
     if is_diagonal(site, s):
         return DiagonalAccumulator(s.out_features).nbytes
     if is_projected(site, s):
-        return GramAccumulator.bytes_needed(site.in_features)
-    return GramAccumulator.bytes_needed(s.out_features)
+        return GramAccumulator.bytes_needed(site.in_features, dtype)
+    return GramAccumulator.bytes_needed(s.out_features, dtype)

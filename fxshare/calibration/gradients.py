@@ -41,24 +41,25 @@ def is_projected(site: Site, s: SliceSpec) -> bool:
 class GradientTap(nn.Module):
     """The identity; in the backward pass it adds the gradient's rows to one Gram per slice, or to
     its diagonal alone for the slices named in ``diagonal``; those in ``projected`` are seen through
-    these weights ``(out, in)``."""
+    these weights ``(out, in)``. Products are summed up in ``dtype``."""
 
     def __init__(
         self,
         slices: Sequence[SliceSpec],
         diagonal: Container[str] = (),
         projected: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
         self.slices = tuple(slices)
         self.grams: dict[str, Moment] = {}
         for s in slices:
             if projected and s.name in projected:
-                self.grams[s.name] = ProjectedAccumulator(projected[s.name])
+                self.grams[s.name] = ProjectedAccumulator(projected[s.name], dtype)
             elif s.name in diagonal:
                 self.grams[s.name] = DiagonalAccumulator(s.out_features)
             else:
-                self.grams[s.name] = GramAccumulator(s.out_features)
+                self.grams[s.name] = GramAccumulator(s.out_features, dtype=dtype)
         # what makes the tap part of the backward graph although every weight may be frozen
         self.probe = torch.zeros((), requires_grad=True)
         self.finite = True

@@ -79,8 +79,16 @@ def _strips(features: int) -> list[tuple[int, int]]:
     return [(first, min(first + width, features)) for first in range(0, features, width)]
 
 
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the products of a model of this dtype are summed up in. The values of half precision
+    have 8 or 11 bits: float32 sums of them, which are half as many bytes, lose nothing that an
+    average over tokens knows."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
 class GramAccumulator:
-    """Sums ``x xᵀ`` and ``x`` over the rows it is given, in float64.
+    """Sums ``x xᵀ`` and ``x`` over the rows it is given, in float64, or with ``dtype`` products in
+    that (:func:`sums_dtype`).
 
     Products are float32 (float64 for float64 rows); half precision is upcast first, because a
     bfloat16 product would round its *output* to 8 bits. torch's float32 matmul precision setting
@@ -92,13 +100,20 @@ class GramAccumulator:
 
     kind = "whole"
 
-    def __init__(self, features: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         if features < 1:
             raise CalibrationError(f"a Gram matrix needs at least 1 feature, found {features}")
         self.features = features
+        self.dtype = dtype
         self.tokens = 0
         self._device = None if device is None else torch.device(device)
-        self._products: list[Tensor] = []  # upper strips: (width, features - first), float64
+        self._products: list[Tensor] = []  # upper strips: (width, features - first)
         self._sum: Tensor | None = None  # (features,) float64
         self._is_checked = False
 
@@ -117,22 +132,24 @@ class GramAccumulator:
         if state:
             made._sum = state["sum"]
             made._products = [state[str(at)] for at in range(len(_strips(features)))]
+            made.dtype = made._products[0].dtype
         return made
 
     @staticmethod
-    def bytes_needed(features: int) -> int:
-        """Bytes held by an accumulator of that many features: a little over ``4 features²``.
+    def bytes_needed(features: int, dtype: torch.dtype = torch.float64) -> int:
+        """Bytes held by an accumulator of that many features: in float64 a little over
+        ``4 features²``.
 
         :meth:`add` needs one float32 strip more while it runs, and copies of up to 8192 rows where
         they are masked or not float32.
         """
         strips = sum((end - first) * (features - first) for first, end in _strips(features))
-        return 8 * (strips + features)
+        return dtype.itemsize * strips + 8 * features
 
     @property
     def nbytes(self) -> int:
         """Bytes held once the first rows were added (:meth:`bytes_needed`)."""
-        return self.bytes_needed(self.features)
+        return self.bytes_needed(self.features, self.dtype)
 
     def add(self, x: Tensor, keep: Tensor | None = None) -> None:
         """Adds rows ``x: (..., features)`` of any floating dtype.
@@ -177,7 +194,7 @@ class GramAccumulator:
         # tenth of the time of the product.
         total_I.add_(rows_TI.sum(0))
         strips = _strips(self.features)
-        if dtype == torch.float64:
+        if dtype == self.dtype:
             for (first, end), products in zip(strips, self._products, strict=True):
                 products.addmm_(rows_TI[:, first:end].T, rows_TI[:, first:])
             return
@@ -192,7 +209,7 @@ class GramAccumulator:
             where = self._device or device
             self._sum = torch.zeros(self.features, dtype=torch.float64, device=where)
             self._products = [
-                torch.zeros(end - first, self.features - first, dtype=torch.float64, device=where)
+                torch.zeros(end - first, self.features - first, dtype=self.dtype, device=where)
                 for first, end in _strips(self.features)
             ]
         return self._sum
@@ -230,13 +247,12 @@ class GramAccumulator:
 
         Not centred. Raises CalibrationError like :meth:`check_finite`.
         """
-        self._checked_sum()
-        gram_II = self._products[0].new_empty(self.features, self.features)
+        gram_II = self._checked_sum().new_empty(self.features, self.features)
         for (first, end), products in zip(_strips(self.features), self._products, strict=True):
             gram_II[first:end, first:] = products
             gram_II[first:, first:end] = products.T
             # Not every BLAS rounds both halves of a block on the diagonal alike.
-            block = products[:, : end - first]
+            block = products[:, : end - first].double()
             gram_II[first:end, first:end] = (block + block.T) / 2
         return gram_II.div_(self.tokens)
 
@@ -247,7 +263,7 @@ class GramAccumulator:
         self._checked_sum()
         found_OI = torch.zeros_like(left_OI)
         for (first, end), products in zip(_strips(self.features), self._products, strict=True):
-            strip = products / self.tokens
+            strip = products.double() / self.tokens
             if mean_I is not None:  # before rounding: the mean may be most of the moment
                 strip.addr_(mean_I[first:end], mean_I[first:], alpha=-1)
             strip = strip.to(left_OI)
@@ -260,7 +276,7 @@ class GramAccumulator:
         added."""
         self._checked_sum()
         diagonals = (products.diagonal() for products in self._products)
-        return float(torch.cat([one.clone() for one in diagonals]).sum()) / self.tokens
+        return float(torch.cat([one.double() for one in diagonals]).sum()) / self.tokens
 
     def mean(self) -> Tensor:
         """``E[x]: (features,)``, float64. Raises CalibrationError like :meth:`check_finite`."""

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fxshare.base.placement import dtype_of
+from fxshare.calibration.gram import sums_dtype
 from fxshare.calibration.lookups import LookupStatistics
 from fxshare.calibration.observed import Counting, InputObserver, tap_of
 from fxshare.capture.call import MASK, Call, as_called
@@ -27,10 +29,13 @@ class HookStage:
         gradients: bool,
     ) -> None:
         self.model = structure_copy(model).eval()
+        self.dtype = sums_dtype(dtype_of(model))
         called = {name: site for site in sites for name in site.calls}
         self.taps = {}
         if gradients:
-            self.taps = {name: tap_of(site, weights[site.name]) for name, site in called.items()}
+            self.taps = {
+                name: tap_of(site, weights[site.name], self.dtype) for name, site in called.items()
+            }
         self.tapped = {name: (name,) for name in self.taps}
         # at this granularity embeddings are no sites
         self.looked_up: dict[str, tuple[LookupStatistics, ...]] = {}
@@ -64,7 +69,7 @@ class HookStage:
                     return
             observer = self.seen.get(name, (name,))[0]
             if observer not in self.observers:
-                self.observers[observer] = InputObserver(x.shape[-1])
+                self.observers[observer] = InputObserver(x.shape[-1], self.dtype)
             self.seen[name] = (observer,)
             self._last = (x, observer)
             self.observers[observer](x, self._mask)

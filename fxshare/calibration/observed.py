@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fxshare.base.placement import dtype_of
 from fxshare.calibration.gradients import GradientTap, is_diagonal, is_projected
-from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.gram import GramAccumulator, sums_dtype
 from fxshare.calibration.lookups import LookupStatistics, RowCounter
 from fxshare.capture import Captured
 from fxshare.capture.call import MASK, Call
@@ -31,9 +34,9 @@ from passes import (
 class InputObserver(nn.Module):
     """Adds the rows it sees to a Gram matrix; rows of masked tokens are left out."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.gram = GramAccumulator(features)
+        self.gram = GramAccumulator(features, dtype=dtype)
         self.unmasked = False
 
     @property
@@ -77,12 +80,13 @@ def _lookup_tap(width: int) -> GradientTap:
     return GradientTap([SliceSpec(name=_ROWS, start=0, stop=width)])
 
 
-def tap_of(site: Site, weight_OI: Tensor) -> GradientTap:
-    """The tap for the gradients at a site's output: per slice a Gram, its diagonal where
-    :func:`is_diagonal` says so, or seen through the weight where :func:`is_projected` does."""
+def tap_of(site: Site, weight_OI: Tensor, dtype: torch.dtype) -> GradientTap:
+    """The tap for the gradients at a site's output, summed up in a dtype: per slice a Gram, its
+    diagonal where :func:`is_diagonal` says so, or seen through the weight where
+    :func:`is_projected` does."""
     diagonal = {s.name for s in site.slices if is_diagonal(site, s)}
     projected = {s.name: weight_OI[s.start : s.stop] for s in site.slices if is_projected(site, s)}
-    return GradientTap(site.slices, diagonal, projected)
+    return GradientTap(site.slices, diagonal, projected, dtype)
 
 
 def _freeze(copy: nn.Module) -> None:
@@ -117,10 +121,12 @@ class GraphStage:
         filled = [n.name for n in captured.graph.graph.nodes if n.target is ones_if_missing]
         mask = filled[0] if filled else nodes.get(MASK)
         also = tuple(name for site in counted for name in site.calls)
+        dtype = sums_dtype(dtype_of(captured.model))
+        observer = partial(InputObserver, dtype=dtype)
         stages: list[Pass] = [
             # who is only counted first: the graph tells of the last that observed
             ObserveInputs(sites=also, new_observer=TokenCounter, mask=mask),
-            ObserveInputs(sites=tuple(called), new_observer=InputObserver, mask=mask),
+            ObserveInputs(sites=tuple(called), new_observer=observer, mask=mask),
             ObserveLookups(
                 sites=looked_up,
                 new_counter=RowCounter,
@@ -131,7 +137,7 @@ class GraphStage:
         if gradients:
 
             def new_tap(name: str) -> GradientTap:
-                return tap_of(called[name], weights[called[name].name])
+                return tap_of(called[name], weights[called[name].name], dtype)
 
             stages.append(ObserveGradients(sites=tuple(called), new_tap=new_tap, mask=mask))
         self.contract = captured.contract

@@ -19,7 +19,8 @@ _MAX_ROWS = 4096
 
 
 class ProjectedAccumulator:
-    """Sums ``(Wᵀ δ)(Wᵀ δ)ᵀ`` and ``δᵀ δ`` over the gradients δ that it is given, in float64.
+    """Sums ``(Wᵀ δ)(Wᵀ δ)ᵀ`` and ``δᵀ δ`` over the gradients δ that it is given, in float64, or
+    products in ``dtype``.
 
     ``weight_OI`` is the weight whose errors are to be priced, whatever weight the model that is run
     has in its place. Products are float32, or float64 where the gradients are.
@@ -27,9 +28,9 @@ class ProjectedAccumulator:
 
     kind = "projected"
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, dtype: torch.dtype = torch.float64) -> None:
         self.weight_OI = weight_OI.detach()
-        self.projected = GramAccumulator(weight_OI.shape[1])
+        self.projected = GramAccumulator(weight_OI.shape[1], dtype=dtype)
         self.square = 0.0
         """``Σ δᵀ δ``."""
 

@@ -4,13 +4,15 @@ Of the limit goes first what the process holds already (the model), what the act
 take, a copy of the matched weights (a candidate is judged on one), and the work on one matrix. What
 is left is for statistics, and for what planning keeps of its decompositions and factors. Statistics
 that do not fit beside that go to disk, block by block, each with a pass over the data of its own;
-activations that do not fit go there as well. Without a limit of the user's statistics above 512 MB
-are in files too.
+activations that do not fit go there as well. While statistics are gathered no matrix is at work,
+and nothing is kept of decompositions: a block may take their place. Without a limit of the user's
+statistics above 512 MB are in files too.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ _MOST_IN_MEMORY = 1 << 29
 _AT_WORK = 8
 # activations that are written as they come need no more than this beside the largest
 _OFFLOADED = 1 << 28
+# rows and weights in float32, a sum that is being written, and what an allocator keeps
+_BESIDE_SUMS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,11 @@ def make_room(
     needed = bytes_needed(captured, sites, gradients=gradients)
     space = Space(
         resident=used,
-        statistics=rounds * needed,
+        statistics=needed,
+        rounds=rounds,
         block=lambda: min(needed, largest_block(captured, sites, gradients=gradients)),
-        work=work_bytes(sites, _bytes_of(weights) if gradients else 0),
+        work=work_bytes(sites),
+        candidate=_bytes_of(weights) if gradients else 0,
         at_most=at_most(captured, call),
         activations=lambda: activation_bytes(captured, call, gradients=gradients),
         offloads=gradients,
@@ -106,7 +112,7 @@ def make_room(
     keeping = Keeping(offload=divided.offload)
     if not divided.fits:
         # what planning keeps is given back before statistics are gathered
-        most = None if needed <= divided.left else divided.left
+        most = None if needed <= divided.block else divided.block
         keeping = Keeping(most, folder, None, divided.offload)
         if folder is None:
             scratch = Scratch(rounds * needed)
@@ -115,7 +121,7 @@ def make_room(
         divided.limit,
         space.resident,
         divided.activations,
-        space.work,
+        space.work + space.candidate,
         needed,
         divided.kept,
         keeping,
@@ -126,16 +132,18 @@ def make_room(
 class Space:
     """What takes memory while calibrating and planning, in bytes.
 
-    ``statistics`` are those of all rounds, ``block()`` the least of them that has to be in memory
-    at a time, ``work`` one matrix and a copy of the matched weights. The activations of a batch are
-    ``at_most`` so many, and by a closer look, which takes time, ``activations()``; where the loss
-    is differentiated they may go to a file (``offloads``).
+    ``statistics`` are those of a round, ``block()`` the least of them that has to be in memory at
+    a time, ``work`` one matrix, ``candidate`` a copy of the matched weights. The activations of
+    a batch are ``at_most`` so many, and by a closer look, which takes time, ``activations()``;
+    where the loss is differentiated they may go to a file (``offloads``).
     """
 
     resident: int
     statistics: int
+    rounds: int
     block: Callable[[], int]
     work: int
+    candidate: int
     at_most: int
     activations: Callable[[], int]
     offloads: bool
@@ -144,13 +152,15 @@ class Space:
 @dataclass(frozen=True)
 class Divided:
     """A limit of memory, divided: where statistics do not ``fit`` they go to files, in parts of at
-    most ``left`` bytes; ``least`` is what it takes at least."""
+    most ``block`` bytes; ``left`` is for what planning keeps, and ``least`` what it takes at
+    least."""
 
     space: Space
     limit: int
     activations: int
     offload: bool
     left: int
+    block: int
     fits: bool
     kept: int
     least: int
@@ -161,8 +171,8 @@ class Divided:
         statistics = max(0 if self.fits else space.block(), _LEAST_KEPT)
         return (
             f"{said if given else f'{shown(self.limit)} of memory'} is too small: "
-            f"{shown(space.resident)} are in use, {shown(space.work)} go to one matrix and a "
-            f"candidate, {shown(self.activations)} to the activations of a batch, and "
+            f"{shown(space.resident)} are in use, {shown(space.work + space.candidate)} go to one "
+            f"matrix and a candidate, {shown(self.activations)} to the activations of a batch, and "
             f"{shown(statistics)} to statistics; set calibration: {{max_memory: "
             f"{self.least / 1e9 + 0.1:.1f}GB}}, give smaller batches, or match fewer weights"
         )
@@ -171,29 +181,38 @@ class Divided:
 def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> Divided:
     """Divide ``limit`` bytes. With a folder statistics go there whether or not they would fit; and
     to files where they are many and nobody ``asked`` for the limit."""
-    left = limit - space.resident - space.work
+    beside = limit - space.resident - space.candidate
     activations = space.at_most
-    if space.statistics + activations + _MOST_KEPT > left:
+    statistics = space.rounds * space.statistics
+    if statistics + activations + _MOST_KEPT > beside - space.work:
         activations = space.activations()
-    offload = space.offloads and activations + _LEAST_KEPT > left
+    most = beside - _BESIDE_SUMS
+    # a pass over the data is dearer than activations that are written and read again
+    offload = space.offloads and activations > _OFFLOADED
+    offload = offload and _passes(space, most - _OFFLOADED) < _passes(space, most - activations)
     if offload:
         activations = _OFFLOADED
-    left -= activations
-    fits = folder is None and space.statistics + _LEAST_KEPT <= left
-    if fits and not asked and space.statistics > _MOST_IN_MEMORY:
+    left = beside - space.work - activations
+    fits = folder is None and statistics + _LEAST_KEPT <= left
+    if fits and not asked and statistics > _MOST_IN_MEMORY:
         # nobody asked for so much memory, and files that were just written are read at its speed
-        fits = not has_room(space.statistics)
-    kept = min(_MOST_KEPT, left - space.statistics if fits else left)
+        fits = not has_room(statistics)
+    kept = min(_MOST_KEPT, left - statistics if fits else left)
     block = 0 if fits else space.block()
-    least = space.resident + space.work + activations + max(block, _LEAST_KEPT)
-    return Divided(space, limit, activations, offload, left, fits, kept, least)
+    least = space.resident + space.candidate + activations
+    least += max(block + _BESIDE_SUMS, space.work + _LEAST_KEPT)
+    return Divided(space, limit, activations, offload, left, most - activations, fits, kept, least)
 
 
-def work_bytes(sites: Sequence[Site], weights: int) -> int:
-    """For the matrices of one group at a time, and a copy of ``weights`` bytes of matched
-    weights."""
+def _passes(space: Space, most: int) -> float:
+    """How often the data is gone through where so many bytes of statistics are in memory."""
+    return math.ceil(space.statistics / most) if most >= space.block() else math.inf
+
+
+def work_bytes(sites: Sequence[Site]) -> int:
+    """For the matrices of one group at a time."""
     width = max((site.in_features for site in sites if site.calls), default=1)
-    return _AT_WORK * 8 * width * width + weights
+    return _AT_WORK * 8 * width * width
 
 
 def _bytes_of(weights: Mapping[str, Tensor]) -> int:

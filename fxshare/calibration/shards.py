@@ -87,7 +87,7 @@ def _complete(running: HookStage, together: Processes) -> None:
     seen: dict[str, tuple[str, ...]] = {}
     for rank, (calls, found) in enumerate(everybody):
         for name, width in found.items():
-            own = running.observers.get(name) or InputObserver(width)
+            own = running.observers.get(name) or InputObserver(width, running.dtype)
             observers.setdefault(name, own)
         for name, names in calls.items():
             if seen.setdefault(name, names) != names:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fxshare.calibration.blocks import moment_bytes
 from fxshare.calibration.gradients import is_diagonal, is_projected
-from fxshare.calibration.gram import GramAccumulator
+from fxshare.calibration.gram import GramAccumulator, sums_dtype
 from fxshare.cost_model.pace import NOTHING, Amount, Pace
 from fxshare.cost_model.work import Attention, Matmul, Operation
 from fxshare.estimating.counted import Counted
@@ -99,22 +101,28 @@ class Bytes:
     block: int
 
 
-def statistics_bytes(counted: Counted, sites: Sequence[Site], *, gradients: bool) -> Bytes:
-    """What :func:`fxshare.calibration.blocks.bytes_needed` says of a capture, by what was counted.
+def statistics_bytes(
+    counted: Counted, sites: Sequence[Site], model: torch.dtype, *, gradients: bool
+) -> Bytes:
+    """What :func:`fxshare.calibration.blocks.bytes_needed` says of a capture, by what was counted,
+    of a model in a dtype.
 
     Sites that read one input are in one block.
     """
     blocks: dict[object, int] = {}
+    dtype = sums_dtype(model)
     for site in sites:
         read = counted.reads[site.name] if site.calls else "lookups"
         if read not in blocks:
-            blocks[read] = GramAccumulator.bytes_needed(site.in_features) if site.calls else 0
+            blocks[read] = 0
+            if site.calls:
+                blocks[read] = GramAccumulator.bytes_needed(site.in_features, dtype)
         looked_up = len(site.lookups)
         blocks[read] += 8 * site.out_features * looked_up
         if gradients:
             blocks[read] += GramAccumulator.bytes_needed(site.in_features) * looked_up
             if site.calls:
-                blocks[read] += sum(moment_bytes(site, s) for s in site.slices)
+                blocks[read] += sum(moment_bytes(site, s, dtype) for s in site.slices)
     return Bytes(sum(blocks.values()), max(blocks.values(), default=0))
 
 

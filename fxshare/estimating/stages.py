@@ -134,7 +134,9 @@ class _Estimating:
     work: bool
 
     def estimate(self) -> Estimate:
-        needed = statistics_bytes(self.counted, self.sites, gradients=self._planned)
+        needed = statistics_bytes(
+            self.counted, self.sites, dtype_of(self.model), gradients=self._planned
+        )
         divided = self._divided(needed)
         parts = candidates(
             self.sites,
@@ -143,8 +145,8 @@ class _Estimating:
             merged=self.cfg.planner.search != "off" and not self.cfg.planner.may_share,
         )
         passes = 1
-        if not divided.fits and divided.left < needed.all:
-            passes = max(math.ceil(needed.all / max(divided.left, needed.block, 1)), 1)
+        if not divided.fits and divided.block < needed.all:
+            passes = max(math.ceil(needed.all / max(divided.block, needed.block, 1)), 1)
         stages = list(self._stages(parts, divided, needed, passes))
         return Estimate(
             mode=self.cfg.mode,
@@ -211,9 +213,11 @@ class _Estimating:
         alive = counted.most if counted.alive is None else counted.alive
         space = Space(
             resident=used,
-            statistics=self._rounds * needed.all if self._calibrates else 0,
+            statistics=needed.all if self._calibrates else 0,
+            rounds=self._rounds,
             block=lambda: needed.block,
-            work=work_bytes(self.sites, self._matched if self._planned else 0),
+            work=work_bytes(self.sites),
+            candidate=self._matched if self._planned else 0,
             at_most=counted.most,
             activations=lambda: alive,
             offloads=self._planned,
@@ -364,8 +368,9 @@ class _Estimating:
         if divided.fits:
             at_once = held + kept
         else:  # what planning keeps is given back before statistics are gathered
-            at_once = max(min(needed.all, divided.left), kept)
-        return space.resident + space.work + divided.activations + max(at_once, 0)
+            at_once = max(min(needed.all, divided.block) - space.work, kept)
+        at_once += space.work + space.candidate
+        return space.resident + divided.activations + max(at_once, 0)
 
     def _disk(self, divided: Divided, needed: Bytes, parts: Candidates) -> Disk:
         statistics = self._rounds * needed.all if self._calibrates else 0

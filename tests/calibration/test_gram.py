@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxshare.calibration.gram import GramAccumulator, pooled_gram
+from fxshare.calibration.gram import GramAccumulator, pooled_gram, sums_dtype
 from fxshare.errors import CalibrationError
 
 
@@ -95,6 +95,32 @@ def test_order_and_batching_change_rounding_only(
         parts.add(part)  # empty parts included
     assert parts.tokens == whole.tokens == rows
     assert ((parts.gram() - whole.gram()).abs() <= 2 * _bound(x, torch.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_are_float32_and_no_coarser(dtype: torch.dtype) -> None:
+    assert sums_dtype(dtype) == torch.float32
+    assert sums_dtype(torch.float32) == sums_dtype(torch.float64) == torch.float64
+    x = _random(4, 40, 6, 130, dtype=dtype)
+    accumulator = GramAccumulator(130, dtype=sums_dtype(dtype))
+    for part in x:
+        accumulator.add(part)
+    gram = accumulator.gram()
+    assert gram.dtype == torch.float64
+    assert torch.equal(gram, gram.T)
+    _check_gram(gram, x, torch.float32)
+    assert accumulator.trace() == pytest.approx(float(gram.trace()), rel=1e-12)
+    left = _random(5, 3, 130, dtype=torch.float64)
+    mean = accumulator.mean()
+    torch.testing.assert_close(
+        accumulator.times(left, mean), left @ (gram - torch.outer(mean, mean)), rtol=0, atol=1e-12
+    )
+    again = GramAccumulator.restored(130, accumulator.tokens, accumulator.state())
+    assert torch.equal(again.gram(), gram)
+    assert again.nbytes == accumulator.nbytes == GramAccumulator.bytes_needed(130, torch.float32)
+    assert 0.5 < accumulator.nbytes / GramAccumulator.bytes_needed(130) < 0.51
+    again.add(x[0])
+    assert again.tokens == accumulator.tokens + 6
 
 
 def test_many_rows_are_added_in_bounded_products() -> None:

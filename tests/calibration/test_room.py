@@ -18,7 +18,7 @@ from fxshare.calibration.activations import activation_bytes, at_most
 from fxshare.calibration.blocks import blocks_of, bytes_needed, largest_block
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.keeping import Keeping, Scratch
-from fxshare.calibration.room import Room, make_room
+from fxshare.calibration.room import Room, Space, divide, make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.calibration.stored import write_part
 from fxshare.capture import Captured, capture
@@ -219,6 +219,42 @@ def test_files_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not folder.exists()
 
 
+def space(**other: Any) -> Space:
+    given: dict[str, Any] = {
+        "resident": 2 << 30,
+        "statistics": 3 << 30,
+        "rounds": 2,
+        "block": lambda: 1 << 28,
+        "work": 2 << 30,
+        "candidate": 2 << 30,
+        "at_most": 4 << 30,
+        "activations": lambda: 1 << 30,
+        "offloads": True,
+    }
+    return Space(**(given | other))
+
+
+def test_statistics_take_the_place_of_what_planning_holds_later() -> None:
+    # 8.5 GiB: two for the model and two for a candidate, one for activations
+    found = divide(space(), 17 << 29, asked=True)
+    assert not found.fits
+    assert not found.offload
+    assert found.block == (7 << 29) - rooms._BESIDE_SUMS >= 3 << 30
+    assert found.left == 3 << 29
+    assert found.least <= found.limit
+
+
+def test_activations_go_to_files_where_that_saves_a_pass() -> None:
+    saves = divide(space(), 8 << 30, asked=True)
+    assert saves.offload
+    assert saves.block >= 3 << 30
+    # the same number of passes either way
+    not_so = divide(space(statistics=5 << 30), 8 << 30, asked=True)
+    assert not not_so.offload
+    assert not_so.block < 3 << 30
+    assert not divide(space(offloads=False), 8 << 30, asked=True).offload
+
+
 def test_a_limit_that_cannot_be_kept_names_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms, "resident", lambda: 10**9)
     with pytest.raises(
@@ -297,6 +333,7 @@ def test_compile_under_a_limit_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     with no_warnings_of_ours():
         expected = fxshare.compile(model, cfg, calibration=data)
         monkeypatch.setattr(rooms, "_LEAST_KEPT", 1 << 12)
+        monkeypatch.setattr(rooms, "_BESIDE_SUMS", 1 << 12)
         monkeypatch.setattr(rooms, "resident", lambda: 0)
         captured, sites, _ = prepared(model)
         needed = bytes_needed(captured, sites, gradients=True)

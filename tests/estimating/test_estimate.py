@@ -118,8 +118,8 @@ def test_statistics_take_the_bytes_that_a_capture_tells(
     needed = bytes_needed(stages.captured, stages.sites, gradients=gradients)
     counted = count(model(), stages.sites, given[0], gradients=gradients)
     quick = count_captured(stages.captured, stages.sites, given[0])
-    assert statistics_bytes(counted, stages.sites, gradients=gradients).all == needed
-    assert statistics_bytes(quick, stages.sites, gradients=gradients).all == needed
+    assert statistics_bytes(counted, stages.sites, torch.float32, gradients=gradients).all == needed
+    assert statistics_bytes(quick, stages.sites, torch.float32, gradients=gradients).all == needed
     # q, k and v read one tensor, gate and up another
     assert len(set(counted.reads.values())) == len(set(quick.reads.values())) == 2 * 4
     assert counted.rows == quick.rows == 128
@@ -168,7 +168,7 @@ def test_memory_is_at_least_what_is_divided(captured: Captured) -> None:
 
 def test_a_limit_makes_passes_over_the_data_and_files() -> None:
     # so large that a limit that leaves planning its 250 MB does not hold all statistics
-    shape = "1024,4,8,2816,257"
+    shape = "1024,16,8,2816,257"
     free = estimated(shape, BUDGET, {"calibration": {"max_memory": "100GB"}})
     small = estimated(shape, BUDGET, {"calibration": {"max_memory": "50MB"}})
     assert not small.fits
