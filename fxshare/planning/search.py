@@ -1,10 +1,8 @@
 """A small search over plans, judged by the measured loss on held-back calibration data.
 
 Far from dense a quadratic model says little, and by how much is not known beforehand. So a few
-plans are made (with a floor under every rank, blended with uniform ranks, with same-input types
-merged, with statistics measured again on a half-compressed model), each is tried on data that the
-statistics have not seen, and the best is kept. All are tried on a part of that data, the better
-half of them on all of it (successive halving, Jamieson & Talwalkar 2016).
+plans are made (:mod:`fxshare.planning.trials`), each is tried on a part of the data that was held
+back, the better half on all of it (Jamieson & Talwalkar 2016), and the best is kept.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.contenders import contenders
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import Solution, solve
-from fxshare.planning.trials import Trial, Tried
+from fxshare.planning.trials import Trial, Tried, is_outdone
 from fxshare.planning.work import Work
 from fxshare.plans.plan import Group
 from fxshare.sites.mlps import Mlp
@@ -137,15 +135,18 @@ class Search:
         return found
 
     def _run(self, spectra: SpectraByMetric, todo: Sequence[Trial], label: str) -> Found:
-        found: list[Planned] = []
-        twins: dict[int, Planned] = {}
-        known: dict[object, Planned] = {}
-        failures: list[str] = []
+        found, failures = list[Planned](), list[str]()
+        twins, known = dict[int, Planned](), dict[object, Planned]()
         bounds = 0.0, 0.0
         trials = track(list(todo), f"searching{label}", total=len(todo))
         for number, trial in enumerate(trials, 1):
             which = f"plan: trial {number} of {len(todo)}, {trial.name}{label}"
             start = time.perf_counter()
+            if self.judge and is_outdone(
+                trial, {one.trial: one.predicted for one in known.values()}
+            ):
+                _LOG.info("%s: left out, by the loss it is far worse than others", which)
+                continue
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
                 # a trial that led to a plan that was tried already is no better
@@ -153,8 +154,7 @@ class Search:
                 if twin is None:
                     self._try(one, spectra[True])
                     twin = known[_signature(one)] = one
-            except (PlanError, FactoriseError) as error:
-                # a floor above the budget, or one that asks for ranks which the weights lack
+            except (PlanError, FactoriseError) as error:  # a floor above the budget, say
                 failures.append(f"{trial.name}: {error}")
                 _LOG.info("%s: no plan, %s", which, error)
                 continue

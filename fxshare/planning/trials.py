@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,6 +70,21 @@ def trials(effort: Effort, *, mergeable: bool, mixed: bool = False) -> list[Tria
     alone = [replace(t, name=f"{t.name}, bases alone", others="none") for t in some]
     every = [replace(t, name=f"{t.name}, others wherever they fit", others="all") for t in some]
     return first + alone + every + plain
+
+
+_OUTDONE = 4.0
+"""So many times what another plan is predicted to lose is certainly worse, whatever of the plan's
+ranks were chosen by. Far from dense, where plans by activation error were the best of those on the
+dense model's statistics, predictions are within a factor of 2 of each other."""
+
+
+def is_outdone(trial: Trial, predicted: Mapping[Trial, float]) -> bool:
+    """Whether a trial by activation error is not worth its spectra, which are as many as those by
+    the loss: the same trial by the loss is predicted to lose far more than another one."""
+    if trial.loss_aware:
+        return False
+    by_loss = [one for one in predicted if replace(one, name=trial.name, loss_aware=False) == trial]
+    return any(predicted[one] > _OUTDONE * min(predicted.values()) for one in by_loss)
 
 
 def _trials(effort: Effort, *, mergeable: bool) -> list[Trial]:

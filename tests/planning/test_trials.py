@@ -14,7 +14,7 @@ from fxshare.planning import search
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.options import Options
 from fxshare.planning.solver.solve import solve
-from fxshare.planning.trials import Effort, trials
+from fxshare.planning.trials import Effort, is_outdone, trials
 from fxshare.plans.outlook import Outlook
 from tests.planning.build import gram, node, slice_of
 from tests.planning.models import PLAIN, compiled, features, plain_model
@@ -40,11 +40,39 @@ def test_more_effort_tries_more_and_starts_with_the_plain_optimum(
     assert (first.floor, first.blend, first.merge, first.loss_aware) == (0.0, 0.0, False, True)
 
 
+@pytest.mark.parametrize(
+    ("predicted", "is_left_out"), [((0.5, 1.9), False), ((0.5, 2.1), True), ((2.1, 0.5), False)]
+)
+def test_activation_error_is_left_out_where_it_is_far_worse_by_the_loss(
+    predicted: tuple[float, float], is_left_out: bool
+) -> None:
+    found = {trial.name: trial for trial in trials("quick", mergeable=True)}
+    planned, uniform = found["planned"], found["uniform"]
+    known = dict(zip((planned, uniform), predicted, strict=True))
+    by_error = found["uniform, activation error"]
+    assert is_outdone(by_error, known) is is_left_out
+    assert not is_outdone(uniform, known)
+    # whose own was not tried says nothing of it
+    assert not is_outdone(by_error, {planned: 0.5, found["floor 0.6"]: 5.0})
+
+
+def test_a_search_tries_no_activation_error_where_plans_are_far_better() -> None:
+    torch.manual_seed(0)
+    model = plain_model()
+    with torch.no_grad():  # some weights that are of low rank already, and others that are not
+        u, s, v = torch.linalg.svd(model.up.weight)
+        model.up.weight.copy_(u[:, :2] * s[:2] @ v[:2])
+    names = [t.name for t in outlook_of({"params_kept": 0.8}, 1, model=model).trials]
+    assert "uniform" in names
+    assert "uniform, activation error" not in names
+    assert "same input merged" in names or len(names) >= 10
+
+
 def outlook_of(budget: dict[str, float], remeasure: int, **keys: Any) -> Outlook:
     data = keys.pop("calibration", features(4, rows=64))
     planner = {"remeasure": remeasure}
     found: Outlook = compiled(
-        plain_model(), PLAIN, budget, planner, calibration=data, **keys
+        keys.pop("model", None) or plain_model(), PLAIN, budget, planner, calibration=data, **keys
     ).fxshare.plan.outlook
     return found
 
