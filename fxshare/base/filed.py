@@ -14,14 +14,14 @@ from fxshare.errors import StoreError
 
 
 class Filed:
-    """Rows of float32 matrices in a file that is gone with the process, however that ends."""
+    """Rows of matrices in a file that is gone with the process, however that ends."""
 
     def __init__(self) -> None:
         self._file: FileIO | None = None
         self._size = 0
 
     def keep(self, rows_NX: Tensor) -> Callable[[int], Tensor] | None:
-        """Write a float32 matrix; what reads its first rows, or None where there is no disk for
+        """Write a matrix; what reads its first rows, or None where there is no disk for
         it. Reading raises :class:`StoreError` where the disk fails."""
         begin = self._size
         try:
@@ -30,19 +30,19 @@ class Filed:
                 self._file = tempfile.TemporaryFile(prefix="fxshare-", buffering=0)  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             self._file.seek(begin)
-            left = rows_NX.cpu().contiguous().numpy().data.cast("B")
+            left = _bytes_of(rows_NX.cpu().contiguous())
             while left:  # at most 2 GB go at a time
                 left = left[self._file.write(left) :]
             self._size = self._file.tell()
         except OSError:
             return None
-        width, device = rows_NX.shape[1], rows_NX.device
-        return lambda count: self._read(begin, count, width).to(device)
+        width, dtype, device = rows_NX.shape[1], rows_NX.dtype, rows_NX.device
+        return lambda count: self._read(begin, count, width, dtype).to(device)
 
-    def _read(self, begin: int, count: int, width: int) -> Tensor:
+    def _read(self, begin: int, count: int, width: int, dtype: torch.dtype) -> Tensor:
         assert self._file is not None
-        found_RX = torch.empty(count, width)
-        left = found_RX.numpy().data.cast("B")
+        found_RX = torch.empty(count, width, dtype=dtype)
+        left = _bytes_of(found_RX)
         try:
             self._file.seek(begin)
             while left:
@@ -56,6 +56,10 @@ class Filed:
                 "another disk"
             ) from error
         return found_RX
+
+
+def _bytes_of(rows_NX: Tensor) -> memoryview:
+    return rows_NX.view(torch.uint8).numpy().data.cast("B")  # numpy has no bfloat16
 
 
 __all__ = ["Filed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -28,4 +28,16 @@ class Lazily(Mapping[str, Value], Generic[Value]):
         return len(self.names)
 
 
-__all__ = ["Lazily"]
+@dataclass(frozen=True, eq=False)
+class Once(Lazily[Value]):
+    """A mapping whose values are computed when they are first asked for, and kept with it."""
+
+    _made: dict[str, Value] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._made:
+            self._made[name] = super().__getitem__(name)
+        return self._made[name]
+
+
+__all__ = ["Lazily", "Once"]

@@ -21,4 +21,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-__all__ = ["device_of", "dtype_of"]
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrices of bfloat16 are multiplied there by instructions of their own."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+__all__ = ["device_of", "dtype_of", "multiplies_bfloat16"]

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fxshare.calibration.gradients import is_diagonal, is_projected
 from fxshare.cost_model.pace import NOTHING, Amount, Pace, Precision
 from fxshare.sites.site import Site, SliceSpec
@@ -226,15 +228,24 @@ def decomposition_bytes(parts: Sequence[Candidate]) -> int:
     return sum(8 * _size(part) ** 2 for part in parts)
 
 
-def filed_bytes(parts: Sequence[Candidate]) -> int:
-    """Of the factors of these candidates at every rank."""
+def filed_bytes(parts: Sequence[Candidate], dtype: torch.dtype) -> int:
+    """Of the factors of these candidates at every rank, to judge plans of a model in a dtype by."""
+    if dtype == torch.float64:
+        return 0
+    itemsize = 2 if dtype == torch.bfloat16 else 4
     widths = ((one, one[0].inputs + sum(member.outputs for member in one)) for one in parts)
-    return sum(4 * _size(one) * width for one, width in widths)
+    return sum(itemsize * _size(one) * width for one, width in widths)
 
 
-def written_bytes(parts: Sequence[Candidate], least: int = 256) -> int:
-    """What of them goes to a work folder."""
-    return sum(8 * _size(part) ** 2 for part in parts if _size(part) >= least)
+def written_bytes(
+    parts: Sequence[Candidate], dtype: torch.dtype, spectra: int, least: int = 256
+) -> int:
+    """What of their eigenvectors goes to a work folder, for so many spectra; those of the factors
+    that are kept are in float64, but for a bfloat16 model."""
+    numbers = sum(_size(part) ** 2 for part in parts if _size(part) >= least)
+    if dtype == torch.float64:
+        return 8 * spectra * numbers
+    return (4 * spectra + (0 if dtype == torch.bfloat16 else 8)) * numbers
 
 
 def _size(part: Candidate) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxshare.base.memory import free, resident, shown
@@ -134,9 +135,7 @@ class _Estimating:
     work: bool
 
     def estimate(self) -> Estimate:
-        needed = statistics_bytes(
-            self.counted, self.sites, dtype_of(self.model), gradients=self._planned
-        )
+        needed = statistics_bytes(self.counted, self.sites, self._dtype, gradients=self._planned)
         divided = self._divided(needed)
         parts = candidates(
             self.sites,
@@ -179,12 +178,12 @@ class _Estimating:
         return self._rounds * (1 if self.cfg.planner.search == "off" else 2)
 
     @property
-    def _itemsize(self) -> int:
-        return dtype_of(self.model).itemsize
+    def _dtype(self) -> torch.dtype:
+        return dtype_of(self.model)
 
     @property
     def _matched(self) -> int:
-        return sum(site.weights for site in self.sites) * self._itemsize
+        return sum(site.weights for site in self.sites) * self._dtype.itemsize
 
     @property
     def _bytes(self) -> int:
@@ -245,8 +244,8 @@ class _Estimating:
     def _stages(
         self, parts: Candidates, divided: Divided, needed: Bytes, passes: int
     ) -> Iterator[tuple[str, Amount]]:
-        once = forward(self.pace, self.counted, self._itemsize)
-        if self._itemsize < 4:  # what is checked of half precision is run in float32
+        once = forward(self.pace, self.counted, self._dtype.itemsize)
+        if self._dtype.itemsize < 4:  # what is checked of half precision is run in float32
             once *= max(self.pace.model[-1][1] / self.pace.single[-1][1], 1.0)
         python = self.pace.calls(_PER_SLICE * sum(len(site.slices) for site in self.sites))
         yield "capture", once * _CAPTURE_PASSES + python
@@ -265,14 +264,12 @@ class _Estimating:
         searched = Searched.of(self.cfg, parts, self.data.batches)
         held = 0 if self.cfg.planner.search == "off" else max(self.data.batches // 10, 1)
         fit = max(self.data.batches - held, 1)
-        written = NOTHING
-        if not divided.fits:
-            written = Amount(4 * needed.all / _DISK)
+        written = NOTHING if divided.fits else Amount(4 * needed.all / _DISK)
         subject = Subject(
             self.pace,
             self.counted,
             self.sites,
-            self._itemsize,
+            self._dtype.itemsize,
             self._keep,
             divided.kept,
             self._singular(fit),
@@ -295,9 +292,9 @@ class _Estimating:
 
     def _calibrated(self, batches: int, gradients: bool) -> Amount:
         """So many batches, once."""
-        found = forward(self.pace, self.counted, self._itemsize)
+        found = forward(self.pace, self.counted, self._dtype.itemsize)
         if gradients:
-            found += backward(self.pace, self.counted, self._itemsize)
+            found += backward(self.pace, self.counted, self._dtype.itemsize)
             found += loss(self.pace, self.counted, backward=True)
         return (found + sums(self.pace, self.counted, self.sites, gradients=gradients)) * batches
 
@@ -377,13 +374,13 @@ class _Estimating:
         scratch = 0 if divided.fits or self.work else statistics
         if divided.offload:
             scratch += self.counted.alive or self.counted.most
-        if self._planned and self._itemsize < 8:
-            scratch += self._spectra * pricing.filed_bytes(parts.alone)
+        if self._planned:
+            scratch += self._spectra * pricing.filed_bytes(parts.alone, self._dtype)
         written = 0
         if self.work:
             written = statistics
             if self._planned:
-                written += self._spectra * pricing.written_bytes(parts.alone)
+                written += pricing.written_bytes(parts.alone, self._dtype, self._spectra)
         output = self._bytes - self._matched + int(self._keep * self._matched)
         return Disk(scratch, written, output)
 

@@ -2,8 +2,8 @@
 
 The eigenvectors of a group do not depend on the rank: the basis of rank r is the first r rows of
 the one of full rank, and the coefficients of rank r are the first r columns. The plans of a search
-differ in ranks more than in groups, so both are made once, in float32, and lie in a file, of which
-a plan reads what it takes.
+differ in ranks more than in groups, so both are made once, and lie in a file, of which a plan reads
+what it takes.
 
 Legend: I input features, O outputs of all members, N the smaller of both, R rank, X = I + O.
 """
@@ -25,8 +25,9 @@ from fxshare.factors.factorise import Factors
 class EveryRank:
     """A group's factors at full rank, of which those beyond ``significant`` are arbitrary.
 
-    ``rows(r)`` are the first r rows ``(R, X)`` in float32: row k is row k of the basis and column k
-    of the stacked coefficients, of ``outputs`` a member.
+    ``rows(r)`` are the first r rows ``(R, X)``, in float32 or as a model of half precision stores
+    them: row k is row k of the basis and column k of the stacked coefficients, of ``outputs`` a
+    member.
     """
 
     rows: Callable[[int], Tensor]
@@ -35,8 +36,8 @@ class EveryRank:
     significant: int
 
     def factors(self, rank: int) -> Factors:
-        """The factors of a rank."""
-        rows_RX = self.rows(rank)
+        """The factors of a rank, in float32."""
+        rows_RX = self.rows(rank).float()
         features = rows_RX.shape[1] - sum(self.outputs)
         return Factors(
             basis_RI=rows_RX[:, :features],
@@ -49,10 +50,12 @@ class EveryRank:
         )
 
 
-def every_rank(whole: Decomposition, side: Side, filed: Filed) -> tuple[EveryRank, bool]:
-    """All factors of a decomposed group, and whether they are in the file."""
+def every_rank(
+    whole: Decomposition, side: Side, filed: Filed, dtype: torch.dtype = torch.float32
+) -> tuple[EveryRank, bool]:
+    """All factors of a decomposed group, kept in a dtype, and whether they are in the file."""
     found = whole.factors(side, len(whole.spectrum), torch.float32, exact=False)
-    rows_NX = torch.cat([found.basis_RI, *(c.T for c in found.coefficients)], dim=1)
+    rows_NX = torch.cat([found.basis_RI, *(c.T for c in found.coefficients)], dim=1).to(dtype)
     outputs = tuple(len(c) for c in found.coefficients)
     rows = filed.keep(rows_NX)
 

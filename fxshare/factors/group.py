@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fxshare.base.lazily import Once
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
@@ -23,13 +25,13 @@ class GroupFactors:
 
     group: Group
     basis_RI: Tensor
-    coefficients: dict[str, Tensor]
+    coefficients: Mapping[str, Tensor]
     lost: float
     """Predicted loss increase, from the spectrum."""
     total: float
     spectra: Spectra
     """What the group was factorised in."""
-    bias_shift: dict[str, Tensor] = field(default_factory=dict)
+    bias_shift: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def floored(self) -> int:
@@ -86,10 +88,9 @@ def factorise_group(
     return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
-@part("refit")
 def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
-    """The factors with every coefficient fitted to its own slice's Gram. With one input there is
-    nothing to do: that is what they are factorised in."""
+    """The factors with every coefficient fitted to its own slice's Gram, when it is asked for. With
+    one input there is nothing to do: that is what they are factorised in."""
     spectra = factors.spectra
     members = {name: spectra.slices[name] for name in factors.coefficients}
     made = replace(factors, bias_shift={})
@@ -97,23 +98,27 @@ def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
         # the damping that the decomposition may have had, so that a singular Gram refits to where
         # it started
         floor = spectra.pooled(factors.group.slices).floor
-        made.coefficients = {
-            name: _refit(one, factors.basis_RI, factors.coefficients[name], floor)
-            for name, one in members.items()
-        }
+
+        def fitted(name: str) -> Tensor:
+            return _refit(members[name], factors.basis_RI, factors.coefficients[name], floor)
+
+        made.coefficients = Once(tuple(members), fitted)
     return replace(made, bias_shift=_shifts(made)) if bias else made
 
 
-def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
-    shifts = {}
-    for name, coefficient_OR in factors.coefficients.items():
-        one = factors.spectra.slices[name]
-        if one.mean_I is not None:
-            kept_R = factors.basis_RI @ one.mean_I.to(factors.basis_RI)
-            shifts[name] = one.image_of_mean - (coefficient_OR @ kept_R).double()
-    return shifts
+def _shifts(factors: GroupFactors) -> Mapping[str, Tensor]:
+    slices = factors.spectra.slices
+
+    def shift(name: str) -> Tensor:
+        mean_I = slices[name].mean_I
+        assert mean_I is not None
+        kept_R = factors.basis_RI @ mean_I.to(factors.basis_RI)
+        return slices[name].image_of_mean - (factors.coefficients[name] @ kept_R).double()
+
+    return Once(tuple(n for n in factors.coefficients if slices[n].mean_I is not None), shift)
 
 
+@part("refit")
 def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
     # what rounding to float32 loses, to judge a plan by, is squared in the loss
     projected_RI = torch.add(one.times_gram(basis_RI), basis_RI, alpha=floor)

@@ -89,6 +89,8 @@ class Spectra:
     """Bytes for what is computed and may be asked for again."""
     filed: Filed | None = None
     """Where the factors of every rank go, for those in float32."""
+    stored: torch.dtype = torch.float32
+    """What those are kept in; where it is half precision all are decomposed as they are priced."""
     dtype: torch.dtype = torch.float64
     """What groups are priced in, and decomposed in to judge plans by; the factors that are kept in
     the end are float64 in any case."""
@@ -160,8 +162,7 @@ class Spectra:
     ) -> Factors:
         """The best factors of a group at a rank.
 
-        The decomposition of a group serves every rank, so that the plans of a search, which differ
-        in ranks more than in groups, do not repeat it. Directions that no input and no gradient
+        The decomposition of a group serves every rank. Directions that no input and no gradient
         takes are as good as any other in the metric: where a rank goes beyond the others, both
         moments are damped, and the weights decide. What the weights themselves lack is filled up
         with rows that nothing reads, so that every basis has full rank.
@@ -177,6 +178,10 @@ class Spectra:
                 every = self.every_rank(names, fine)
                 if rank <= every.significant and rank < limit:
                     return every.factors(rank)
+        if dtype == torch.float64 and self.stored != torch.float32:
+            whole = self.decomposition(names, dtype=self.dtype)
+            if rank <= whole.significant and rank < limit:
+                return whole.factors(self._left(names), rank, dtype)
         whole = self.decomposition(names)
         # at full rank either form gives back weights that have it
         if rank > whole.significant and not (rank == limit and have_rank(members, limit)):
@@ -192,7 +197,7 @@ class Spectra:
         if found is None:
             assert self.filed is not None
             whole = self.decomposition(names, dtype=dtype)
-            found, is_kept = every_rank(whole, self._left(names), self.filed)
+            found, is_kept = every_rank(whole, self._left(names), self.filed, self.stored)
             if is_kept:
                 self._every_rank[names, dtype] = found
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.lazily import Lazily
+from fxshare.base.placement import multiplies_bfloat16
 from fxshare.base.spent import part
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
@@ -70,6 +71,13 @@ class CarriedOut(Mapping[str, UnitFactors]):
         return len(self.units)
 
 
+def stored_in(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """What the factors of weights are kept in to judge plans by: float32, or bfloat16 where that is
+    what all are stored in."""
+    is_half = {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    return torch.bfloat16 if is_half else torch.float32
+
+
 def dense(
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
@@ -77,9 +85,10 @@ def dense(
     factors: Factored,
     units: CarriedOut | None = None,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """The sites' weights multiplied out, in float32 at least, and their shifted biases; each is
-    computed when it is asked for. Of an MLP whose units go the producers stay as they are, and the
-    consumer has zeros in its columns: the same function, whatever an activation makes of zero."""
+    """The sites' weights multiplied out, in float32 at least unless the model computes in bfloat16,
+    and their shifted biases; each is computed when it is asked for. Of an MLP whose units go the
+    producers stay as they are, and the consumer has zeros in its columns: the same function,
+    whatever an activation makes of zero."""
     group_of = {name: group.name for group in factors.groups for name in group.slices}
     grouped = {x.name: x for x in sites if any(s.name in group_of for s in x.slices)}
     reading = {one.consumer: one for one in units.units} if units is not None else {}
@@ -90,6 +99,8 @@ def dense(
         whole, rows = weights[site], []
         # the model's own matrix products are no finer
         dtype = torch.promote_types(whole.dtype, torch.float32)
+        if whole.dtype == torch.bfloat16 and multiplies_bfloat16(whole.device):
+            dtype = torch.bfloat16
         for s in known[site].slices:
             if site in reading:
                 assert units is not None
@@ -123,4 +134,4 @@ def dense(
     return Lazily((*grouped, *reading), weight), Lazily(tuple(shifted), bias)
 
 
-__all__ = ["CarriedOut", "dense"]
+__all__ = ["CarriedOut", "dense", "stored_in"]

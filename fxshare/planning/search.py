@@ -31,7 +31,7 @@ from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
 from fxshare.planning.kinds.kind import Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
-from fxshare.planning.made import CarriedOut, dense
+from fxshare.planning.made import CarriedOut, dense, stored_in
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
 from fxshare.planning.solver.contenders import contenders
@@ -135,9 +135,8 @@ class Search:
         return found
 
     def _run(self, spectra: SpectraByMetric, todo: Sequence[Trial], label: str) -> Found:
-        found, failures = list[Planned](), list[str]()
+        found, failures, bounds = list[Planned](), list[str](), (0.0, 0.0)
         twins, known = dict[int, Planned](), dict[object, Planned]()
-        bounds = 0.0, 0.0
         trials = track(list(todo), f"searching{label}", total=len(todo))
         for number, trial in enumerate(trials, 1):
             which = f"plan: trial {number} of {len(todo)}, {trial.name}{label}"
@@ -229,8 +228,9 @@ class Search:
                 cache=self.cache if self.work is None else self.work.spectra(number),
                 name="" if self.work is None else f"{number} {aware} {self.bias}",
                 sketch=self.sketch,
-                filed=None if self._is_double else Filed(),
-                dtype=torch.float64 if self._is_double else torch.float32,
+                filed=None if self._dtype == torch.float64 else Filed(),
+                dtype=self._dtype,
+                stored=stored_in(self.weights),
                 # plans by activation error are one or two of a search
                 room=self.room * 3 // 4 if aware else self.room // 4,
             )
@@ -316,14 +316,14 @@ class Search:
         return self.refit is None and self.judge is not None and several
 
     @property
-    def _is_double(self) -> bool:
-        return any(w.dtype == torch.float64 for w in self.weights.values())
+    def _dtype(self) -> torch.dtype:
+        # weights multiplied out are float32 at least, which is enough to judge them by
+        is_double = any(w.dtype == torch.float64 for w in self.weights.values())
+        return torch.float64 if is_double else torch.float32
 
     def _realise(self, one: Planned, *, refit: bool) -> None:
         assert one.spectra is not None
-        # weights multiplied out are float32 at least, which is enough to judge them by
-        dtype = torch.float64 if self._is_double else torch.float32
-        one.factors = Factored(one.groups, one.spectra, refit, self.bias, dtype)
+        one.factors = Factored(one.groups, one.spectra, refit, self.bias, self._dtype)
         one.factors.share()
         one.refitted = refit
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fxshare.base.filed import Filed
@@ -70,7 +69,7 @@ def slope(
 
 
 def _filed(made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same matrices, made once, those in float32 in a temporary file."""
+    """The same matrices, made once, those that are no finer than float32 in a temporary file."""
     file = Filed()
     rows: dict[str, Callable[[], Tensor]] = {}
 
@@ -78,7 +77,7 @@ def _filed(made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if name in rows:
             return rows[name]()
         matrix = made[name]
-        plain = matrix.dtype == torch.float32 and matrix.ndim == 2
+        plain = matrix.dtype.itemsize <= 4 and matrix.ndim == 2
         kept = file.keep(matrix) if plain else None
         if kept is not None:
             rows[name] = partial(kept, len(matrix))

@@ -40,6 +40,31 @@ def test_every_rank_is_as_by_itself(side: str) -> None:
     assert filed.every_rank(names) is filed.every_rank(names)
 
 
+@pytest.mark.parametrize("side", OUTS)
+def test_of_half_precision_they_are_kept_as_they_are_stored(side: str) -> None:
+    slices = {str(n): slice_of(out, 8, n) for n, out in enumerate(OUTS[side])}
+    names = tuple(slices)
+    half = Spectra(slices, filed=Filed(), dtype=torch.float32, stored=torch.bfloat16)
+    fine = Spectra(slices, filed=Filed(), dtype=torch.float32)
+    full = min(8, sum(OUTS[side]))
+    for rank in (1, full - 1):
+        expected = fine.factors(names, rank, torch.float32)
+        found = half.factors(names, rank, torch.float32)
+        assert found.basis_RI.dtype == torch.float32
+        assert torch.equal(found.basis_RI, expected.basis_RI.bfloat16().float())
+        for a, b in zip(found.coefficients, expected.coefficients, strict=True):
+            assert torch.equal(a, b.bfloat16().float())
+    # those that are kept in the end are not rounded, and come from what was priced
+    kept = half.factors(names, full - 1)
+    exact = Spectra(slices).factors(names, full - 1)
+    assert kept.basis_RI.dtype == torch.float64
+    assert not torch.equal(kept.basis_RI, kept.basis_RI.bfloat16().double())
+    first, second = (
+        torch.cat([c @ one.basis_RI for c in one.coefficients]) for one in (kept, exact)
+    )
+    assert 0 < float((first - second).norm() / second.norm()) < 1e-4
+
+
 def test_what_is_kept_in_the_end_does_not_come_from_the_file() -> None:
     slices = {"a": slice_of(9, 8, 0)}
     one, other = Spectra(slices, filed=Filed()), Spectra(slices)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxshare.errors import FactoriseError
+from fxshare.factors import group as groups
 from fxshare.factors.group import GroupFactors, factorise_group
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.pivots import BOUND, complement, pivot
@@ -54,6 +55,27 @@ def test_refit_never_raises_a_slices_own_error(
             quadratic(one, before.product(name)) + (1e-7 if few else 1e-12) * scale
         )
     assert torch.equal(after.basis_RI, before.basis_RI)
+
+
+def test_only_what_is_asked_for_is_fitted_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = []
+
+    def counted(one: SliceStatistics, *given: Any) -> Tensor:
+        fitted.append(one)
+        return refit(one, *given)
+
+    refit = groups._refit
+    monkeypatch.setattr(groups, "_refit", counted)
+    slices = own_inputs([5, 6, 7], 3)
+    made = factors(slices, 3)
+    assert fitted == []
+    names = list(slices)
+    first = made.product(names[1])
+    assert fitted == [slices[names[1]]]
+    assert torch.equal(made.product(names[1]), first)
+    assert len(fitted) == 1
+    assert [len(c) for c in made.coefficients.values()] == [5, 6, 7]
+    assert len(fitted) == 3
 
 
 def test_refit_lowers_the_error_where_grams_differ_and_is_the_least_squares_fit() -> None:
