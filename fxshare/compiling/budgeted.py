@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fxshare.base.memory import give_back
 from fxshare.base.progress import stage
 from fxshare.calibration.losses import Loss
 from fxshare.compiling.given import check_values
@@ -66,6 +67,7 @@ def within_budget(
             choose=choose if by_refining else None,
         )
         made.plan = one_plan(made.plan)
+        give_back(made.plan.dense_numbers)  # other plans, and the candidates that were judged
         running.found(f"planned mode, {len(made.plan.groups)} groups")
     return made
 

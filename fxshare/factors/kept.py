@@ -58,10 +58,11 @@ class Kept(Generic[Value]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
 
-    def clear(self) -> None:
-        """Keep nothing."""
+    def clear(self, share: float = 1.0) -> None:
+        """Keep nothing, and from now on that share of the bytes."""
         self._values.clear()
         self._bytes, self._last = 0, None
+        self.most_bytes, self.largest = int(share * self.most_bytes), int(share * self.largest)
 
     def _drop(self, wanted: int) -> None:
         while self._values and self._bytes + wanted > self.most_bytes:

@@ -127,13 +127,13 @@ class Spectra:
         """Use the pooled Grams of spectra that have the same inputs, damped alike."""
         self._pooled, self._images, self._grams = other._pooled, other._images, other._grams
 
-    def release(self) -> None:
+    def release(self, share: float = 1.0) -> None:
         """Give back the memory of all but the spectra themselves; what is asked for again is made
-        again."""
+        again, and that share of the room is for it."""
         asked = (self._decompositions, self._pooled, self._grams, self._images, self._products)
         for kept in (*asked, self._roots):
-            kept.clear()
-        self.made.clear()
+            kept.clear(share)
+        self.made.clear(share)
         for one in self.slices.values():
             one.release()
 

@@ -47,6 +47,8 @@ from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
 _LOG = logging.getLogger(__name__)
+_LAST = 0.1
+"""Of the room for what may be asked for again, once there is a plan."""
 Gather = Callable[[Captured, int], Statistics]
 """Statistics on what was captured, of a round."""
 
@@ -134,6 +136,7 @@ def plan_within_budget(
         along = _along(search, best, fit, tokens)
     outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
     plan = plan_of(best, search, skipped, outlook)
+    best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
     units: Mapping[str, UnitFactors] = best.units or {}
     return Budgeted(plan, factors, statistics, spectra[True], units, kinds, found_mlps)
@@ -170,7 +173,9 @@ def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float])
         search.judge.forget()
     new, old = search.dense(best), (search.weights, search.biases)
     what = None if best.what is None else ("slope", best.what)
-    return slope(judge, tokens, old, new, predicted=best.predicted, what=what)
+    found = slope(judge, tokens, old, new, predicted=best.predicted, what=what)
+    judge.forget()
+    return found
 
 
 def _memory_of(work: Work | None) -> Remembered | None:

@@ -95,6 +95,21 @@ def test_what_was_not_asked_for_longest_goes_first() -> None:
     assert made == ["a", "b", "c", "large"]
 
 
+def test_what_was_cleared_keeps_a_share_from_then_on() -> None:
+    kept: Kept[str] = Kept(100)
+    for key in ("a", "b"):
+        kept.get(key, lambda: "made", 40)
+    kept.clear(0.5)
+    assert not kept.has_room(51)
+    assert kept.has_room(50)
+    for key in ("a", "b"):
+        kept.get(key, lambda: "made", 40)
+    assert ("a" in kept, "b" in kept) == (False, True)
+    kept.clear()
+    assert "b" not in kept
+    assert kept.has_room(50)
+
+
 def test_what_stays_is_found_in_turn_where_the_last_one_kept_would_not_be() -> None:
     asked: list[int] = []
 
