@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxshare.base.quantised import Quantised
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
@@ -30,6 +31,11 @@ class GroupFactors:
     spectra: Spectra
     """What the group was factorised in."""
     bias_shift: dict[str, Tensor] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    """What is stored where the group has few bits: its basis by the group's name, its coefficients
+    by their slices'."""
+    kept_form: Pivoted | None = None
+    """The pivoted form of a basis that is quantised in it."""
 
     @cached_property
     def floored(self) -> int:
@@ -43,6 +49,8 @@ class GroupFactors:
         because most plans of a search are never stored."""
         if not self.group.stored_as.keeps_inputs:
             return None
+        if self.kept_form is not None:
+            return self.kept_form
         try:
             return pivot(self.basis_RI)
         except FactoriseError as error:
@@ -83,7 +91,7 @@ def factorise_group(
     )
     if refit:
         return refitted(made, bias=bias)
-    return replace(made, bias_shift=_shifts(made)) if bias else made
+    return replace(made, bias_shift=shifts_of(made)) if bias else made
 
 
 @part("refit")
@@ -98,13 +106,14 @@ def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
         # it started
         floor = spectra.pooled(factors.group.slices).floor
         made.coefficients = {
-            name: _refit(one, factors.basis_RI, factors.coefficients[name], floor)
+            name: fitted_to(one, factors.basis_RI, factors.coefficients[name], floor)
             for name, one in members.items()
         }
-    return replace(made, bias_shift=_shifts(made)) if bias else made
+    return replace(made, bias_shift=shifts_of(made)) if bias else made
 
 
-def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
+def shifts_of(factors: GroupFactors) -> dict[str, Tensor]:
+    """What the biases take up: the means of what is lost."""
     shifts = {}
     for name, coefficient_OR in factors.coefficients.items():
         one = factors.spectra.slices[name]
@@ -114,7 +123,9 @@ def _shifts(factors: GroupFactors) -> dict[str, Tensor]:
     return shifts
 
 
-def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
+def fitted_to(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
+    """The coefficient of a slice that loses least with a basis; the given one where the basis is
+    singular under the slice's inputs."""
     # what rounding to float32 loses, to judge a plan by, is squared in the loss
     projected_RI = torch.add(one.times_gram(basis_RI), basis_RI, alpha=floor)
     inner_RR = (projected_RI @ basis_RI.T).double()
