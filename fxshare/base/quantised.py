@@ -30,7 +30,7 @@ GROUP = 32
 
 def group_of(bits: int, width: int) -> int:
     """How many columns share a scale; the last ones of a row may be fewer."""
-    return width if bits == 8 else min(GROUP, width)
+    return width if bits == 8 else GROUP
 
 
 def scale_dtype(dtype: torch.dtype, bits: int) -> torch.dtype:
@@ -137,11 +137,15 @@ class Quantised(Tensor):
         """Codes and scales moved alike."""
         return self._like(move(self.stored), move(self.scale))
 
+    def with_parts(self, stored: Tensor, scale: Tensor) -> Quantised:
+        """One of this form with other codes and scales, where those are."""
+        return self._like(stored, scale)
+
     def _like(self, stored: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Quantised:
         width = self.shape[1]
         return Quantised(stored, scale, self.bits, self.group, width, dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"Quantised({self.bits} bits, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:

@@ -32,8 +32,8 @@ class GroupFactors:
     """What the group was factorised in."""
     bias_shift: dict[str, Tensor] = field(default_factory=dict)
     quantised: dict[str, Quantised] = field(default_factory=dict)
-    """What is stored where the group has few bits: its basis by the group's name, its coefficients
-    by their slices'."""
+    """What is stored where the group has few bits: its basis by the empty name, its coefficients by
+    their slices'."""
     kept_form: Pivoted | None = None
     """The pivoted form of a basis that is quantised in it."""
 

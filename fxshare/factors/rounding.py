@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxshare.base.quantised import GROUP, Quantised, scale_dtype
+from fxshare.base.quantised import GROUP, Quantised, scale_count, scale_dtype
 from fxshare.base.spent import part
 from fxshare.factors.group import GroupFactors, fitted_to, shifts_of
 from fxshare.factors.metric import SliceStatistics
@@ -44,6 +44,9 @@ def scales_for(
     """Scales ``(O, G)`` as they are stored for a weight of a dtype; ``importance_I`` says how much
     an error of each column counts."""
     low, high = _LIMITS[bits]
+    if not weight_OI.numel():  # the table of a pivoted basis of full rank
+        groups = scale_count(bits, 1, weight_OI.shape[1])
+        return weight_OI.new_zeros(len(weight_OI), groups, dtype=scale_dtype(dtype, bits))
     importance = torch.ones_like(weight_OI[0]) if importance_I is None else importance_I
     found = []
     for columns in _groups(bits, weight_OI.shape[1]):
@@ -82,6 +85,8 @@ def nearest(
 def with_feedback(weight_OI: Tensor, gram_II: Tensor, bits: int, dtype: torch.dtype) -> Quantised:
     """Codes of a weight that make up for one another's errors under a moment of its inputs; the
     arithmetic is done in the weight's dtype."""
+    if not weight_OI.numel():
+        return nearest(weight_OI, bits, dtype)
     diagonal_I = gram_II.diagonal().clamp(min=0.0)
     scale_OG = scales_for(weight_OI, bits, dtype, diagonal_I)
     factor_II, order = _elimination(gram_II, diagonal_I)
@@ -130,7 +135,8 @@ def lost_by(one: SliceStatistics, product_OI: Tensor) -> float:
     if not one.is_projected:
         return one.quadratic_loss(product_OI)
     gap_OI = one.weight_OI.to(product_OI) - product_OI
-    return 0.5 * one.trace / len(gap_OI) * float((one.times_gram(gap_OI) * gap_OI).sum())
+    scaled_OI = gap_OI * (one.trace / len(gap_OI))
+    return 0.5 * float((one.times_gram(scaled_OI) * gap_OI).sum(dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -165,7 +171,7 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
     pivoted = made.pivoted
     if pivoted is None:
         basis_RI, coefficients = _balanced(made, pooled.moment)
-        table = _better(basis_RI, pooled.moment, bits, stored)
+        table = better_codes(basis_RI, pooled.moment, bits, stored)
         whole_RI, kept = table.values(work), None
     else:
         coefficients = {
@@ -173,13 +179,13 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
         }
         rest = complement(pivoted.kept_J, made.group.in_features)
         moment = pooled.moment[rest][:, rest]
-        table = _better(pivoted.table_RT.to(work), moment, bits, stored)
+        table = better_codes(pivoted.table_RT.to(work), moment, bits, stored)
         whole_RI = made.group.stored_as.whole_basis(table.values(work), pivoted.kept_J)
         block = torch.eye(len(whole_RI), dtype=torch.float64, device=whole_RI.device)
         kept = Pivoted(
             pivoted.kept_J, table.values(torch.float64), block, pivoted.largest, pivoted.swaps
         )
-    quantised = {made.group.name: table}
+    quantised = {"": table}
     values = {}
     for name, one in members.items():
         fitted = fitted_to(one, whole_RI, coefficients[name], pooled.floor)
@@ -203,7 +209,8 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
     return replace(found, bias_shift=shifts_of(found)) if bias else found
 
 
-def _better(matrix: Tensor, moment: Tensor, bits: int, stored: torch.dtype) -> Quantised:
+@torch.no_grad()
+def better_codes(matrix: Tensor, moment: Tensor, bits: int, stored: torch.dtype) -> Quantised:
     """Of nearest codes and those with feedback the ones that lose less under a moment."""
     found = (
         nearest(matrix, bits, stored, moment.diagonal()),
@@ -251,6 +258,7 @@ def _spread(scale_OG: Tensor, bits: int, width: int) -> Tensor:
 
 
 __all__ = [
+    "better_codes",
     "lost_by",
     "nearest",
     "rounded",
