@@ -165,14 +165,14 @@ def _plan_and_factors(
         budgeted = within_budget(stages, weights, loss, seed, work)
         plan, made, units = budgeted.plan, budgeted.factors, budgeted.units
         statistics: Statistics | None = budgeted.statistics
-        spectra = budgeted.spectra
+        coded = budgeted.coded
     elif plan.mode == "planned" and not plan.is_dense:
         statistics = stages.calibrate(gradients=True, loss=loss, seed=seed, work=work)
         if statistics is None:
             raise CalibrationError(
                 "a planned plan needs calibration data to be carried out: give calibration=..."
             )
-        made, units = None, {}
+        made, units, coded = None, {}, None
     else:
         given = stages.calibrate(work=work) if plan.groups else None
         with stage("factorise", _LOG):
@@ -182,8 +182,8 @@ def _plan_and_factors(
         if made is None:
             assert statistics is not None
             made = again = remade_factors(plan, weights, statistics, cfg)
-            spectra = again.spectra
+            if plan.rounded:
+                coded = CodedSlices(plan.dense_bits, again.spectra, cfg.planner.bias)
             units = carried_out(plan, again, kinds_named(cfg.planner.kinds))
-        coded = CodedSlices(plan.dense_bits, spectra, cfg.planner.bias) if plan.rounded else None
         factors = planned_factors(plan, weights, biases, made, units, coded)
         return plan, factors, statistics

@@ -132,11 +132,23 @@ def _elimination(gram_II: Tensor, diagonal_I: Tensor) -> tuple[Tensor, Tensor]:
 def lost_by(one: SliceStatistics, product_OI: Tensor) -> float:
     """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of any Ŵ; where only ``Wᵀ A W`` was kept, with the multiple of
     the identity for A that has its trace: codes are no ``W X``."""
-    if not one.is_projected:
-        return one.quadratic_loss(product_OI)
-    gap_OI = one.weight_OI.to(product_OI) - product_OI
-    scaled_OI = gap_OI * (one.trace / len(gap_OI))
-    return 0.5 * float((one.times_gram(scaled_OI) * gap_OI).sum(dtype=torch.float64))
+    gap_OI = (one.weight_OI.double() - product_OI).to(product_OI.dtype)
+    return lost_of_gap(one, gap_OI)
+
+
+@torch.no_grad()
+def lost_of_gap(one: SliceStatistics, gap_OI: Tensor) -> float:
+    """:func:`lost_by` of an error, in its dtype."""
+    moment = one.moment_OO
+    if one.is_projected:
+        left_OI = gap_OI * (one.trace / len(gap_OI))
+    elif moment is None:
+        left_OI = gap_OI
+    elif moment.ndim == 1:
+        left_OI = moment[:, None].to(gap_OI) * gap_OI
+    else:
+        left_OI = moment.to(gap_OI) @ gap_OI
+    return 0.5 * float((one.times_gram(left_OI) * gap_OI).sum(dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -260,6 +272,7 @@ def _spread(scale_OG: Tensor, bits: int, width: int) -> Tensor:
 __all__ = [
     "better_codes",
     "lost_by",
+    "lost_of_gap",
     "nearest",
     "rounded",
     "rounded_group",
