@@ -1,9 +1,9 @@
 """What few bits lose, for every candidate, width and rank.
 
 Truncation and rounding add up, since what is truncated stands upright on what is kept. Rounding is
-measured with nearest codes at a few ranks, and between them read off a line of its logarithm; error
-feedback brings it down by what it does to the same slices dense, where it is tried. That is a
-model: the plans of the search are judged with the codes that they would have.
+measured with nearest codes at a few ranks, and between them read off a line of its logarithm; how
+far error feedback brings it down is measured at one of them. That is a model: the plans of the
+search are judged with the codes that they would have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from fxshare.base.spent import part as spent
 from fxshare.errors import FactoriseError, PlanError
 from fxshare.factors.pivots import complement, pivot
-from fxshare.factors.rounding import lost_by, lost_of_gap, nearest, rounded
+from fxshare.factors.rounding import better_codes, lost_by, lost_of_gap, nearest, rounded
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.solver.curve import Floats
 from fxshare.planning.solver.problem import Part
@@ -32,12 +32,12 @@ class RoundingPrice:
     """Losses of rounding on the statistics of some spectra, computed when first asked for."""
 
     spectra: Spectra | StoredSpectra
-    _dense: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    _dense: dict[tuple[str, int], float] = field(default_factory=dict)
     _factors: dict[tuple[Part, str, int], Floats] = field(default_factory=dict)
 
     def dense(self, part: Part, bits: int) -> float:
         """What dense slices lose together."""
-        return sum(self._slice(name, bits)[1] for name in part)
+        return sum(self._slice(name, bits) for name in part)
 
     def factors(self, part: Part, storage: Storage, bits: int, ranks: Ints) -> Floats:
         """What the factors of a group lose beside truncation, at ranks (ascending)."""
@@ -53,31 +53,30 @@ class RoundingPrice:
             there = ranks[ranks <= full] if (ranks <= full).any() else np.array([full])
             at = np.unique([there[int(share * (len(there) - 1))] for share in _SHARES])
             lost = np.array([self._measured(part, storage, bits, int(rank)) for rank in at])
+            middle = len(at) // 2
+            fed = self._measured(part, storage, bits, int(at[middle]), feedback=True)
+            lost *= min(fed / lost[middle], 1.0) if lost[middle] > 0 else 1.0
             self._factors[key] = np.stack([at.astype(np.float64), np.log(lost.clip(min=1e-300))])
         at, logarithms = self._factors[key]
-        found: Floats = np.exp(np.interp(ranks, at, logarithms)) * self._eased(part, bits)
+        found: Floats = np.exp(np.interp(ranks, at, logarithms))
         return found
 
-    def _eased(self, part: Part, bits: int) -> float:
-        """How much of the loss of nearest codes error feedback leaves."""
-        plain, fed = (sum(self._slice(name, bits)[at] for name in part) for at in (0, 1))
-        return fed / plain if plain > 0 else 1.0
-
     @spent("price rounding")
-    def _slice(self, name: str, bits: int) -> tuple[float, float]:
-        """What a dense slice loses with nearest codes, and with those that are kept."""
+    def _slice(self, name: str, bits: int) -> float:
+        """What a dense slice loses."""
         key = name, bits
         if key not in self._dense:
             one = self._live.slices[name]
             work = self._live.dtype
-            plain = lost_by(one, rounded(one, bits, feedback=False, dtype=work).values(work))
-            kept = lost_by(one, rounded(one, bits, dtype=work).values(work))
-            self._dense[key] = max(plain, 0.0), max(kept, 0.0)
+            lost = lost_by(one, rounded(one, bits, dtype=work).values(work))
+            self._dense[key] = max(lost, 0.0)
         return self._dense[key]
 
     @spent("price rounding")
-    def _measured(self, part: Part, storage: Storage, bits: int, rank: int) -> float:
-        """What rounding to nearest codes adds at a rank."""
+    def _measured(
+        self, part: Part, storage: Storage, bits: int, rank: int, *, feedback: bool = False
+    ) -> float:
+        """What rounding adds at a rank, to nearest codes or with feedback."""
         spectra, names = self._live, tuple(sorted(part))
         work = spectra.dtype
         try:
@@ -96,13 +95,18 @@ class RoundingPrice:
             whole = storage.whole_basis(table, kept)
             scales = tuple(c @ pivoted.block_RR.to(work) for c in made.coefficients)
             moment = moment[rest][:, rest]
-        coded = nearest(table, bits, stored, moment.diagonal().to(work)).values(work)
+
+        def codes(matrix: Tensor, under: Tensor) -> Tensor:
+            if feedback:
+                return better_codes(matrix, under, bits, stored).values(work)
+            return nearest(matrix, bits, stored, under.diagonal()).values(work)
+
+        coded = codes(table, moment)
         coarse = storage.whole_basis(coded, kept)
-        inner: Tensor = (whole.double() @ spectra.pooled(names).moment @ whole.double().T).to(work)
+        inner: Tensor = whole.double() @ spectra.pooled(names).moment @ whole.double().T
         lost = 0.0
         for name, coefficient in zip(names, scales, strict=True):
-            fine = nearest(coefficient, bits, stored, inner.diagonal()).values(work)
-            gap = coefficient @ whole - fine @ coarse
+            gap = coefficient @ whole - codes(coefficient, inner) @ coarse
             lost += lost_of_gap(spectra.slices[name], gap)
         return max(lost, 0.0)
 
