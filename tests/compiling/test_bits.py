@@ -212,3 +212,17 @@ def test_bytes_on_paper_are_those_of_the_tensors(
     else:
         empty = Quantised.empty(*shape, bits, dtype, torch.device("cpu"))
         assert found == empty.stored_bytes
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_half_precision_is_verified_in_float32(bits: int) -> None:
+    original = model("llama").to(torch.bfloat16)
+    config = {
+        "budget": {"bytes_kept": 0.6},
+        "planner": {"search": "off", "kinds": ["basis", "units"], "bits": [bits]},
+    }
+    gm = fxshare.compile(original, [fxshare.init(original), config], calibration=batches())
+    result = fxshare.verify(original, gm)
+    assert result.ok
+    assert result.dtype == "float32"
+    assert sum(row.bytes_after for row in gm.fxshare.report.groups) == stored_bytes(gm)

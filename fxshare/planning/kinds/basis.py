@@ -86,8 +86,8 @@ def make_problem(
         tails = np.zeros(0) if whole else tails_of(part)
         loss = np.zeros(found.options)
         loss[: len(found.ranks)] = tails[found.ranks]
-        # of a bound rounding is left out, as it would have the part decomposed
-        for block in found.blocks if tails_of == covers.tails else ():
+        # that of several slices is the sum of theirs: a bound has it as well
+        for block in found.blocks:
             assert rounding is not None
             loss[block.options] += rounding.factors(
                 part, block.storage, block.bits, found.ranks[block.options]
