@@ -50,6 +50,7 @@ from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import Rows, SplitLinear, SplitSite
+from passes.sharing.store_codes import StoreCodes
 from passes.sharing.unstack_experts import UnstackExperts, unstacked_as
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "SplitLinear",
     "SplitSite",
     "StackBases",
+    "StoreCodes",
     "UnstackExperts",
     "WriteOutPivots",
     "default_passes",

@@ -22,6 +22,7 @@ from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import SplitLinear, SplitSite
+from passes.sharing.store_codes import StoreCodes
 
 Prefer = Literal["memory", "speed"]
 """What a lowered graph is to be: no larger than the readable one, or fast at any size."""
@@ -36,6 +37,7 @@ def default_passes(
     extra: Sequence[Pass] = (),
     looked_up: Sequence[LookedUp] = (),
     units: Sequence[SelectedUnits] = (),
+    codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[Pass, ...]:
     """The passes from a captured graph to the rewritten one.
@@ -44,8 +46,9 @@ def default_passes(
     ``storing`` are the passes that change how the bases of ``groups`` are stored.
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
     ``units`` are the hidden units that stay where some go; ``apart`` says that the graph has its
-    linears side by side, each for itself.
+    linears side by side, each for itself. ``codes`` are the weights that are quantised.
     """
+    coded = () if codes is None or not codes.weights else (codes,)
     return (
         # before the linears are split: one that is tied to an embedding reads the embedding's
         *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
@@ -61,13 +64,15 @@ def default_passes(
                 ReuseBasis(),
                 # after reuse, so that a product's gather is made once
                 *storing,
+                # once the factors are as they are stored, and before any two become one
+                *coded,
                 # after reuse; `fuse=False` leaves the slices apart for people who read the graph
                 *((FuseCoefficients(),) if fuse else ()),
                 # after fusing, so that a producer which was fused with others is left alone
                 *((FoldGathers(),) if storing and fuse else ()),
             )
             if groups
-            else ()
+            else coded
         ),
         *extra,
         # last: whatever the passes above made dead

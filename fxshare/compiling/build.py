@@ -20,7 +20,7 @@ from fxshare.result.record import Record
 from fxshare.result.report import Report, group_reports
 from fxshare.rewriting.assemble import assemble
 from fxshare.rewriting.rewrite import rewrite
-from passes import Pass
+from passes import Pass, StoreCodes
 from passes.runner import Applied
 
 
@@ -45,6 +45,7 @@ def built(
         own,
         pivots=factors.pivots,
         units=factors.units,
+        codes=StoreCodes(weights=factors.codes, biases=factors.code_biases),
     )
     result = assemble(stages.captured, rewritten, plan, copy=copy)
     keep_structure(result, model, own)

@@ -23,6 +23,7 @@ from fxshare.compiling.given import check_plan, check_plan_units, check_values, 
 from fxshare.compiling.stages import Stages, configuration, prepare, working
 from fxshare.config import ConfigSource
 from fxshare.errors import CalibrationError
+from fxshare.factors.codes import CodedSlices
 from fxshare.factors.realise import (
     Factorised,
     planned_factors,
@@ -126,7 +127,7 @@ def compile(
     cfg = stages.cfg
     own = (*named_passes(cfg), *passes)
     given = (
-        None if plan is None else (plan.groups, plan.units)
+        None if plan is None else (plan.groups, plan.units, plan.rounded)
     )  # how long it took to make is each rank's own
     here().agree({"call": "compile", "plan": given, "passes": [type(p).__name__ for p in own]})
     if plan is None:
@@ -164,13 +165,14 @@ def _plan_and_factors(
         budgeted = within_budget(stages, weights, loss, seed, work)
         plan, made, units = budgeted.plan, budgeted.factors, budgeted.units
         statistics: Statistics | None = budgeted.statistics
+        coded = budgeted.coded
     elif plan.mode == "planned" and not plan.is_dense:
         statistics = stages.calibrate(gradients=True, loss=loss, seed=seed, work=work)
         if statistics is None:
             raise CalibrationError(
                 "a planned plan needs calibration data to be carried out: give calibration=..."
             )
-        made, units = None, {}
+        made, units, coded = None, {}, None
     else:
         given = stages.calibrate(work=work) if plan.groups else None
         with stage("factorise", _LOG):
@@ -180,5 +182,8 @@ def _plan_and_factors(
         if made is None:
             assert statistics is not None
             made = again = remade_factors(plan, weights, statistics, cfg)
+            if plan.rounded:
+                coded = CodedSlices(plan.dense_bits, again.spectra, cfg.planner.bias)
             units = carried_out(plan, again, kinds_named(cfg.planner.kinds))
-        return plan, planned_factors(plan, weights, biases, made, units), statistics
+        factors = planned_factors(plan, weights, biases, made, units, coded)
+        return plan, factors, statistics

@@ -12,11 +12,12 @@ from pathlib import Path
 from fxshare.compiling.survey import Survey
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.errors import ConfigError, PlanError
-from fxshare.planning.kinds.basis import groups_of, make_problem
+from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of
 from fxshare.planning.kinds.kind import Scene
 from fxshare.planning.kinds.named import entries_of, kinds_named, others_of
 from fxshare.planning.nodes import nodes_for
 from fxshare.planning.options import Unit, limit_of, options_for
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
 from fxshare.planning.stored_problem import Stored, StoredSpectra, mlps_in, read_problem
@@ -53,8 +54,9 @@ def replan(
     options = options_for(config.budget, config.planner, stored.element_size)
     nodes = nodes_for(stored.sites, stored.inputs)
     kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
-    problem = make_problem(nodes, priced, options)
-    scene = Scene(mlps_in(stored), nodes, priced, options)
+    rounding = RoundingPrice(priced)
+    problem = make_problem(nodes, priced, options, rounding=rounding)
+    scene = Scene(mlps_in(stored), nodes, priced, options, rounding)
     problem = replace(problem, others=others_of(kinds, scene))
     budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
     strategy = config.planner.strategy
@@ -67,6 +69,7 @@ def replan(
         sites=stored.sites,
         groups=groups_of(solution, nodes),
         units=entries_of(kinds, solution),
+        rounded=rounded_of(solution),
         skipped=stored.skipped,
         outlook=_outlook(solution, stored, options.unit, time.perf_counter() - start),
     )

@@ -28,6 +28,7 @@ from fxshare.planning.kinds.kind import Scene
 from fxshare.planning.kinds.named import others_of
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import options_of
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.rules import make_plan, uniform_plan
 from fxshare.planning.sweep import Alternative, Sweep, alternatives, sweep_budgets
 from fxshare.plans.plan import Plan
@@ -132,8 +133,9 @@ def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Su
     planner = config.planner
     options = options_of(config.budget, planner, model)
     spectra = budgeted.spectra
-    problem = make_problem(nodes_of(stages.sites, spectra.slices), spectra, options)
-    scene = Scene(budgeted.mlps, problem.nodes, spectra, options)
+    nodes, rounding = nodes_of(stages.sites, spectra.slices), RoundingPrice(spectra)
+    problem = make_problem(nodes, spectra, options, rounding=rounding)
+    scene = Scene(budgeted.mlps, problem.nodes, spectra, options, rounding)
     problem = replace(problem, others=others_of(budgeted.kinds, scene))
     swept = None
     if shares:

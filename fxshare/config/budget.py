@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, model_validator
 
 from fxshare.config.section import Section
-from fxshare.config.values import Count, Kept, Share, as_loss
+from fxshare.config.values import Kept, Share, as_loss, as_size
 
 
 class Budget(Section):
@@ -18,8 +18,15 @@ class Budget(Section):
         description="Stored numbers after over weights before, of the matched linears (0.8 keeps "
         "80 %).",
     )
-    max_bytes: Count | None = Field(
-        default=None, description="Bytes of the whole model: every parameter and buffer."
+    max_bytes: Annotated[int | None, BeforeValidator(as_size)] = Field(
+        default=None,
+        description="Bytes of the whole model: every parameter and buffer; a whole number, or with "
+        "a unit (350MB).",
+    )
+    bytes_kept: Kept = Field(
+        default=None,
+        description="Stored bytes after over the bytes of the weights as the model has them, of "
+        "the matched linears (0.25 keeps a quarter). What bits are planned under.",
     )
     max_loss_increase: Annotated[float | None, BeforeValidator(as_loss)] = Field(
         default=None,
@@ -42,12 +49,13 @@ class Budget(Section):
     def _one_limit(self) -> Budget:
         given = [
             name
-            for name in ("params_kept", "max_bytes", "max_loss_increase")
+            for name in ("params_kept", "max_bytes", "bytes_kept", "max_loss_increase")
             if getattr(self, name) is not None
         ]
         if len(given) > 1 or (not given and self.flops_kept is None):
             raise ValueError(
-                "expected one limit of params_kept, max_bytes, max_loss_increase and flops_kept "
+                "expected one limit of params_kept, max_bytes, max_loss_increase, bytes_kept and "
+                "flops_kept "
                 "(flops_kept or time_kept may stand beside another); found "
                 f"{', '.join(given) or 'none'}"
             )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from fxshare.config.section import Section
-from fxshare.config.values import Count, as_list, as_part
+from fxshare.config.values import Count, as_bits, as_list, as_part
 
 
 class Planner(Section):
@@ -38,6 +38,12 @@ class Planner(Section):
         default=("basis",),
         description="Kinds of candidates that compete: basis (slices that share a basis), units "
         "(hidden units of an MLP go), or one of your own as package.module:Name.",
+    )
+    bits: Annotated[tuple[int, ...], BeforeValidator(as_bits)] = Field(
+        default=(16,),
+        description="How many bits a number may have: 16 (the model's own dtype, whatever it is), "
+        "8 (a scale a row) and 4 (a scale for 32 columns). Several compete under a budget in "
+        "bytes; one alone goes with any.",
     )
     max_group: Count | None = Field(
         default=None, description="Most layers that may share one basis."

@@ -162,6 +162,7 @@ class ShareConfig(Section):
                     f"may_share: {shown(name)} is no weight type.{nearest(name, types)} Weight "
                     f"types: {', '.join(types)}"
                 )
+        _check_bits(value, info.data.get("budget"))
         if value.floor > value.ceiling:
             raise ValueError(f"floor {value.floor} is above ceiling {value.ceiling}")
         return value
@@ -183,6 +184,22 @@ class ShareConfig(Section):
         if self.group_size is None or type_name in self.private:
             return 1
         return self.group_size
+
+
+def _check_bits(planner: Planner, budget: Budget | None) -> None:
+    if budget is None or planner.bits == (16,):
+        return
+    in_bytes = budget.max_bytes is not None or budget.bytes_kept is not None
+    if len(planner.bits) > 1 and not in_bytes:
+        raise ValueError(
+            f"bits: {list(planner.bits)} compete under a budget in bytes; give bytes_kept or "
+            "max_bytes (params_kept counts numbers, whatever their bits), or one width alone"
+        )
+    if planner.search == "refined":
+        raise ValueError(
+            f"bits: {list(planner.bits)} with search: refined: codes cannot be refined; take "
+            "search: quick or thorough"
+        )
 
 
 def canonical(values: dict[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,16 @@ def as_version(value: int) -> int:
     return value
 
 
+def as_bits(value: object) -> tuple[int, ...]:
+    """Widths of numbers, each once, the widest first."""
+    expected = "a list of one or more of 16, 8 and 4, each once, such as [16, 8, 4]"
+    found = tuple(value) if isinstance(value, list | tuple) else ()
+    known = all(type(bits) is int and bits in (16, 8, 4) for bits in found)
+    if not found or not known or len(set(found)) < len(found):
+        raise ValueError(f"expected {expected}; found {shown(value)}")
+    return tuple(sorted(found, reverse=True))
+
+
 def as_list(value: object) -> object:
     """A list or a tuple, which have an order."""
     # Pydantic would also take a set, whose order means nothing.

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fxshare.store.tokenizer import TokenizerSource
 
 _LOG = logging.getLogger(__name__)
+_WITHOUT_CODES = ("py", "vllm", "ort-genai")
+"""Targets that have no form for quantised weights."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def export(
     from fxshare.exporting import place
     from fxshare.exporting.certifying.certificate import certificate_path
     from fxshare.exporting.certifying.certify import certify
+    from fxshare.exporting.codes import refuse_codes
     from fxshare.exporting.subject import subject_of
     from fxshare.exporting.targets import dense, onnx, ort_genai, python, vllm
 
@@ -153,6 +156,8 @@ def export(
     options = Options(opset, original, untie, tokenizer)
     options.check(to, place_of)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
+    if to in _WITHOUT_CODES:
+        refuse_codes(gm, to)
     if to == "vllm":
         gm = vllm.as_written(gm)
     ours = {"py": python.ours, "vllm": vllm.ours, "ort-genai": ort_genai.ours}

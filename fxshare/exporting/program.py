@@ -15,6 +15,7 @@ from fxshare.capture import quiet
 from fxshare.capture.signature import method_taking
 from fxshare.capture.tracing.lines import failing_line
 from fxshare.errors import ExportError
+from fxshare.exporting.codes import with_plain_tensors
 from fxshare.exporting.outputs import plain
 from fxshare.exporting.subject import Subject
 from passes.errors import FxShareError
@@ -34,8 +35,9 @@ class Traced:
     notes: tuple[str, ...]
 
 
-def traced(subject: Subject) -> Traced:
-    """Export the subject; the program holds each tensor once and nothing of this machine.
+def traced(subject: Subject, *, onnx: bool = False) -> Traced:
+    """Export the subject; the program holds each tensor once and nothing of this machine. ``onnx``
+    says that it is to be written as such, and is not run otherwise.
 
     Raises :class:`ExportError` with the model's line where ``torch.export`` fails.
     """
@@ -48,7 +50,11 @@ def traced(subject: Subject) -> Traced:
     try:
         with quiet():
             program = torch.export.export(
-                _Bare.around(compact(subject.model), list(inputs), dict(subject.constants)),
+                _Bare.around(
+                    compact(with_plain_tensors(subject.model, onnx=onnx)),
+                    list(inputs),
+                    dict(subject.constants),
+                ),
                 (),
                 inputs,
                 dynamic_shapes=dims,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fxshare.base.quantised import Quantised
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
 from passes import PivotedGroup, SelectedUnits, SharedGroup
@@ -55,6 +56,39 @@ def empty_units(
         found.append(
             selected(plan, one, tuple((kept or {}).get(one.name, range(one.kept))), weights)
         )
+    return found
+
+
+def empty_codes(
+    plan: Plan, dtype_of: Callable[[str], torch.dtype], device: torch.device
+) -> dict[str, Quantised]:
+    """As :func:`empty_factors`, of what the plan stores in few bits."""
+    site_of = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    found = {}
+    for group in plan.groups:
+        if group.bits is None:
+            continue
+        dtype = dtype_of(site_of[group.slices[0]][0].name)
+        width = group.stored_as.basis_width(group.rank, group.in_features)
+        found[group.name] = Quantised.empty(group.rank, width, group.bits, dtype, device)
+        for name in group.slices:
+            rows = site_of[name][1].out_features
+            found[name] = Quantised.empty(rows, group.rank, group.bits, dtype, device)
+    for one in plan.units:
+        for name in one.sites if one.bits is not None else ():
+            site = next(site for site in plan.sites if site.name == name)
+            for s in site.slices:
+                rows, width = s.out_features // one.of * one.kept, site.in_features
+                if name == one.consumer:
+                    rows, width = s.out_features, one.kept
+                assert one.bits is not None
+                found[s.name] = Quantised.empty(rows, width, one.bits, dtype_of(name), device)
+    for name, bits in plan.dense_bits.items():
+        if name not in site_of:  # a part of a plan
+            continue
+        site, s = site_of[name]
+        rows, width = s.out_features, site.in_features
+        found[name] = Quantised.empty(rows, width, bits, dtype_of(site.name), device)
     return found
 
 

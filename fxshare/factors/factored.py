@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxshare.base.processes import here
 from fxshare.factors.group import GroupFactors, factorise_group, refitted
+from fxshare.factors.rounding import rounded_group
 from fxshare.factors.spectra import Spectra
 from fxshare.plans.plan import Group
 
@@ -44,8 +45,14 @@ class Factored(Mapping[str, GroupFactors]):
         def fitted() -> GroupFactors:
             return refitted(kept.get((key, False), plain, size), bias=self.bias)
 
+        def in_bits() -> GroupFactors:
+            assert group.bits is not None
+            full = replace(self, groups=[group.model_copy(update={"bits": None})])[name]
+            return rounded_group(full, group.bits, bias=self.bias)
+
         kept, key = self.spectra.made, self._key(group)
-        made: GroupFactors = kept.get((key, self.refit), fitted if self.refit else plain, size)
+        make = in_bits if group.bits is not None else fitted if self.refit else plain
+        made: GroupFactors = kept.get((key, self.refit), make, size)
         return replace(made, group=group)
 
     def share(self) -> None:
@@ -55,10 +62,11 @@ class Factored(Mapping[str, GroupFactors]):
         size = sum(self._size(group) for group in self.groups)
         if together.size == 1 or size > kept.most_bytes:
             return
-        keys = [(self._key(group), self.refit) for group in self.groups]
+        groups = [group for group in self.groups if group.bits is None]  # codes each makes itself
+        keys = [(self._key(group), self.refit) for group in groups]
         what = hashlib.sha256(repr(keys).encode()).hexdigest()[:8]
         everybody = together.gather([key in kept for key in keys], f"the factors of plan {what}")
-        wanted = [g for g, *has in zip(self.groups, *everybody, strict=True) if not all(has)]
+        wanted = [g for g, *has in zip(groups, *everybody, strict=True) if not all(has)]
         told = together.spread(wanted, self._told, owner=self._owner, at="factors")
         for group, (numbers, shifted) in zip(wanted, told, strict=True):
             source = self._owner(group) % together.size
@@ -82,7 +90,7 @@ class Factored(Mapping[str, GroupFactors]):
         options; None where the statistics have no name."""
         if not self.spectra.name:
             return None
-        groups = sorted((g.slices, g.rank, g.storage) for g in self.groups)
+        groups = sorted((g.slices, g.rank, g.storage, g.bits or 0) for g in self.groups)
         return self.spectra.key_of_options, self.refit, self.bias, groups
 
     def shifts(self, name: str) -> bool:
@@ -90,7 +98,7 @@ class Factored(Mapping[str, GroupFactors]):
         return self.bias and name in self._grouped and self.spectra.slices[name].mean_I is not None
 
     def _key(self, group: Group) -> tuple[object, ...]:
-        return group.slices, group.rank, group.storage, self.bias, self.dtype
+        return group.slices, group.rank, group.storage, group.bits, self.bias, self.dtype
 
     def _size(self, group: Group) -> int:
         return self.dtype.itemsize * group.rank * (group.in_features + group.out_features)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.lazily import Once
+from fxshare.base.quantised import Quantised
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
@@ -32,6 +33,11 @@ class GroupFactors:
     spectra: Spectra
     """What the group was factorised in."""
     bias_shift: Mapping[str, Tensor] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    """What is stored where the group has few bits: its basis by the empty name, its coefficients by
+    their slices'."""
+    kept_form: Pivoted | None = None
+    """The pivoted form of a basis that is quantised in it."""
 
     @cached_property
     def floored(self) -> int:
@@ -45,6 +51,8 @@ class GroupFactors:
         because most plans of a search are never stored."""
         if not self.group.stored_as.keeps_inputs:
             return None
+        if self.kept_form is not None:
+            return self.kept_form
         try:
             return pivot(self.basis_RI)
         except FactoriseError as error:
@@ -85,7 +93,7 @@ def factorise_group(
     )
     if refit:
         return refitted(made, bias=bias)
-    return replace(made, bias_shift=_shifts(made)) if bias else made
+    return replace(made, bias_shift=shifts_of(made)) if bias else made
 
 
 def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
@@ -100,13 +108,14 @@ def refitted(factors: GroupFactors, *, bias: bool = True) -> GroupFactors:
         floor = spectra.pooled(factors.group.slices).floor
 
         def fitted(name: str) -> Tensor:
-            return _refit(members[name], factors.basis_RI, factors.coefficients[name], floor)
+            return fitted_to(members[name], factors.basis_RI, factors.coefficients[name], floor)
 
         made.coefficients = Once(tuple(members), fitted)
-    return replace(made, bias_shift=_shifts(made)) if bias else made
+    return replace(made, bias_shift=shifts_of(made)) if bias else made
 
 
-def _shifts(factors: GroupFactors) -> Mapping[str, Tensor]:
+def shifts_of(factors: GroupFactors) -> Mapping[str, Tensor]:
+    """What the biases take up: the means of what is lost."""
     slices = factors.spectra.slices
 
     def shift(name: str) -> Tensor:
@@ -119,7 +128,9 @@ def _shifts(factors: GroupFactors) -> Mapping[str, Tensor]:
 
 
 @part("refit")
-def _refit(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
+def fitted_to(one: SliceStatistics, basis_RI: Tensor, coefficient: Tensor, floor: float) -> Tensor:
+    """The coefficient of a slice that loses least with a basis; the given one where the basis is
+    singular under the slice's inputs."""
     # what rounding to float32 loses, to judge a plan by, is squared in the loss
     projected_RI = torch.add(one.times_gram(basis_RI), basis_RI, alpha=floor)
     inner_RR = (projected_RI @ basis_RI.T).double()

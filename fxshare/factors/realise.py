@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fxshare.base.numerics import relative_error
 from fxshare.base.progress import track
+from fxshare.base.quantised import Quantised
 from fxshare.calibration.gram import pooled_gram
 from fxshare.calibration.statistics import Statistics
 from fxshare.config import ShareConfig
 from fxshare.errors import FactoriseError, FxShareWarning, PlanError
+from fxshare.factors.codes import CodedSlices
 from fxshare.factors.empty import selected
 from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
@@ -35,6 +37,10 @@ class Factorised:
     groups: list[SharedGroup] = field(default_factory=list)
     pivots: list[PivotedGroup] = field(default_factory=list)
     units: list[SelectedUnits] = field(default_factory=list)
+    codes: dict[str, Quantised] = field(default_factory=dict)
+    """What is stored in few bits: bases by the names of their groups, all else by slices."""
+    code_biases: dict[str, Tensor] = field(default_factory=dict)
+    """New biases of dense slices in few bits."""
     weighted_errors: dict[str, float] = field(default_factory=dict)
     slice_errors: dict[str, float] = field(default_factory=dict)
     bias_shifts: dict[str, float] = field(default_factory=dict)
@@ -65,9 +71,29 @@ class Factorised:
             self.pivots.append(PivotedGroup(group.name, kept.to(torch.int32), table, stored))
             for fault in group.stored_as.faults(pivoted.table_RT):
                 warnings.warn(f"group {group.name!r}: {fault}", FxShareWarning, stacklevel=2)
+        if group.bits is not None:  # codes stand for the values that they were made with
+            stored = {name: c.double() for name, c in coefficients.items()}
+            held = basis_RI.double() if pivoted is None else pivoted.table_RT
         effective = group.stored_as.whole_basis(held.double(), kept)
         for name, c in stored.items():
             self.slice_errors[name] = relative_error(weights[name], c.double() @ effective)
+
+    def add_dense(
+        self,
+        plan: Plan,
+        coded: CodedSlices,
+        rows: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+    ) -> None:
+        """Take in the codes of dense slices; ``rows`` are their weights."""
+        for name in track(plan.dense_bits, "rounding", total=len(plan.dense_bits)):
+            self.codes[name] = coded[name]
+            self.slice_errors[name] = relative_error(rows[name], coded[name].values(torch.float64))
+            shift = coded.shift(name)
+            if shift is not None:
+                old = _bias_rows(plan, name, biases)
+                self.code_biases[name] = (old + shift).to(rows[name].dtype)
+                self.bias_shifts[name] = float((self.code_biases[name].double() - old).norm())
 
     def add_units(
         self,
@@ -85,7 +111,9 @@ class Factorised:
         for s in sites[entry.consumer].slices:
             dtype = rows[s.name].dtype
             stored[s.name] = made.weights[s.name].to(dtype)
-            whole = replace(made, weights=stored).whole(s.name, torch.float64)
+            # codes stand for the values that they were made with
+            held = made.weights if made.quantised else stored
+            whole = replace(made, weights=held).whole(s.name, torch.float64)
             self.slice_errors[s.name] = relative_error(rows[s.name], whole)
             if s.name in made.bias_shift:
                 old = _bias_rows(plan, s.name, biases)
@@ -93,14 +121,18 @@ class Factorised:
                 self.bias_shifts[s.name] = float((moved[s.name].double() - old).norm())
         one = selected(plan, entry, made.kept, stored, moved)
         self.units.append(one)
+        self.codes |= made.quantised
         self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
-        if entry.kept == entry.of:
+        if entry.kept == entry.of and not made.quantised:
             return
         for name, parts in one.producers.items():
             kept = KeptUnits(entry.name, entry.of, made.kept, parts)
             at = kept.places().to(rows[name].device)
-            whole = kept.whole(rows[name].index_select(0, at), 0)
-            self.slice_errors[name] = relative_error(rows[name], whole.double())
+            there = rows[name].index_select(0, at).double()
+            if name in made.quantised:
+                there = made.quantised[name].values(torch.float64)
+            whole = kept.whole(there, 0)
+            self.slice_errors[name] = relative_error(rows[name], whole)
             if sites[plan.site_of(name).name].bias:
                 old = _bias_rows(plan, name, biases)
                 gone = old - kept.whole(old.index_select(0, at), 0)
@@ -149,6 +181,7 @@ def planned_factors(
     biases: Mapping[str, Tensor],
     made: Mapping[str, GroupFactors],
     units: Mapping[str, UnitFactors] | None = None,
+    coded: CodedSlices | None = None,
 ) -> Factorised:
     """The factors that a search has already made, and what carries the choice of units out."""
     rows = _rows(plan, weights)
@@ -165,11 +198,14 @@ def planned_factors(
         result.add(group, one.basis_RI, one.coefficients, rows, pivoted=one.pivoted, biases=moved)
         result.weighted_errors[group.name] = one.lost / one.total if one.total > 0 else 0.0
         result.floored[group.name] = one.floored
+        result.codes |= {name or group.name: codes for name, codes in one.quantised.items()}
     for entry in plan.units:
         start = time.perf_counter()
         assert units is not None
         result.add_units(plan, units[entry.name], weights, biases)
         result.seconds[entry.name] = time.perf_counter() - start
+    if coded is not None:
+        result.add_dense(plan, coded, rows, biases)
     return result
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fxshare.base.cache import read_entry, write_entry
+from fxshare.base.quantised import Quantised
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
 from fxshare.factors.entries import entry_of
@@ -64,6 +65,9 @@ class UnitFactors:
     bias_shift: dict[str, Tensor] = field(default_factory=dict)
     lost: float = 0.0
     total: float = 0.0
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+    """What is stored where the entry has few bits, by slice: the consumer's weights, and the rows
+    of the producers that stay."""
 
     def whole(self, name: str, dtype: torch.dtype) -> Tensor:
         """A consumer's weight ``(O, n)`` with zeros where units go: the same function as the dense

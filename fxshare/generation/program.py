@@ -20,7 +20,7 @@ from fxshare.capture.tracing.regions import PLAIN, keep_apart, keep_modes, own_m
 from fxshare.capture.tracing.trace import hold_guards, trace_once
 from fxshare.capture.tracing.values import fake_like, fake_mode
 from fxshare.errors import CaptureError
-from fxshare.factors.empty import empty_factors, empty_units
+from fxshare.factors.empty import empty_codes, empty_factors, empty_units
 from fxshare.generation.encoder_decoder import part_of_plan, source_like, warm_step
 from fxshare.generation.step import CACHE, Kind, Values, arguments_of, nested
 from fxshare.models.structure import Structure, structure_of, tensors_by_name
@@ -29,6 +29,7 @@ from fxshare.result.record import Record
 from fxshare.rewriting.lowering import replay
 from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.visible import unstacked
+from passes import StoreCodes
 from passes.graph.graph import structure_copy
 
 # of the traced step: a batch, new tokens, and more tokens in the cache than any window is wide
@@ -319,9 +320,16 @@ def _rewritten(
         plan = part_of_plan(plan, captured.graph)
     groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
     units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"))
-    own = structure.passes
+    codes = empty_codes(plan, lambda _: dtype_of(gm), torch.device("meta"))
     rewritten, _ = rewrite(
-        captured.graph, plan, groups, record.config.fuse, own, pivots=pivots, units=units
+        captured.graph,
+        plan,
+        groups,
+        record.config.fuse,
+        structure.passes,
+        pivots=pivots,
+        units=units,
+        codes=StoreCodes(weights=codes),
     )
     whole = ShareModule(rewritten, rewritten.graph, type(traced).__name__, code=False)
     whole.meta.update(rewritten.meta)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxshare.capture import recapture, recapture_devices
 from fxshare.capture.call import Shapes
 from fxshare.errors import StoreError
-from fxshare.factors.empty import empty_factors, empty_units
+from fxshare.factors.empty import empty_codes, empty_factors, empty_units
 from fxshare.models.structure import freeze, keep_structure
 from fxshare.result.fingerprint import graph_sha256
 from fxshare.result.record import Lowered, Record
@@ -21,7 +21,7 @@ from fxshare.sites.visible import unstacked
 from fxshare.store.manifest import DTYPES, Manifest
 from fxshare.store.skeleton import hollow
 from fxshare.store.units import unpacked
-from passes import Pass
+from passes import Pass, StoreCodes
 from passes.errors import FxShareError
 
 
@@ -93,9 +93,16 @@ def _compile_again(
         device,
         {name: unpacked(kept) for name, kept in manifest.kept_units.items()},
     )
-    fuse = record.config.fuse
+    codes = empty_codes(record.plan, lambda site: dtypes.get(f"{site}.weight", default), device)
     rewritten, _ = rewrite(
-        captured.graph, record.plan, groups, fuse, passes, pivots=pivots, units=units
+        captured.graph,
+        record.plan,
+        groups,
+        record.config.fuse,
+        passes,
+        pivots=pivots,
+        units=units,
+        codes=StoreCodes(weights=codes),
     )
     result = assemble(captured, rewritten, record.plan, copy=False)
     keep_structure(result, model, passes)

@@ -21,6 +21,7 @@ from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
 from fxshare.errors import PlanError
+from fxshare.factors.codes import CodedSlices
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import SliceStatistics, slice_statistics
 from fxshare.factors.spectra import Spectra
@@ -33,8 +34,10 @@ from fxshare.planning.kinds.named import kinds_and_mlps
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, bytes_of, limit_of, options_of
+from fxshare.planning.planned import Planned
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.rules import check_layers
-from fxshare.planning.search import Found, Planned, Search, SpectraByMetric
+from fxshare.planning.search import Found, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
 from fxshare.planning.solver.solve import least_cost
 from fxshare.planning.stored_problem import Stored, write_problem
@@ -66,6 +69,8 @@ class Budgeted:
     """What carries out the plan's entries of other kinds."""
     kinds: tuple[Kind, ...] = ()
     mlps: tuple[Mlp, ...] = ()
+    coded: CodedSlices | None = None
+    """The codes of dense slices, where the plan has some in few bits."""
 
 
 def plan_within_budget(
@@ -129,7 +134,7 @@ def plan_within_budget(
         found = choice(found, search, skipped, lambda plans: choose(plans, data))
     best = found.best
     along = Slope(0.0, 0.0, 0)
-    if judge is not None and not judge.is_distance and (best.factors or best.units):
+    if judge is not None and not judge.is_distance and (best.factors or best.units or best.rounded):
         some, tokens = data.some_to_fit(captured, statistics)
         every = Judged(some, 0, len(some), 0)
         fit = Judge(captured, sites, every, loss=loss, remembered=_memory_of(work))
@@ -139,7 +144,8 @@ def plan_within_budget(
     best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
     units: Mapping[str, UnitFactors] = best.units or {}
-    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, found_mlps)
+    coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
+    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, found_mlps, coded)
 
 
 def _search(
@@ -245,9 +251,9 @@ def _budget_in_unit(model: nn.Module, cfg: ShareConfig, search: Search, spectra:
     if cfg.budget.max_loss_increase is None:
         return budget
     nodes = nodes_of(search.sites, spectra.slices)
-    problem = make_problem(nodes, spectra, search.options)
-    strategy = _strategy(cfg.planner)
-    return float(least_cost(problem, cfg.budget.max_loss_increase, strategy=strategy).cost)
+    problem = make_problem(nodes, spectra, search.options, rounding=RoundingPrice(spectra))
+    limit = cfg.budget.max_loss_increase
+    return float(least_cost(problem, limit, strategy=cfg.planner.strategy).cost)
 
 
 def _searched(
@@ -270,6 +276,7 @@ def _searched(
         # a limit of the loss is looked for at other prices too
         again = search.measured_again(best.solution.price if limit is None else None)
         search.problems.clear()
+        search.priced.clear()
         rerun = again.run(spectra_again, _again(todo, found.tried), label=_label(number))
         tried += rerun.tried
         plans += rerun.plans
@@ -294,16 +301,12 @@ def _label(number: int) -> str:
     return ", remeasured" if number == 0 else f", remeasured {number + 1} times"
 
 
-def _strategy(planner: Planner) -> str:
-    return planner.strategy
-
-
 def _trials(planner: Planner, options: Options, *, mixed: bool) -> list[Trial]:
     # a strategy that was asked for by name is kept to: "separate" means no sharing at all
     mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
     mixed = mixed and options.shares_bases
     found = trials(planner.search, mergeable=mergeable, mixed=mixed)
-    return [t if t.strategy != "layers" else replace(t, strategy=_strategy(planner)) for t in found]
+    return [t if t.strategy != "layers" else replace(t, strategy=planner.strategy) for t in found]
 
 
 def _remeasured(

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxshare.base.lazily import Lazily
 from fxshare.base.placement import multiplies_bfloat16
 from fxshare.base.spent import part
+from fxshare.factors.codes import CodedSlices, producer_rows, units_in_bits
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
@@ -39,9 +40,10 @@ class CarriedOut(Mapping[str, UnitFactors]):
         size = 8 * entry.kept * sum(len(one.weight_OI) for one in consumer.values())
 
         def make() -> UnitFactors:
-            return kind.carry_out(entry, consumer, self.spectra, bias=self.bias)
+            made = kind.carry_out(entry, consumer, self.spectra, bias=self.bias)
+            return units_in_bits(made, self.sites, self.spectra.slices)
 
-        key = (entry.kind, entry.consumer, entry.kept, self.bias)
+        key = (entry.kind, entry.consumer, entry.kept, entry.bits, self.bias)
         made: UnitFactors = self.spectra.made.get(key, make, size)
         return made
 
@@ -58,7 +60,7 @@ class CarriedOut(Mapping[str, UnitFactors]):
     @property
     def what(self) -> object:
         """What tells these apart from others of the same statistics."""
-        return sorted((one.kind, one.consumer, one.kept) for one in self.units)
+        return sorted((one.kind, one.consumer, one.kept, one.bits or 0) for one in self.units)
 
     @cached_property
     def _by_name(self) -> dict[str, Units]:
@@ -84,14 +86,19 @@ def dense(
     biases: Mapping[str, Tensor],
     factors: Factored,
     units: CarriedOut | None = None,
+    coded: CodedSlices | None = None,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """The sites' weights multiplied out, in float32 at least unless the model computes in bfloat16,
     and their shifted biases; each is computed when it is asked for. Of an MLP whose units go the
     producers stay as they are, and the consumer has zeros in its columns: the same function,
     whatever an activation makes of zero."""
     group_of = {name: group.name for group in factors.groups for name in group.slices}
-    grouped = {x.name: x for x in sites if any(s.name in group_of for s in x.slices)}
+    in_codes = {} if coded is None else coded
+    taken = {*group_of, *in_codes}
+    grouped = {x.name: x for x in sites if any(s.name in taken for s in x.slices)}
     reading = {one.consumer: one for one in units.units} if units is not None else {}
+    every = () if units is None else units.units
+    computing = {n: one for one in every if one.bits is not None for n in one.producers}
     known = {site.name: site for site in sites}
 
     @part("multiply out")
@@ -105,6 +112,12 @@ def dense(
             if site in reading:
                 assert units is not None
                 rows.append(units[reading[site].name].whole(s.name, dtype))
+            elif site in computing:
+                assert units is not None
+                own = whole[s.start : s.stop].to(dtype)
+                rows.append(producer_rows(units[computing[site].name], s.name, own))
+            elif s.name in in_codes:
+                rows.append(in_codes[s.name].values(dtype))
             elif s.name in group_of:
                 rows.append(factors[group_of[s.name]].product(s.name, dtype))
             else:
@@ -115,6 +128,8 @@ def dense(
         if site in reading:
             assert units is not None
             return units[reading[site].name].bias_shift.get(name)
+        if coded is not None and name in coded:
+            return coded.shift(name)
         return factors[group_of[name]].bias_shift.get(name) if name in group_of else None
 
     def bias(site: str) -> Tensor:
@@ -126,12 +141,13 @@ def dense(
             shifts.append(still if shift is None else shift)
         return biases[site].double() + torch.cat(shifts)
 
-    shifted = [
-        site.name for site in grouped.values() if any(factors.shifts(s.name) for s in site.slices)
-    ]
+    def moves(name: str) -> bool:
+        return factors.shifts(name) or (coded is not None and coded.shifts(name))
+
+    shifted = [x.name for x in grouped.values() if any(moves(s.name) for s in x.slices)]
     if units is not None:
         shifted += [one.consumer for one in units.units if units.shifts(one)]
-    return Lazily((*grouped, *reading), weight), Lazily(tuple(shifted), bias)
+    return Lazily((*grouped, *reading, *computing), weight), Lazily(tuple(shifted), bias)
 
 
 __all__ = ["CarriedOut", "dense", "stored_in"]

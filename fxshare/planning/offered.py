@@ -10,7 +10,8 @@ import torch
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.held_back import Parts
-from fxshare.planning.search import Found, Planned, Search
+from fxshare.planning.planned import Planned
+from fxshare.planning.search import Found, Search
 from fxshare.planning.trials import MOST_REFINED, AfterRefining
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
@@ -61,6 +62,7 @@ def plan_of(
         sites=search.sites,
         groups=one.groups,
         units=() if one.units is None else one.units.units,
+        rounded=one.rounded,
         skipped=tuple(skipped),
         outlook=outlook,
     )

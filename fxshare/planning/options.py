@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from fxshare.cost_model.device import how_to_measure_for, rates_of_model
 from fxshare.errors import PlanError
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.solver.problem import Node, Part
+from fxshare.plans.bits import Bits, factor_bytes, matrix_bytes
 from fxshare.plans.cost import Shape, flops, numbers, weights_bytes
 from fxshare.plans.storage import STORAGES, Ints, Storage, storages_of
 from fxshare.sites.site import Site
@@ -32,9 +34,10 @@ def options_for(
 ) -> Options:
     """:func:`options_of` a model whose numbers have so many bytes."""
     alone = budget.params_kept is None and budget.max_bytes is None
-    alone = alone and budget.max_loss_increase is None
+    alone = alone and budget.max_loss_increase is None and budget.bytes_kept is None
+    in_bytes = budget.max_bytes is not None or budget.bytes_kept is not None
     return Options(
-        unit="flops" if alone else "bytes" if budget.max_bytes is not None else "numbers",
+        unit="flops" if alone else "bytes" if in_bytes else "numbers",
         storages=storages_of(planner.storage),
         element_size=element_size,
         max_group=planner.max_group,
@@ -47,6 +50,7 @@ def options_for(
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
+        bits=tuple(_WIDTHS[bits] for bits in planner.bits),
         shares_bases="basis" in planner.kinds,
     )
 
@@ -80,12 +84,15 @@ def limit_of(whole: int, budget: Budget, sites: Sequence[Site], options: Options
                 f"{rest:,}. Match more weights, or raise the budget"
             )
         return float(budget.max_bytes - rest)
+    if budget.bytes_kept is not None:
+        return float(int(budget.bytes_kept * dense * options.element_size))
     if budget.max_loss_increase is not None:
         return float(dense)
     assert budget.flops_kept is not None
     return budget.flops_kept * 2 * dense
 
 
+_WIDTHS: Mapping[int, Bits | None] = MappingProxyType({16: None, 8: 8, 4: 4})
 Unit = Literal["numbers", "bytes", "flops"]
 
 
@@ -108,6 +115,8 @@ class Options:
     keep_dense: frozenset[int] = frozenset()
     may_share: tuple[frozenset[str], ...] = ()
     tie: tuple[Part, ...] = ()
+    bits: tuple[Bits | None, ...] = (None,)
+    """How many bits a number may have; None for the model's own dtype."""
     shares_bases: bool = True
     """Whether there are bases at all; without them only other kinds save anything."""
 
@@ -146,11 +155,16 @@ def unit_cost(
     options: Options,
     *,
     dense: bool = False,
+    bits: int | None = None,
 ) -> Ints:
     """Costs of a group of this shape at every one of the ranks, in the unit of ``options``; with
-    ``dense`` the one cost of its slices as they are."""
+    ``dense`` the one cost of its slices as they are. ``bits`` are those of each number."""
     if dense:
-        return np.array([_dense(shape, options)])
+        return np.array([_dense(shape, options, bits)])
+    if options.unit == "bytes" and bits is not None:
+        width, out, size = shape.in_features, shape.out_features, options.element_size
+        found: Ints = factor_bytes(storage, rank, width, out, bits, size)
+        return found
     if options.unit == "numbers":
         return numbers(shape, rank, storage)
     if options.unit == "bytes":
@@ -163,9 +177,10 @@ def dense_cost(nodes: Mapping[str, Node], name: str, options: Options) -> int:
     return _dense(shape_of(nodes, frozenset({name})), options)
 
 
-def _dense(shape: Shape, options: Options) -> int:
+def _dense(shape: Shape, options: Options, bits: int | None = None) -> int:
     if options.unit == "numbers":
         return shape.dense_numbers
     if options.unit == "bytes":
-        return shape.dense_numbers * options.element_size
+        size = options.element_size
+        return int(matrix_bytes(bits, shape.out_features, shape.in_features, size))
     return shape.dense_flops

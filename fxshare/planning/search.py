@@ -8,7 +8,6 @@ back, the better half on all of it (Jamieson & Talwalkar 2016), and the best is 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,58 +27,31 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
-from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
+from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of, surely_priced
 from fxshare.planning.kinds.kind import Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
 from fxshare.planning.made import CarriedOut, dense, stored_in
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options, dense_cost
+from fxshare.planning.planned import (
+    Planned,
+    better_half,
+    inputs_of,
+    outcome,
+    price,
+    said,
+    signature,
+)
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.solver.contenders import contenders
 from fxshare.planning.solver.problem import Node, Part, Problem
-from fxshare.planning.solver.solve import Solution, solve
+from fxshare.planning.solver.solve import solve
 from fxshare.planning.trials import Trial, Tried, is_outdone
 from fxshare.planning.work import Work
-from fxshare.plans.plan import Group
 from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Planned:
-    """A plan that was tried: its groups, its factors, and what it was predicted to lose."""
-
-    solution: Solution
-    groups: tuple[Group, ...]
-    factors: Factored
-    trial: Trial
-    refitted: bool
-    units: CarriedOut | None = None  # what other kinds took
-    seconds: float = 0.0
-    predicted: float = math.nan
-    """In the model's loss, whatever the ranks were chosen by."""
-    bound: float = 0.0
-    priced_bound: float = 0.0
-    spectra: Spectra | None = None
-    lost: Lost = field(default_factory=lambda: Lost(math.nan, 0))
-    """On held-back data."""
-
-    @property
-    def measured(self) -> float:
-        """The loss increase per token."""
-        return self.lost.per_token
-
-    @property
-    def what(self) -> object:
-        """What tells its weights apart; None where the statistics have no name."""
-        what, units = self.factors.what, self.units
-        return what if what is None or not units else (what, units.what)
-
-    def take(self, twin: Planned) -> None:
-        """Take over what was found of an equal plan."""
-        self.refitted, self.groups, self.units = twin.refitted, twin.groups, twin.units
-        self.lost, self.predicted = twin.lost, twin.predicted
 
 
 SpectraByMetric = Mapping[bool, Spectra]
@@ -119,6 +91,8 @@ class Search:
         default_factory=dict, repr=False
     )
     """What was solved on the spectra at hand; None where it had a floor."""
+    priced: dict[int, RoundingPrice] = field(default_factory=dict, repr=False)
+    """What few bits lose, on the spectra at hand."""
     contend: dict[tuple[str, bool, str], Callable[[Part], bool]] = field(
         default_factory=dict, repr=False
     )
@@ -149,11 +123,12 @@ class Search:
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
                 # a trial that led to a plan that was tried already is no better
-                twin = known.get(_signature(one))
+                twin = known.get(signature(one))
                 if twin is None:
                     self._try(one, spectra[True])
-                    twin = known[_signature(one)] = one
-            except (PlanError, FactoriseError) as error:  # a floor above the budget, say
+                    twin = known[signature(one)] = one
+            except (PlanError, FactoriseError) as error:
+                # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
                 _LOG.info("%s: no plan, %s", which, error)
                 continue
@@ -162,7 +137,7 @@ class Search:
             found.append(one)
             trim()
             one.seconds = time.perf_counter() - start
-            _LOG.info("%s: %s, in %.1f s", which, _said(twin), one.seconds)
+            _LOG.info("%s: %s, in %.1f s", which, said(twin), one.seconds)
             # ranks chosen by activation error have no bound in the model's loss: the last one holds
             if trial.loss_aware:
                 bounds = one.solution.bound, one.solution.priced_bound
@@ -170,11 +145,11 @@ class Search:
         if not found:
             raise PlanError("; ".join(failures))
         plans = [one for at, one in enumerate(found) if at not in twins]
-        better = _better_half(plans)
+        better = better_half(plans)
         best = self._best(better, spectra[True])
         for at, twin in twins.items():
             found[at].take(twin)
-        tried = tuple(_outcome(one, label) for one in found)
+        tried = tuple(outcome(one, label) for one in found)
         return Found(best, tried, tuple((one.trial.name + label, one) for one in plans))
 
     def _try(self, one: Planned, aware: Spectra) -> None:
@@ -183,7 +158,7 @@ class Search:
         self._realise(one, refit=self.refit is not False and not self._is_undecided(one))
         if self.judge is not None:
             one.lost = self.judge.first(self._judged(one, self.judge))
-        _price(one, aware.slices)
+        price(one, aware.slices)
 
     def _best(self, plans: Sequence[Planned], aware: Spectra) -> Planned:
         """The best of some plans that were tried, measured on all of the held-back data, with the
@@ -195,12 +170,12 @@ class Search:
             refit, on = self._refit(one, self.judge) if self._is_undecided(one) else (None, None)
             if refit is not None:
                 one.lost = refit
-                _price(one, aware.slices)
+                price(one, aware.slices)
             if not self.judge.is_whole(one.lost):
                 on = on or self._judged(one, self.judge)
                 one.lost = self.judge.whole(on, one.lost)
             one.seconds += time.perf_counter() - start
-            _LOG.info("plan: %s: %s", one.trial.name, _said(one))
+            _LOG.info("plan: %s: %s", one.trial.name, said(one))
         return min(plans, key=lambda one: one.measured)
 
     def _refit(self, one: Planned, judge: Judge) -> tuple[Lost | None, Candidate | None]:
@@ -258,7 +233,8 @@ class Search:
         known = {site.name: site for site in self.sites}
         entries = entries_of(self.kinds, solution)
         units = CarriedOut(entries, spectra, self.kinds, known, self.bias) if entries else None
-        return Planned(solution, groups, nothing, trial, False, units, spectra=spectra)
+        rounded = rounded_of(solution)
+        return Planned(solution, groups, nothing, trial, False, units, rounded, spectra=spectra)
 
     def _problem(self, spectra: Spectra, options: Options, strategy: str, others: str) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
@@ -267,18 +243,21 @@ class Search:
         nodes = nodes_of(self.sites, spectra.slices)
         of = strategy, options.may_share != self.options.may_share, others
         key = id(spectra), *of
+        rounding = self._rounding(spectra)
         known: Callable[[Part], bool] | None = self.contend.get(of)
         if options.floor != self.options.floor:
             if key in self.problems:
-                made = make_problem(nodes, spectra, options, known=spectra.is_computed)
+                made = make_problem(
+                    nodes, spectra, options, known=spectra.is_computed, rounding=rounding
+                )
                 return self._beside(made, spectra, options, others)
             self.problems[key] = None
-            made = make_problem(nodes, spectra, options, known=known)
+            made = make_problem(nodes, spectra, options, known=known, rounding=rounding)
             made = self._beside(made, spectra, options, others)
             return _shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
-            made = make_problem(nodes, spectra, options, known=known)
+            made = make_problem(nodes, spectra, options, known=known, rounding=rounding)
             made = self._beside(made, spectra, options, others)
             found = self.problems[key] = _shared(made, spectra, options, strategy)
         return found
@@ -287,20 +266,25 @@ class Search:
         """The problem with candidates of other kinds, unless a trial does without."""
         if others == "none" or not self.kinds:
             return problem
-        found = others_of(self.kinds, Scene(self.mlps, problem.nodes, spectra, options))
+        rounding = self._rounding(spectra)
+        scene = Scene(self.mlps, problem.nodes, spectra, options, rounding)
+        found = others_of(self.kinds, scene)
         return replace(problem, others=found, insists=others == "all")
+
+    def _rounding(self, spectra: Spectra) -> RoundingPrice:
+        return self.priced.setdefault(id(spectra), RoundingPrice(spectra))
 
     def measured_again(self, price: float | None) -> Search:
         """The search on other statistics; with a price only those groups are priced on them that
         contend near it on these."""
         if not price:
-            return replace(self, problems={})
+            return replace(self, problems={}, priced={})
         contend = {
             (strategy, merged, others): contenders(problem, price)
             for (_, strategy, merged, others), problem in self.problems.items()
             if problem is not None
         }
-        return replace(self, problems={}, contend=contend)
+        return replace(self, problems={}, priced={}, contend=contend)
 
     def dense_cost(self, planned: Planned) -> int:
         """What everything dense would cost, in the options' unit."""
@@ -312,7 +296,7 @@ class Search:
         """Whether measurement decides on the refit; with one input a coefficient is fitted to it
         already."""
         assert one.spectra is not None
-        several = any(_inputs(group, one.spectra) > 1 for group in one.groups)
+        several = any(inputs_of(group, one.spectra) > 1 for group in one.groups)
         return self.refit is None and self.judge is not None and several
 
     @property
@@ -329,7 +313,7 @@ class Search:
 
     def dense(self, one: Planned) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """See :func:`dense`."""
-        return dense(self.sites, self.weights, self.biases, one.factors, one.units)
+        return dense(self.sites, self.weights, self.biases, one.factors, one.units, one.coded)
 
 
 def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:
@@ -338,59 +322,6 @@ def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str)
         surely = surely_priced(problem, options, strategy)
         spectra.share(part for part in surely if problem.considers(part))
     return problem
-
-
-def _better_half(plans: Sequence[Planned]) -> list[Planned]:
-    """Of plans that were tried those that are measured on everything, the first of equal ones."""
-    ranked = sorted(plans, key=lambda one: one.measured)
-    return ranked[: -(-len(ranked) // 2)]
-
-
-def _outcome(one: Planned, label: str) -> Tried:
-    return Tried(
-        trial=one.trial.name + label,
-        predicted=one.predicted,
-        measured=one.measured,
-        tokens=one.lost.tokens,
-        cost=one.solution.cost,
-        groups=len(one.groups) + len(one.units or ()),
-        seconds=one.seconds,
-    )
-
-
-def _said(one: Planned) -> str:
-    text = f"predicted loss {one.predicted:+.4g}"
-    if not math.isnan(one.measured):
-        text += f", measured {one.measured:+.4g} on {one.lost.tokens:,} tokens"
-    return text
-
-
-def _inputs(group: Group, spectra: Spectra) -> int:
-    return len({spectra.slices[name].input for name in group.slices})
-
-
-def _price(one: Planned, slices: Mapping[str, SliceStatistics]) -> None:
-    """Give a plan its predicted loss; where the ranks were chosen by activation error, the groups'
-    losses are measured in the loss-aware metric, on the factors themselves."""
-    if one.trial.loss_aware:
-        one.predicted = one.solution.loss
-        return
-    groups = []
-    for group in one.groups:
-        factors = one.factors[group.name]
-        products = ((name, factors.product(name, factors.basis_RI.dtype)) for name in group.slices)
-        lost = sum(slices[name].quadratic_loss(product) for name, product in products)
-        groups.append(group.model_copy(update={"loss": lost}))
-    one.groups = tuple(groups)
-    one.predicted = sum(group.loss or 0.0 for group in groups)
-    for made in (one.units or {}).values():
-        wholes = ((name, made.whole(name, torch.float64)) for name in made.weights)
-        one.predicted += sum(slices[name].quadratic_loss(whole) for name, whole in wholes)
-
-
-def _signature(one: Planned) -> object:
-    groups = frozenset((g.slices, g.rank, g.storage) for g in one.groups)
-    return one.trial.loss_aware, groups, repr(one.units and one.units.what)
 
 
 def _same_input_types(nodes: Mapping[str, Node]) -> tuple[frozenset[str], ...]:

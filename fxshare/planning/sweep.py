@@ -40,7 +40,10 @@ def alternatives(
     found: dict[str, Alternative | None] = {}
     for name in names:
         curve = problem.candidate(frozenset({name})).curve
-        low = np.flatnonzero(curve.label != DENSE)
+        low = np.array(
+            [at for at in range(len(curve.label)) if isinstance(curve.meaning(at), BasisOption)],
+            dtype=np.int64,
+        )
         dense = curve.cost[curve.label == DENSE]
         if not len(low) or not len(dense):
             found[name] = None

@@ -17,14 +17,23 @@ from pydantic import AfterValidator, ValidationError, model_validator
 from fxshare.base.json_text import parse_json
 from fxshare.base.names import as_group_name
 from fxshare.errors import PlanError
+from fxshare.plans.bits import (
+    Bits,
+    Rounded,
+    bits_of_slices,
+    factor_bytes,
+    fault_of,
+    few_bits,
+    without_none,
+)
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.plans.units import Units
 from fxshare.sites.site import Frozen, Label, ModulePath, Site, Skipped, TypeNames
 
-VERSION = 2
-"""What this version reads; a plan without hidden units is written as version 1, which earlier ones
-read as well."""
+VERSION = 3
+"""What this version reads; a plan without bits is written as version 2, and one without hidden
+units as well as version 1, which earlier ones read."""
 
 
 class Group(Frozen):
@@ -43,6 +52,8 @@ class Group(Frozen):
     rank: int
     storage: StorageName = PLAIN.name
     """The name of how basis and coefficients are stored, see :attr:`stored_as`."""
+    bits: Bits | None = None
+    """Of each of their numbers; None for those of the model's dtype."""
     loss: float | None = None
     """Predicted increase of the model's loss per token; None where it was not predicted."""
 
@@ -55,6 +66,14 @@ class Group(Frozen):
     def stored_numbers(self) -> int:
         """Stored numbers after, index entries included."""
         return self.stored_as.numbers(self.rank, self.in_features, self.out_features)
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Stored bytes after, of a model whose numbers have ``itemsize``; index entries and scales
+        included."""
+        rank, width = self.rank, self.in_features
+        return int(
+            factor_bytes(self.stored_as, rank, width, self.out_features, self.bits, itemsize)
+        )
 
     @property
     def stored_as(self) -> Storage:
@@ -71,6 +90,8 @@ class Plan(Frozen):
     groups: tuple[Group, ...] = ()
     units: tuple[Units, ...] = ()
     """Of which MLPs hidden units go; planned mode only."""
+    rounded: tuple[Rounded, ...] = ()
+    """Dense slices in few bits; planned mode only."""
     skipped: tuple[Skipped, ...] = ()
     outlook: Outlook | None = None
     """What was predicted, and how good the plan can be; planned mode only."""
@@ -78,9 +99,11 @@ class Plan(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _with_its_version(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("units") and given.get("version", 1) == 1:
-            return {**given, "version": 2}
-        return given
+        if not isinstance(given, dict):
+            return given
+        least = 3 if few_bits(given) else 2 if given.get("units") else 1
+        version = given.get("version", 1)
+        return {**given, "version": least} if version in (1, 2) and version < least else given
 
     @model_validator(mode="after")
     def _is_partition(self) -> Plan:
@@ -105,6 +128,11 @@ class Plan(Frozen):
             raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
         for group in self.groups:
             looked_up = [name for name in group.slices if known[name].lookups]
+            if looked_up and group.bits is not None:
+                raise ValueError(
+                    f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and codes "
+                    f"are multiplied by only; found bits {group.bits}"
+                )
             if looked_up and not group.stored_as.looks_rows_up:
                 raise ValueError(
                     f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and its "
@@ -161,6 +189,11 @@ class Plan(Frozen):
                     )
         if self.units and self.mode != "planned":
             raise ValueError(f"mode {self.mode!r}: hidden units are chosen in planned mode only")
+        if self.mode != "planned" and self.has_bits:
+            raise ValueError(f"mode {self.mode!r}: weights are rounded in planned mode only")
+        fault = fault_of(self.rounded, self.sites, self.rewritten)
+        if fault is not None:
+            raise ValueError(fault)
 
     @property
     def rewritten(self) -> frozenset[str]:
@@ -172,7 +205,18 @@ class Plan(Frozen):
     @property
     def is_dense(self) -> bool:
         """Whether nothing is rewritten."""
-        return not self.groups and not self.units
+        return not self.groups and not self.units and not self.rounded
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether anything is stored in few bits."""
+        parts: tuple[Group | Units, ...] = (*self.groups, *self.units)
+        return bool(self.rounded) or any(part.bits is not None for part in parts)
+
+    @property
+    def dense_bits(self) -> Mapping[str, int]:
+        """The bits of dense slices that have few, by name."""
+        return bits_of_slices(self.rounded)
 
     @property
     def dense_numbers(self) -> int:
@@ -204,6 +248,7 @@ class Plan(Frozen):
         plain = self.model_dump(mode="json")
         if not self.units:
             del plain["units"]
+        without_none(plain)
         return json.dumps(plain, indent=1) + "\n"
 
     @staticmethod

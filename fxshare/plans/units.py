@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from fxshare.base.names import as_group_name
+from fxshare.plans.bits import Bits, matrix_bytes
 from fxshare.sites.site import Frozen, ModulePath, Site, TypeNames
 
 
@@ -34,6 +35,8 @@ class Units(Frozen):
     """How many there are."""
     numbers_per_unit: int = Field(ge=1)
     """Weights of one unit in all its sites."""
+    bits: Bits | None = None
+    """Of each number of its linears; None for those of the model's dtype."""
     loss: float | None = None
     """Predicted increase of the model's loss per token; None where it was not predicted."""
 
@@ -55,6 +58,16 @@ class Units(Frozen):
     def stored_numbers(self) -> int:
         """Weights after."""
         return self.kept * self.numbers_per_unit
+
+    def stored_bytes(self, sites: Sequence[Site], itemsize: int) -> int:
+        """Stored bytes after, scales included, of a model whose numbers have ``itemsize``."""
+        known = {site.name: site for site in sites}
+        total = matrix_bytes(self.bits, known[self.consumer].out_features, self.kept, itemsize)
+        for name in self.producers:
+            site = known[name]
+            rows = self.parts_of(site) * self.kept
+            total += matrix_bytes(self.bits, rows, site.in_features, itemsize)
+        return int(total)
 
     def parts_of(self, site: Site) -> int:
         """How many rows of a producer each unit has."""

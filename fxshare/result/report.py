@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from fxshare.base.names import as_label, as_module_path, as_type_names
-from fxshare.plans.cost import Shape, flops, weights_bytes
+from fxshare.plans.bits import matrix_bytes
+from fxshare.plans.cost import Shape, flops
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PLAIN
 from fxshare.plans.units import Units
 from fxshare.sites.site import Site, Skipped
 
+_BYTES = ("bytes_before", "bytes_after")
 _LISTED = 4
 """So many weights that were left alone for one reason have a line each; more are one line."""
 
@@ -49,6 +51,8 @@ class GroupReport:
     floored: int
     seconds: float
     refined: float | None = None
+    bits: int | None = None
+    """Of each stored number, where it has fewer than the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ class Report:
     def params_kept(self) -> float:
         """Stored numbers after over weights before."""
         return self.numbers_after / max(self.numbers_before, 1)
+
+    @property
+    def bytes_kept(self) -> float:
+        """Stored bytes after over the weights' bytes before."""
+        after = sum(g.bytes_after for g in self.groups)
+        return after / max(sum(g.bytes_before for g in self.groups), 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, totals included."""
@@ -156,6 +166,12 @@ class Report:
             f"whole model: {before:,} → {after:,} parameters; matched linears: {flops[0]:,} → "
             f"{flops[1]:,} FLOPs per token",
         ]
+        if any(g.bits is not None for g in self.groups):
+            sizes = [sum(getattr(g, f) for g in self.groups) for f in _BYTES]
+            lines.append(
+                f"bytes_kept {self.bytes_kept:.4f} ({sizes[0]:,} bytes of these weights → "
+                f"{sizes[1]:,}, scales counted)"
+            )
         if self.calibration is not None:
             c = self.calibration
             first = c.get("starts_with")
@@ -206,10 +222,12 @@ class Report:
 
 
 def _rank(row: GroupReport) -> str:
-    """The rank, and the storage where it is not the plain one; of dense weights the storage."""
+    """The rank, and the storage where it is not the plain one; of dense weights the storage; and
+    few bits."""
+    bits = "" if row.bits is None else f", {row.bits} bits"
     if row.rank is None:
-        return row.storage
-    return str(row.rank) if row.storage == PLAIN.name else f"{row.rank} {row.storage}"
+        return f"{row.storage}{bits}"
+    return f"{row.rank}{bits}" if row.storage == PLAIN.name else f"{row.rank} {row.storage}{bits}"
 
 
 def _moved(value: float | None) -> str:
@@ -251,32 +269,45 @@ def group_reports(
         for one in plan.units
     ]
     for site in plan.sites:
-        alone = [s for s in site.slices if s.name not in grouped]
-        if alone:
-            numbers = site.in_features * sum(s.out_features for s in alone)
-            rows.append(
-                GroupReport(
-                    name=site.name,
-                    type=site.type,
-                    label="",
-                    layers=() if site.layer is None else (site.layer,),
-                    slices=len(alone),
-                    in_features=site.in_features,
-                    out_features=sum(s.out_features for s in alone),
-                    rank=None,
-                    storage="dense",
-                    numbers_before=numbers,
-                    numbers_after=numbers,
-                    bytes_before=numbers * element_size,
-                    bytes_after=numbers * element_size,
-                    flops_before=2 * numbers if site.calls else 0,
-                    flops_after=2 * numbers if site.calls else 0,
-                    weighted_error=None,
-                    floored=0,
-                    seconds=0.0,
-                )
-            )
+        by_bits: dict[int | None, int] = {}
+        counts: dict[int | None, int] = {}
+        for s in site.slices:
+            if s.name not in grouped:
+                bits = plan.dense_bits.get(s.name)
+                by_bits[bits] = by_bits.get(bits, 0) + s.out_features
+                counts[bits] = counts.get(bits, 0) + 1
+        rows += [
+            _dense_row(site, counts[bits], out, bits, element_size) for bits, out in by_bits.items()
+        ]
     return tuple(rows)
+
+
+def _dense_row(
+    site: Site, slices: int, out_features: int, bits: int | None, element_size: int
+) -> GroupReport:
+    """The row of those slices of a site that stay dense in so many bits."""
+    numbers = site.in_features * out_features
+    return GroupReport(
+        name=site.name,
+        type=site.type,
+        label="",
+        layers=() if site.layer is None else (site.layer,),
+        slices=slices,
+        in_features=site.in_features,
+        out_features=out_features,
+        rank=None,
+        storage="dense",
+        numbers_before=numbers,
+        numbers_after=numbers,
+        bytes_before=numbers * element_size,
+        bytes_after=matrix_bytes(bits, out_features, site.in_features, element_size),
+        flops_before=2 * numbers if site.calls else 0,
+        flops_after=2 * numbers if site.calls else 0,
+        weighted_error=None,
+        floored=0,
+        seconds=0.0,
+        bits=bits,
+    )
 
 
 def _shape(group: Group, sites: Sequence[Site]) -> Shape:
@@ -316,12 +347,13 @@ def _units_row(
         numbers_before=before,
         numbers_after=after,
         bytes_before=before * element_size,
-        bytes_after=after * element_size,
+        bytes_after=one.stored_bytes(plan.sites, element_size),
         flops_before=2 * before,
         flops_after=2 * after,
         weighted_error=errors.get(one.name),
         floored=0,
         seconds=seconds.get(one.name, 0.0),
+        bits=one.bits,
     )
 
 
@@ -348,10 +380,11 @@ def _group_row(
         numbers_before=group.dense_numbers,
         numbers_after=group.stored_numbers,
         bytes_before=group.dense_numbers * element_size,
-        bytes_after=int(weights_bytes(shape, rank, group.stored_as, element_size)[0]),
+        bytes_after=group.stored_bytes(element_size),
         flops_before=shape.dense_flops,
         flops_after=int(flops(shape, rank, group.stored_as)[0]),
         weighted_error=error,
         floored=floored,
         seconds=seconds,
+        bits=group.bits,
     )

@@ -19,6 +19,7 @@ from passes import (
     SelectedUnits,
     SharedGroup,
     SplitSite,
+    StoreCodes,
     default_passes,
     run,
 )
@@ -35,6 +36,7 @@ def rewrite(
     *,
     pivots: Sequence[PivotedGroup] = (),
     units: Sequence[SelectedUnits] = (),
+    codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
     """Apply the default passes for a plan to a captured graph; the result has no code of its own,
@@ -58,6 +60,7 @@ def rewrite(
         extra=extra,
         looked_up=looked_up,
         units=units,
+        codes=codes,
         apart=apart,
     )
     with stage("rewrite", _LOG) as running:

@@ -23,7 +23,9 @@ from fxshare.store.units import UnitRuns
 from passes.graph.names import shortened
 
 FORMAT = "fxshare"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this version reads; a folder without quantised weights is written as version 1, which
+earlier ones read as well."""
 MANIFEST = "fxshare.json"
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -87,10 +89,11 @@ class FileEntry(_Frozen):
 class TensorEntry(_Frozen):
     """One tensor of the module. Of those that are one object, or one memory, the first is stored.
 
-    ``attribute`` is a tensor that is neither a parameter nor a buffer of its module.
+    ``attribute`` is a tensor that is neither a parameter nor a buffer of its module, ``codes`` and
+    ``scale`` are those of a quantised parameter, whose name theirs begin with.
     """
 
-    kind: Literal["parameter", "buffer", "attribute"]
+    kind: Literal["parameter", "buffer", "attribute", "codes", "scale"]
     dtype: Dtype
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     requires_grad: bool = False
@@ -115,7 +118,7 @@ class Manifest(_Frozen):
     """Everything about a compiled model that is not in another file of its folder."""
 
     format: Literal["fxshare"] = "fxshare"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     versions: dict[str, str]
     """Of fxshare, torch and, where it is installed, transformers."""
     source: SavedSource

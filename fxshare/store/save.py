@@ -30,6 +30,7 @@ from fxshare.store.folder import new_folder
 from fxshare.store.manifest import (
     CARD,
     CONFIG,
+    FORMAT_VERSION,
     PLAN,
     REPORT,
     REPORT_TABLE,
@@ -143,7 +144,9 @@ def _manifest(
     files: dict[str, FileEntry],
 ) -> Manifest:
     main = dtype_name(dtype_of(gm))
+    coded = any(entry.kind == "codes" for entry in tensors.values())
     return _checked(
+        format_version=FORMAT_VERSION if coded else 1,
         versions=versions(),
         source=asdict(source),
         front_end=record.front_end,

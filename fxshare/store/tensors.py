@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxshare.base.quantised import Quantised
 from fxshare.errors import StoreError
 from fxshare.store.manifest import DTYPES, TensorEntry, dtype_name
 from passes import derive_gathers, derived_buffers
 
-Kind = Literal["parameter", "buffer", "attribute"]
+Kind = Literal["parameter", "buffer", "attribute", "codes", "scale"]
+"""What a tensor is to its module. A quantised parameter has two, its codes and its scales, named
+after it: ``h.0.mlp.c_fc.weight.codes``."""
 INDEX = "model.safetensors.index.json"
 _TENSOR_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -30,7 +33,7 @@ def is_tensor_file(name: str) -> bool:
 def tensors_of(module: nn.Module) -> dict[str, tuple[Kind, Tensor]]:
     """Every tensor by every name it has: parameters, buffers (persistent or not), and plain tensor
     attributes, which a module may read in its ``forward`` just as well. The indices of gathers are
-    left out: they follow from the bases."""
+    left out: they follow from the bases. Of a quantised weight its codes and its scales."""
     derived = derived_buffers(module)
     found: dict[str, tuple[Kind, Tensor]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
@@ -42,8 +45,12 @@ def tensors_of(module: nn.Module) -> dict[str, tuple[Kind, Tensor]]:
         ]
         for kind, held in kinds:
             for leaf, value in held.items():
-                if isinstance(value, Tensor) and f"{prefix}{leaf}" not in derived:
-                    found[f"{prefix}{leaf}"] = (kind, value)
+                name = f"{prefix}{leaf}"
+                if isinstance(value, Quantised):
+                    found[f"{name}.codes"] = ("codes", value.stored)
+                    found[f"{name}.scale"] = ("scale", value.scale)
+                elif isinstance(value, Tensor) and name not in derived:
+                    found[name] = (kind, value)
     return found
 
 
@@ -167,6 +174,7 @@ def fill(
         folder, [file for file in files if is_tensor_file(file)], entries, device, mapped
     )
     objects: dict[str, Tensor] = {}
+    codes: dict[str, dict[str, Tensor]] = {}
     for name, entry in entries.items():
         if entry.same_as is not None:
             tensor = objects[_known(folder, name, entry.same_as, objects)]
@@ -179,6 +187,9 @@ def fill(
                 tensor = tensor.detach()
         objects[name] = tensor
         path, _, leaf = name.rpartition(".")
+        if entry.kind in ("codes", "scale"):
+            codes.setdefault(path, {})[leaf] = tensor
+            continue
         owner = module.get_submodule(path)
         held: dict[Kind, dict[str, Any]] = {
             "parameter": owner._parameters,
@@ -186,6 +197,13 @@ def fill(
             "attribute": owner.__dict__,
         }
         held[entry.kind][leaf] = tensor
+    for name, parts in codes.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        empty = owner._parameters[leaf]
+        assert isinstance(empty, Quantised)
+        filled = empty.with_parts(parts["codes"], parts["scale"])
+        owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
     derive_gathers(module)
 
 
@@ -209,6 +227,11 @@ def _check_names(
         )
     for name, entry in saved.items():
         kind, tensor = found[name]
+        if kind == "codes" and entry.dtype != dtype_name(tensor.dtype):
+            raise StoreError(
+                f"{folder}: {name!r} has codes of {entry.dtype}, and the plan says "
+                f"{dtype_name(tensor.dtype)}"
+            )
         expected = (entry.kind, entry.shape)
         if (kind, tuple(tensor.shape)) != expected:
             raise StoreError(

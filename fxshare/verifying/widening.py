@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from passes.graph.graph import bits_of
+
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -72,7 +74,9 @@ def widen(module: nn.Module) -> None:
 
 def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     stored = tensor.detach()
-    if is_parameter and tensor.dtype in _HALF and tensor.ndim > 1:
+    # codes read as float32 by themselves
+    coded = bits_of(stored) is not None
+    if is_parameter and tensor.dtype in _HALF and tensor.ndim > 1 and not coded:
         return Widened(stored)
     wide = stored.float()
     return nn.Parameter(wide, requires_grad=False) if is_parameter else wide

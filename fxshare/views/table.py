@@ -45,7 +45,7 @@ def groups_table(plan: Plan) -> Table:
             f"{group.in_features}→{group.out_features}",
             str(group.rank),
             str(PLAIN.break_even_rank(group.in_features, group.out_features)),
-            group.storage,
+            group.storage + _bits_text(group.bits),
             f"{group.stored_numbers / group.dense_numbers:.3f}",
             f"{group.dense_numbers:,}",
             f"{group.stored_numbers:,}",
@@ -61,12 +61,21 @@ def groups_table(plan: Plan) -> Table:
 def _units_row(one: Units, cost: GroupReport, losses: bool) -> list[str]:
     """The row of an MLP whose units go: its rank is how many stay."""
     row = [one.name, one.type, layers_text(one.layers), str(cost.slices)]
-    row += [f"{cost.in_features}→{cost.out_features}", f"{one.kept} of {one.of}", "–", "units"]
+    row += [
+        f"{cost.in_features}→{cost.out_features}",
+        f"{one.kept} of {one.of}",
+        "–",
+        "units" + _bits_text(one.bits),
+    ]
     row += [f"{one.kept / one.of:.3f}", f"{one.dense_numbers:,}", f"{one.stored_numbers:,}"]
     row += [f"{cost.flops_before:,}", f"{cost.flops_after:,}"]
     if losses:
         row.append("–" if one.loss is None else f"{one.loss:.3e}")
     return row
+
+
+def _bits_text(bits: int | None) -> str:
+    return "" if bits is None else f", {bits} bits"
 
 
 def layers_text(layers: tuple[int, ...]) -> str:
@@ -106,11 +115,14 @@ def dense_lines(
 ) -> list[str]:
     """What stays dense and why, a line per reason; then the modules that are not rewritten."""
     grouped = plan.rewritten
+    dense_bits = plan.dense_bits
     reasons: dict[str, list[tuple[Site, SliceSpec]]] = {}
     for site in plan.sites:
         for s in site.slices:
             if s.name not in grouped:
                 reason = why_dense(plan, site, s, cfg, (alternatives or {}).get(s.name))
+                if s.name in dense_bits:
+                    reason = f"stored in {dense_bits[s.name]} bits"
                 reasons.setdefault(reason, []).append((site, s))
     lines = []
     for reason, members in reasons.items():

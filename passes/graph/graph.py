@@ -116,6 +116,12 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (_transposed(weight) if is_conv1d(module) else weight), bias
 
 
+def bits_of(weight: Tensor) -> int | None:
+    """How many bits the numbers of a quantised weight have; None for one of plain numbers."""
+    bits: int | None = getattr(weight, "bits", None)
+    return bits
+
+
 def _transposed(weight: Tensor) -> Tensor:
     # under no_grad the view would say that a trainable weight is frozen
     with torch.enable_grad():

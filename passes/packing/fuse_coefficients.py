@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import common_parent, linear_at, new_linear, put_module
+from passes.graph.graph import bits_of, common_parent, linear_at, new_linear, put_module
 from passes.graph.lookups import only_called
 from passes.graph.origins import moved
 from passes.graph.slices import set_slices, slices
@@ -94,7 +94,8 @@ def may_fuse(
 def kind_of(linear: nn.Linear) -> tuple[object, ...]:
     """What one module cannot have two of."""
     bias = None if linear.bias is None else linear.bias.requires_grad
-    return linear.weight.dtype, linear.weight.device, linear.weight.requires_grad, bias
+    weight = linear.weight
+    return weight.dtype, weight.device, weight.requires_grad, bias, bits_of(weight)
 
 
 def fuse_modules(

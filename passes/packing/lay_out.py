@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import calls_by_target
+from passes.graph.graph import bits_of, calls_by_target
 from passes.graph.slices import slices
 
 ALIGNMENT = 64
@@ -52,7 +52,7 @@ class LayOut(Pass):
 
 
 def _well_laid(tensor: Tensor) -> bool:
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" or bits_of(tensor) is not None:
         return True
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return whole and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0

@@ -108,8 +108,8 @@ def _looked_up(plain: dict[str, Any]) -> None:
             "group 'one': the rows of 'a.q' are looked up, and its basis is stored plain; found "
             "storage 'pivoted'",
         ),
-        (lambda plain: plain.update(version=3), "the plan has version 3, this fxshare reads up to "
-         "2; upgrade fxshare"),
+        (lambda plain: plain.update(version=4), "the plan has version 4, this fxshare reads up to "
+         "3; upgrade fxshare"),
         (lambda plain: plain.update(colour="red"), "colour: unknown key; found 'red'"),
         (lambda plain: plain.pop("mode"), "mode: Field required"),
         (_edit(1, colour="red"), "group 'two': colour: unknown key; found 'red'"),

@@ -59,8 +59,8 @@ def test_where_a_manifest_is_wrong_is_said_in_short(key: str, said: str, tmp_pat
     ("content", "reason"),
     [
         (
-            {"format": "fxshare", "format_version": 2},
-            "format version 2, this fxshare reads up to 1",
+            {"format": "fxshare", "format_version": 3},
+            "format version 3, this fxshare reads up to 2",
         ),
         ({"format": "other"}, "is not the manifest of an fxshare folder"),
         ([], "is not the manifest of an fxshare folder"),

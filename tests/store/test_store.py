@@ -512,7 +512,7 @@ def test_what_people_read_may_be_edited(gm: Any, saved: Path) -> None:
     ("change", "reason"),
     [
         (lambda m: m.update(training=True), "was altered"),
-        (lambda m: m.update(format_version=2), "format version 2, .* upgrade fxshare"),
+        (lambda m: m.update(format_version=3), "format version 3, .* upgrade fxshare"),
         (lambda m: m.update(format="other"), "not the manifest of an fxshare folder"),
         (lambda m: m.pop("sha256"), "was altered"),
     ],

@@ -8,6 +8,7 @@ from fxshare.cli.bench.capture import capture
 from fxshare.cli.bench.compress import compress
 from fxshare.cli.bench.device import device
 from fxshare.cli.bench.encoder import encoder
+from fxshare.cli.bench.frontier import frontier
 from fxshare.cli.bench.generate import generate
 from fxshare.cli.bench.planner import planner
 from fxshare.cli.bench.quality import quality
@@ -26,6 +27,7 @@ def bench_app() -> typer.Typer:
     )
     app.command("compress")(reports(compress))
     app.command("quality")(reports(quality))
+    app.command("frontier")(reports(frontier))
     app.command("encoder")(reports(encoder))
     app.command("planner")(reports(planner))
     app.command("device")(reports(device))

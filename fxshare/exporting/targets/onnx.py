@@ -52,7 +52,7 @@ def write(
     """
     check_opset(opset)
     _, _, onnxruntime = _imported()
-    found = traced(subject)
+    found = traced(subject, onnx=True)
     names = _output_names(subject.shown)
     write_program(
         found.program,

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.options import Options, Side, second_unit, unit_cost
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.rules import named_apart
 from fxshare.planning.solver.curve import DENSE, Curve, Floats, allowed
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import Solution
+from fxshare.plans.bits import Bits, Rounded
 from fxshare.plans.cost import Shape, ranks
 from fxshare.plans.plan import Group
 from fxshare.plans.storage import PLAIN, Storage, usable
@@ -28,6 +30,14 @@ class BasisOption:
 
     rank: int
     storage: Storage
+    bits: Bits | None = None
+
+
+@dataclass(frozen=True)
+class DenseOption:
+    """Dense, in few bits."""
+
+    bits: Bits
 
 
 class Priced(Protocol):
@@ -43,9 +53,10 @@ def make_problem(
     options: Options,
     *,
     known: Callable[[Part], bool] | None = None,
+    rounding: RoundingPrice | None = None,
 ) -> Problem:
     """The partition problem with curves from spectra; where ``known`` is given, of those alone that
-    are, single slices apart.
+    are, single slices apart. ``rounding`` prices few bits, where the options have some.
 
     The curves' second unit is FLOPs, or with ``time_kept`` parts of the dense time.
     """
@@ -53,26 +64,41 @@ def make_problem(
     side, limit = second_unit(alone, options)
 
     @functools.cache  # groups of one full rank have the same options
-    def meanings(full_rank: int, storages: tuple[Storage, ...]) -> tuple[BasisOption, ...]:
+    def meanings(
+        full_rank: int, storages: tuple[Storage, ...], widths: tuple[Bits | None, ...]
+    ) -> tuple[BasisOption | DenseOption, ...]:
         rank = ranks(Shape(full_rank, full_rank), options.rank_multiple).tolist()
-        return tuple(BasisOption(r, storage) for storage in storages for r in rank)
+        low = [BasisOption(r, s, bits) for bits in widths for s in storages for r in rank]
+        return (*low, *(DenseOption(bits) for bits in widths if bits is not None))
 
     covers = Covers(nodes, spectra, known)
 
     @functools.cache  # groups of one shape have the same costs: their curves share these arrays
-    def axes(shape: Shape, whole: bool) -> _Axes:
-        return _axes(shape, options, side, whole=whole)
+    def axes(shape: Shape, untouched: bool) -> _Axes:
+        return _axes(shape, options, side, untouched=untouched)
 
     def curve(part: Part, tails_of: Callable[[Part], Floats] = covers.tails) -> Curve:
         shape = shape_of(nodes, part)
-        whole = any(nodes[name].layer in options.keep_dense for name in part)
-        whole = whole or not options.shares_bases
-        found = axes(shape, whole)
-        # dense loses nothing
+        untouched = any(nodes[name].layer in options.keep_dense for name in part)
+        whole = untouched or not options.shares_bases
+        found = axes(shape, untouched)
+        # dense loses nothing, but for what rounding does
         tails = np.zeros(0) if whole else tails_of(part)
-        loss = np.append(tails[found.ranks], 0.0)[found.kept]
+        loss = np.zeros(found.options)
+        loss[: len(found.ranks)] = tails[found.ranks]
+        # that of several slices is the sum of theirs: a bound has it as well
+        for block in found.blocks:
+            assert rounding is not None
+            loss[block.options] += rounding.factors(
+                part, block.storage, block.bits, found.ranks[block.options]
+            )
+        for at, bits in found.dense:
+            assert rounding is not None
+            loss[at] = rounding.dense(part, bits)
         storages = usable(options.storages, looked_up=bool(shape.lookups))
-        return Curve(found.cost, loss, found.label, found.side, meanings(shape.full_rank, storages))
+        widths = widths_of(shape, options)
+        means = meanings(shape.full_rank, storages, widths)
+        return Curve(found.cost, loss[found.kept], found.label, found.side, means)
 
     return Problem(
         nodes,
@@ -97,40 +123,79 @@ def surely_priced(problem: Problem, options: Options, strategy: str) -> list[Par
     return [part for part in found if not part & dense]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The options of one storage in few bits."""
+
+    options: slice
+    storage: Storage
+    bits: Bits
+
+
 @dataclass(frozen=True, eq=False)
 class _Axes:
-    """What groups of one shape have in common: the options' costs and labels, the ranks of all but
-    the dense one, and which of these together are left by floor and ceiling."""
+    """What groups of one shape have in common: the options' costs and labels, the ranks of all that
+    have one, which options are in few bits, how many there are, and which of them are left by floor
+    and ceiling."""
 
     cost: NDArray[np.int64]
     label: NDArray[np.int64]
     side: NDArray[np.int64]
     ranks: NDArray[np.int64]
+    blocks: tuple[_Block, ...]
+    dense: tuple[tuple[int, Bits], ...]
+    """Where dense options in few bits are, and in how many."""
+    options: int
     kept: NDArray[np.int64]
 
 
-def _axes(shape: Shape, options: Options, side: Side, *, whole: bool) -> _Axes:
-    """Of a shape; with ``whole`` only as it is."""
+def widths_of(shape: Shape, options: Options) -> tuple[Bits | None, ...]:
+    """The widths that numbers of a shape may have: what is looked up has no codes."""
+    return (None,) if shape.lookups else options.bits
+
+
+def _axes(shape: Shape, options: Options, side: Side, *, untouched: bool) -> _Axes:
+    """Of a shape; ``untouched`` only as it is, which no bits change either."""
     rank = ranks(shape, options.rank_multiple)
-    dense = unit_cost(shape, np.array([0]), PLAIN, options, dense=True)
-    costs, taken, labels, sides = [], [], [], []
+    none = np.array([0])
+    costs, taken, labels, sides, blocks = [], [], [], [], []
     storages = usable(options.storages, looked_up=bool(shape.lookups))
-    for at, storage in enumerate(() if whole else storages):
-        cost = unit_cost(shape, rank, storage, options)
-        keep = cost < dense[0]
+    whole = untouched or not options.shares_bases
+    widths = (None,) if untouched else widths_of(shape, options)
+    first = 0
+    forms = [(bits, storage) for bits in widths for storage in storages]
+    for at, (bits, storage) in enumerate(() if whole else forms):
+        cost = unit_cost(shape, rank, storage, options, bits=bits)
+        keep = cost < unit_cost(shape, none, PLAIN, options, dense=True, bits=bits)[0]
         costs.append(cost[keep])
         taken.append(rank[keep])
         labels.append(at * len(rank) + np.flatnonzero(keep))
         sides.append(side(shape, rank[keep], storage))
-    cost = np.concatenate([*costs, dense])
-    label = np.concatenate([*labels, np.array([DENSE])])
-    ceiling = None if options.ceiling >= 1.0 else options.ceiling * float(dense[0])
-    kept = allowed(cost, label, least=options.floor * float(dense[0]), most=ceiling)
+        last = first + int(keep.sum())
+        if bits is not None:
+            blocks.append(_Block(slice(first, last), storage, bits))
+        first = last
+    dense = []
+    few = [bits for bits in widths if bits is not None]
+    for number, bits in enumerate((*few, *((None,) if None in widths else ()))):
+        costs.append(unit_cost(shape, none, PLAIN, options, dense=True, bits=bits))
+        labels.append(np.array([DENSE if bits is None else len(forms) * len(rank) + number]))
+        sides.append(side(shape, none, None))
+        if bits is not None:
+            dense.append((first + number, bits))
+    cost, label = np.concatenate(costs), np.concatenate(labels)
+    full = float(unit_cost(shape, none, PLAIN, options, dense=True)[0])
+    ceiling = None if options.ceiling >= 1.0 else options.ceiling * full
+    kept = allowed(cost, label, least=options.floor * full, most=ceiling)
+    ranks_taken = np.concatenate([*taken, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     return _Axes(
         cost[kept],
         label[kept],
-        np.concatenate([*sides, side(shape, np.array([0]), None)])[kept],
-        np.concatenate([*taken, np.zeros(0, dtype=np.int64)]).astype(np.int64),
+        np.concatenate(sides)[kept],
+        ranks_taken,
+        tuple(blocks),
+        tuple(dense),
+        len(cost),
         kept,
     )
 
@@ -199,14 +264,26 @@ class Covers:
         return found
 
 
+def rounded_of(solution: Solution) -> tuple[Rounded, ...]:
+    """The plan's dense slices in few bits."""
+    return tuple(
+        Rounded(
+            bits=choice.meaning.bits,
+            slices=tuple(sorted(choice.candidate.slices)),
+            loss=choice.loss,
+        )
+        for choice in solution.choices
+        if isinstance(choice.meaning, DenseOption)
+    )
+
+
 def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...]:
     """The plan's groups; slices that stay dense, or that another kind took, are in none."""
     groups = []
     for choice in solution.choices:
         option = choice.meaning
-        if option is None or choice.candidate.kind != "basis":
+        if not isinstance(option, BasisOption):
             continue
-        assert isinstance(option, BasisOption)
         part = choice.candidate.slices
         members = sorted((nodes[n] for n in part), key=lambda n: (n.layer, n.site, n.name))
         shape = shape_of(nodes, part)
@@ -226,6 +303,7 @@ def groups_of(solution: Solution, nodes: Mapping[str, Node]) -> tuple[Group, ...
                 out_features=shape.out_features,
                 rank=option.rank,
                 storage=option.storage.name,
+                bits=option.bits,
                 loss=choice.loss,
             )
         )

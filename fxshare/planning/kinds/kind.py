@@ -17,6 +17,7 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.options import Options, Side, second_unit, unit_cost
+from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.solver.problem import Node, Other
 from fxshare.planning.stored_problem import StoredSpectra
 from fxshare.plans.cost import Shape
@@ -36,17 +37,20 @@ class Scene:
     nodes: Mapping[str, Node]
     spectra: Spectra | StoredSpectra
     options: Options
+    rounding: RoundingPrice | None = None
+    """What few bits lose, where there are some to choose."""
 
     @property
     def slices(self) -> Mapping[str, SliceStatistics]:
         """The statistics of every slice; none where a plan is made without the model."""
         return {} if isinstance(self.spectra, StoredSpectra) else self.spectra.slices
 
-    def costs(self, shapes: Sequence[Shape]) -> int:
-        """What dense linears of these shapes cost, in the budget's unit."""
+    def costs(self, shapes: Sequence[Shape], bits: int | None = None) -> int:
+        """What dense linears of these shapes cost, in the budget's unit, at so many bits."""
         none = np.array([0])
         return sum(
-            int(unit_cost(shape, none, PLAIN, self.options, dense=True)[0]) for shape in shapes
+            int(unit_cost(shape, none, PLAIN, self.options, dense=True, bits=bits)[0])
+            for shape in shapes
         )
 
     def sides(self) -> Side:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from fxshare.capture import Captured
 from fxshare.config import Planner
 from fxshare.errors import ConfigError, FxShareWarning, PlanError
+from fxshare.factors.codes import units_in_bits
 from fxshare.factors.factored import Factored
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.kinds.kind import BASIS, Kind, Scene
@@ -121,7 +122,8 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
         slices = factors.spectra.slices
         consumer = {s.name: slices[s.name] for s in sites[entry.consumer].slices}
         kind = by_name[entry.kind]
-        found[entry.name] = kind.carry_out(entry, consumer, factors.spectra, bias=factors.bias)
+        made = kind.carry_out(entry, consumer, factors.spectra, bias=factors.bias)
+        found[entry.name] = units_in_bits(made, sites, slices)
     return found
 
 

@@ -61,9 +61,10 @@ class HiddenUnits:
         """The entry of a plan for an option of one of the candidates."""
         mlp = one.of
         assert isinstance(mlp, Mlp)
-        assert isinstance(meaning, int)
-        made = units_of(mlp.producers, mlp.consumer, kept=meaning, loss=loss)
-        return made.model_copy(update={"kind": self.name})
+        kept, bits = meaning if isinstance(meaning, tuple) else (meaning, None)
+        assert isinstance(kept, int)
+        made = units_of(mlp.producers, mlp.consumer, kept=kept, loss=loss)
+        return made.model_copy(update={"kind": self.name, "bits": bits})
 
     def carry_out(
         self, entry: Units, consumer: Mapping[str, SliceStatistics], spectra: Spectra, *, bias: bool
@@ -80,25 +81,41 @@ class HiddenUnits:
         lost = self._known(scene.spectra, names, consumer).lost.cpu().numpy()
         counts = ranks(Shape(mlp.units, mlp.units), scene.options.rank_multiple)
         counts = np.append(counts[counts < mlp.units], mlp.units)
-        cost = np.array([scene.costs(_shapes(mlp, int(count))) for count in counts])
         side = scene.sides()
         none = np.array([0])
         beside = np.array(
             [sum(int(side(one, none, None)[0]) for one in _shapes(mlp, int(n))) for n in counts]
         )
-        label = counts.copy()
-        label[-1] = DENSE
-        dense = float(cost[-1])
-        options = scene.options
+        options, size = scene.options, mlp.units + 1
+        costs, labels, losses = [], [], []
+        meanings: list[object] = []
+        for number, bits in enumerate(options.bits):
+            costs.append([scene.costs(_shapes(mlp, int(count)), bits) for count in counts])
+            label = counts + number * size
+            if bits is None:
+                label[-1] = DENSE
+            labels.append(label)
+            losses.append(lost[counts] + self._rounding(scene, mlp, bits))
+            meanings += [kept if bits is None else (kept, bits) for kept in range(size)]
+        cost, label = np.concatenate(costs), np.concatenate(labels)
+        dense = float(scene.costs(_shapes(mlp, mlp.units)))
         most = None if options.ceiling >= 1.0 else options.ceiling * dense
         taken = allowed(cost, label, least=options.floor * dense, most=most)
         return Curve(
             cost[taken],
-            np.maximum(lost[counts[taken]], 0.0),
+            np.maximum(np.concatenate(losses)[taken], 0.0),
             label[taken],
-            beside[taken],
-            range(mlp.units + 1),
+            np.tile(beside, len(options.bits))[taken],
+            meanings,
         )
+
+    def _rounding(self, scene: Scene, mlp: Mlp, bits: int | None) -> float:
+        """What rounding loses: that of all units, of which the best stay."""
+        if bits is None:
+            return 0.0
+        assert scene.rounding is not None
+        sites = (*mlp.producers, mlp.consumer)
+        return scene.rounding.dense(frozenset(s.name for x in sites for s in x.slices), bits)
 
     def _known(
         self,

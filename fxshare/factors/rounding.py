@@ -1,0 +1,282 @@
+"""Rounding a weight to few bits, with error feedback.
+
+What rounding loses is priced like all else (:mod:`fxshare.factors.metric`): of codes that stand for
+Ŵ it is ``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)``. Scales are symmetric, one a row with 8 bits and one for 32
+columns with 4 (of a few shrunk ones the best); the codes are nearest ones, or with feedback: a
+column is rounded, and what that does to the outputs is made up for by the columns that are still to
+come (GPTQ, arXiv 2210.17323: the column order by the moment's diagonal, the inverse's Cholesky
+factor, blocks). Feedback takes A for a multiple of the identity; where A says that it did worse
+than the nearest codes, those are kept.
+
+Of a group the basis is rounded first, the coefficients are fitted to what it is then, and rounded
+in the moment of what the basis computes.
+
+Shape suffixes: I input features, O output features, R rank, G groups of columns, T the inputs that
+a pivoted basis multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxshare.base.quantised import GROUP, Quantised, scale_count, scale_dtype
+from fxshare.base.spent import part
+from fxshare.factors.group import GroupFactors, fitted_to, shifts_of
+from fxshare.factors.metric import SliceStatistics
+from fxshare.factors.pivots import Pivoted, complement
+
+_BLOCK = 128
+_DAMPING = 0.01
+"""Of the mean of the moment's diagonal, added to it: the inverse of a singular one says little."""
+_SHRINK = (1.0, 0.95, 0.9, 7 / 8, 0.85, 0.8, 0.75, 0.7)
+"""Of 15 codes the outer ones are few: a smaller scale may lose less, although it clips."""
+_LIMITS = {8: (-127, 127), 4: (-8, 7)}
+
+
+@torch.no_grad()
+def scales_for(
+    weight_OI: Tensor, bits: int, dtype: torch.dtype, importance_I: Tensor | None = None
+) -> Tensor:
+    """Scales ``(O, G)`` as they are stored for a weight of a dtype; ``importance_I`` says how much
+    an error of each column counts."""
+    low, high = _LIMITS[bits]
+    if not weight_OI.numel():  # the table of a pivoted basis of full rank
+        groups = scale_count(bits, 1, weight_OI.shape[1])
+        return weight_OI.new_zeros(len(weight_OI), groups, dtype=scale_dtype(dtype, bits))
+    importance = torch.ones_like(weight_OI[0]) if importance_I is None else importance_I
+    found = []
+    for columns in _groups(bits, weight_OI.shape[1]):
+        part_OI, counts_I = weight_OI[:, columns], importance[columns].to(weight_OI)
+        peak_O = part_OI.abs().amax(1, keepdim=True) / high
+        best_O, least_O = None, None
+        for share in _SHRINK if bits == 4 else (1.0,):
+            scale_O = (peak_O * share).to(scale_dtype(dtype, bits)).to(weight_OI)
+            gap_OI = part_OI - _codes(part_OI, scale_O, low, high) * scale_O
+            lost_O = (gap_OI.square() * counts_I).sum(1, keepdim=True)
+            if best_O is None or least_O is None:
+                best_O, least_O = scale_O, lost_O
+                continue
+            better = lost_O < least_O
+            best_O = torch.where(better, scale_O, best_O)
+            least_O = torch.where(better, lost_O, least_O)
+        assert best_O is not None
+        found.append(best_O)
+    return torch.cat(found, 1).to(scale_dtype(dtype, bits))
+
+
+@part("round")
+@torch.no_grad()
+def nearest(
+    weight_OI: Tensor, bits: int, dtype: torch.dtype, importance_I: Tensor | None = None
+) -> Quantised:
+    """The nearest codes to a weight, to be stored for a weight of a dtype."""
+    scale_OG = scales_for(weight_OI, bits, dtype, importance_I)
+    spread_OI = _spread(scale_OG, bits, weight_OI.shape[1]).to(weight_OI)
+    codes = _codes(weight_OI, spread_OI, *_LIMITS[bits])
+    return Quantised.of(codes.to(torch.int8), scale_OG, bits, dtype)
+
+
+@part("round")
+@torch.no_grad()
+def with_feedback(weight_OI: Tensor, gram_II: Tensor, bits: int, dtype: torch.dtype) -> Quantised:
+    """Codes of a weight that make up for one another's errors under a moment of its inputs; the
+    arithmetic is done in the weight's dtype."""
+    if not weight_OI.numel():
+        return nearest(weight_OI, bits, dtype)
+    diagonal_I = gram_II.diagonal().clamp(min=0.0)
+    scale_OG = scales_for(weight_OI, bits, dtype, diagonal_I)
+    factor_II, order = _elimination(gram_II, diagonal_I)
+    factor_II = factor_II.to(weight_OI)
+    low, high = _LIMITS[bits]
+    width = weight_OI.shape[1]
+    scale_OI = _spread(scale_OG, bits, width).to(weight_OI)[:, order]
+    left_OI = weight_OI[:, order].clone()
+    codes_OI = torch.empty_like(left_OI)
+    for first in range(0, width, _BLOCK):
+        last = min(first + _BLOCK, width)
+        block, steps = left_OI[:, first:last].clone(), factor_II[first:last, first:last]
+        errors = torch.empty_like(block)
+        for at in range(last - first):
+            column, scale = block[:, at], scale_OI[:, first + at]
+            code = _codes(column, scale, low, high)
+            error = (column - code * scale) / steps[at, at]
+            block[:, at + 1 :].addr_(error, steps[at, at + 1 :], alpha=-1)
+            codes_OI[:, first + at], errors[:, at] = code, error
+        left_OI[:, last:].addmm_(errors, factor_II[first:last, last:], alpha=-1)
+    back = order.argsort()
+    return Quantised.of(codes_OI[:, back].to(torch.int8), scale_OG, bits, dtype)
+
+
+def _elimination(gram_II: Tensor, diagonal_I: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the damped moment's inverse, and the order of columns that it
+    is in: those first that count most."""
+    order = diagonal_I.argsort(descending=True, stable=True)
+    damped = gram_II.double()[order][:, order].clone()
+    mean = float(diagonal_I.double().mean())
+    share = _DAMPING
+    while True:
+        damped.diagonal().add_(share * mean if mean > 0 else 1.0)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        share *= 10
+    inverse = torch.cholesky_inverse(root)
+    return torch.linalg.cholesky(inverse, upper=True), order
+
+
+@torch.no_grad()
+def lost_by(one: SliceStatistics, product_OI: Tensor) -> float:
+    """``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)`` of any Ŵ; where only ``Wᵀ A W`` was kept, with the multiple of
+    the identity for A that has its trace: codes are no ``W X``."""
+    gap_OI = (one.weight_OI.double() - product_OI).to(product_OI.dtype)
+    return lost_of_gap(one, gap_OI)
+
+
+@torch.no_grad()
+def lost_of_gap(one: SliceStatistics, gap_OI: Tensor) -> float:
+    """:func:`lost_by` of an error, in its dtype."""
+    moment = one.moment_OO
+    if one.is_projected:
+        left_OI = gap_OI * (one.trace / len(gap_OI))
+    elif moment is None:
+        left_OI = gap_OI
+    elif moment.ndim == 1:
+        left_OI = moment[:, None].to(gap_OI) * gap_OI
+    else:
+        left_OI = moment.to(gap_OI) @ gap_OI
+    return 0.5 * float((one.times_gram(left_OI) * gap_OI).sum(dtype=torch.float64))
+
+
+@torch.no_grad()
+def rounded(
+    one: SliceStatistics, bits: int, *, feedback: bool = True, dtype: torch.dtype = torch.float64
+) -> Quantised:
+    """A slice's own weight in so many bits, by nearest codes or, where that loses less, with
+    feedback; ``dtype`` is that of the arithmetic."""
+    weight_OI, gram_II = one.weight_OI.to(dtype), one.gram_II
+    plain = nearest(weight_OI, bits, one.weight_OI.dtype, gram_II.diagonal())
+    if not feedback:
+        return plain
+    other = with_feedback(weight_OI, gram_II, bits, one.weight_OI.dtype)
+    return min(plain, other, key=lambda codes: lost_by(one, codes.values(dtype)))
+
+
+def shift_of(one: SliceStatistics, codes: Quantised) -> Tensor | None:
+    """What the bias of a slice with these codes takes up; None where it takes up no mean."""
+    if one.mean_I is None:
+        return None
+    return one.image_of_mean - codes.values(torch.float64) @ one.mean_I
+
+
+@torch.no_grad()
+def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupFactors:
+    """The factors of a group in so many bits; what they lose is that of truncation and rounding
+    together, in the metric."""
+    work = made.basis_RI.dtype
+    members = {name: made.spectra.slices[name] for name in made.coefficients}
+    stored = next(iter(members.values())).weight_OI.dtype
+    pooled = made.spectra.pooled(made.group.slices)
+    pivoted = made.pivoted
+    if pivoted is None:
+        basis_RI, coefficients = _balanced(made, pooled.moment)
+        table = better_codes(basis_RI, pooled.moment, bits, stored)
+        whole_RI, kept = table.values(work), None
+    else:
+        coefficients = {
+            name: c @ pivoted.block_RR.to(work) for name, c in made.coefficients.items()
+        }
+        rest = complement(pivoted.kept_J, made.group.in_features)
+        moment = pooled.moment[rest][:, rest]
+        table = better_codes(pivoted.table_RT.to(work), moment, bits, stored)
+        whole_RI = made.group.stored_as.whole_basis(table.values(work), pivoted.kept_J)
+        block = torch.eye(len(whole_RI), dtype=torch.float64, device=whole_RI.device)
+        kept = Pivoted(
+            pivoted.kept_J, table.values(torch.float64), block, pivoted.largest, pivoted.swaps
+        )
+    quantised = {"": table}
+    values = {}
+    for name, one in members.items():
+        fitted = fitted_to(one, whole_RI, coefficients[name], pooled.floor)
+        moment = one.times_gram(whole_RI.double()) @ whole_RI.double().T
+        candidates = (
+            nearest(fitted, bits, stored, moment.diagonal()),
+            with_feedback(fitted, moment, bits, stored),
+        )
+        losses = [lost_by(one, codes.values(work) @ whole_RI) for codes in candidates]
+        quantised[name] = candidates[losses.index(min(losses))]
+        values[name] = quantised[name].values(work)
+    found = replace(
+        made,
+        basis_RI=whole_RI,
+        coefficients=values,
+        bias_shift={},
+        quantised=quantised,
+        kept_form=kept,
+    )
+    found.lost = sum(lost_by(one, found.product(name, work)) for name, one in members.items())
+    return replace(found, bias_shift=shifts_of(found)) if bias else found
+
+
+@torch.no_grad()
+def better_codes(matrix: Tensor, moment: Tensor, bits: int, stored: torch.dtype) -> Quantised:
+    """Of nearest codes and those with feedback the ones that lose less under a moment."""
+    found = (
+        nearest(matrix, bits, stored, moment.diagonal()),
+        with_feedback(matrix, moment, bits, stored),
+    )
+
+    def lost(codes: Quantised) -> float:
+        gap = matrix.double() - codes.values(torch.float64)
+        return float(((gap @ moment) * gap).sum())
+
+    return min(found, key=lost)
+
+
+def _balanced(made: GroupFactors, moment: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The factors with every row of the basis as large in what it computes as its column of the
+    coefficients is: the errors of the coefficients' codes then come from equal parts."""
+    basis = made.basis_RI.double()
+    computed = ((basis @ moment) * basis).sum(1).clamp(min=0.0).sqrt()
+    columns = torch.cat(list(made.coefficients.values())).double().norm(dim=0)
+    usable = (computed > 0) & (columns > 0)
+    scale = torch.where(usable, (columns / computed.clamp(min=1e-300)).sqrt(), 1.0)
+    scale = scale.clamp(1e-6, 1e6).to(made.basis_RI)
+    return made.basis_RI * scale[:, None], {
+        name: c / scale for name, c in made.coefficients.items()
+    }
+
+
+def _codes(weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    # a scale of zero is that of zeros
+    codes = torch.where(scale > 0, weight / scale, 0.0)
+    return codes.round_().clamp_(low, high)
+
+
+def _groups(bits: int, width: int) -> Iterator[slice]:
+    step = width if bits == 8 else GROUP
+    for first in range(0, width, step):
+        yield slice(first, min(first + step, width))
+
+
+def _spread(scale_OG: Tensor, bits: int, width: int) -> Tensor:
+    if bits == 8:
+        return scale_OG.expand(-1, width)
+    places = torch.arange(width, device=scale_OG.device) // GROUP
+    return scale_OG.index_select(1, places)
+
+
+__all__ = [
+    "better_codes",
+    "lost_by",
+    "lost_of_gap",
+    "nearest",
+    "rounded",
+    "rounded_group",
+    "scales_for",
+    "shift_of",
+    "with_feedback",
+]

@@ -1,0 +1,123 @@
+"""What few bits lose, for every candidate, width and rank.
+
+Truncation and rounding add up, since what is truncated stands upright on what is kept. Rounding is
+measured with nearest codes at a few ranks, and between them read off a line of its logarithm; how
+far error feedback brings it down is measured at one of them. That is a model: the plans of the
+search are judged with the codes that they would have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fxshare.base.spent import part as spent
+from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.pivots import complement, pivot
+from fxshare.factors.rounding import better_codes, lost_by, lost_of_gap, nearest, rounded
+from fxshare.factors.spectra import Spectra
+from fxshare.planning.solver.curve import Floats
+from fxshare.planning.solver.problem import Part
+from fxshare.planning.stored_problem import StoredSpectra
+from fxshare.plans.storage import Ints, Storage
+
+_SHARES = (0.1, 0.4, 0.8)
+"""Of the ranks that are offered, those at which rounding is measured."""
+
+
+@dataclass(eq=False)
+class RoundingPrice:
+    """Losses of rounding on the statistics of some spectra, computed when first asked for."""
+
+    spectra: Spectra | StoredSpectra
+    _dense: dict[tuple[str, int], float] = field(default_factory=dict)
+    _factors: dict[tuple[Part, str, int], Floats] = field(default_factory=dict)
+
+    def dense(self, part: Part, bits: int) -> float:
+        """What dense slices lose together."""
+        return sum(self._slice(name, bits) for name in part)
+
+    def factors(self, part: Part, storage: Storage, bits: int, ranks: Ints) -> Floats:
+        """What the factors of a group lose beside truncation, at ranks (ascending)."""
+        if not len(ranks):
+            return np.zeros(0)
+        if len(part) > 1:  # about as much as those of single slices, which take no decomposition
+            alone = [self.factors(frozenset({name}), storage, bits, ranks) for name in part]
+            return np.asarray(sum(alone))
+        key = part, storage.name, bits
+        if key not in self._factors:
+            (name,) = part
+            full = min(self._live.slices[name].weight_OI.shape)
+            there = ranks[ranks <= full] if (ranks <= full).any() else np.array([full])
+            at = np.unique([there[int(share * (len(there) - 1))] for share in _SHARES])
+            lost = np.array([self._measured(part, storage, bits, int(rank)) for rank in at])
+            middle = len(at) // 2
+            fed = self._measured(part, storage, bits, int(at[middle]), feedback=True)
+            lost *= min(fed / lost[middle], 1.0) if lost[middle] > 0 else 1.0
+            self._factors[key] = np.stack([at.astype(np.float64), np.log(lost.clip(min=1e-300))])
+        at, logarithms = self._factors[key]
+        found: Floats = np.exp(np.interp(ranks, at, logarithms))
+        return found
+
+    @spent("price rounding")
+    def _slice(self, name: str, bits: int) -> float:
+        """What a dense slice loses."""
+        key = name, bits
+        if key not in self._dense:
+            one = self._live.slices[name]
+            work = self._live.dtype
+            lost = lost_by(one, rounded(one, bits, dtype=work).values(work))
+            self._dense[key] = max(lost, 0.0)
+        return self._dense[key]
+
+    @spent("price rounding")
+    def _measured(
+        self, part: Part, storage: Storage, bits: int, rank: int, *, feedback: bool = False
+    ) -> float:
+        """What rounding adds at a rank, to nearest codes or with feedback."""
+        spectra, names = self._live, tuple(sorted(part))
+        work = spectra.dtype
+        try:
+            made = spectra.factors(names, rank, work)
+            pivoted = pivot(made.basis_RI) if storage.keeps_inputs else None
+        except FactoriseError:  # a rank that the weights do not have
+            return 0.0
+        moment = spectra.pooled(names).moment
+        stored = spectra.slices[names[0]].weight_OI.dtype
+        if pivoted is None:
+            whole, kept, table = made.basis_RI, None, made.basis_RI
+            scales = made.coefficients
+        else:
+            kept, table = pivoted.kept_J, pivoted.table_RT.to(work)
+            rest = complement(kept, moment.shape[0])
+            whole = storage.whole_basis(table, kept)
+            scales = tuple(c @ pivoted.block_RR.to(work) for c in made.coefficients)
+            moment = moment[rest][:, rest]
+
+        def codes(matrix: Tensor, under: Tensor) -> Tensor:
+            if feedback:
+                return better_codes(matrix, under, bits, stored).values(work)
+            return nearest(matrix, bits, stored, under.diagonal()).values(work)
+
+        coded = codes(table, moment)
+        coarse = storage.whole_basis(coded, kept)
+        inner: Tensor = whole.double() @ spectra.pooled(names).moment @ whole.double().T
+        lost = 0.0
+        for name, coefficient in zip(names, scales, strict=True):
+            gap = coefficient @ whole - codes(coefficient, inner) @ coarse
+            lost += lost_of_gap(spectra.slices[name], gap)
+        return max(lost, 0.0)
+
+    @property
+    def _live(self) -> Spectra:
+        if isinstance(self.spectra, StoredSpectra):
+            raise PlanError(
+                "planner.bits: what rounding loses is measured on the model; give MODEL and "
+                "--calibration as well (the same as then), or plan with bits: [16]"
+            )
+        return self.spectra
+
+
+__all__ = ["RoundingPrice"]
