@@ -50,6 +50,8 @@ def replan(
         raise PlanError(f"{folder}: expected a budget to plan for; give one, such as --keep 0.6")
     if config.budget.time_kept is not None:
         raise PlanError("budget.time_kept: times are predicted for a model; give MODEL as well")
+    if config.planner.never_slower:
+        raise PlanError("planner.never_slower: times are predicted for a model; give MODEL as well")
     check_layers(config.planner, stored.sites)
     options = options_for(config.budget, config.planner, stored.element_size)
     nodes = nodes_for(stored.sites, stored.inputs)

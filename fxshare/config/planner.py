@@ -53,6 +53,12 @@ class Planner(Section):
         description="Ranks are multiples of this (8, 16 or 64 suit accelerators). Not given: 1, "
         "or a small power of two for large matrices.",
     )
+    never_slower: Annotated[bool | None, Field(strict=True)] = Field(
+        default=None,
+        description="Slices stay dense where a basis is predicted to take longer than their "
+        "weights, for a prompt or for one token; needs the constants that `fxshare bench device` "
+        "measures. Not given: with `budget.time_kept`.",
+    )
     floor: Annotated[float, BeforeValidator(as_part)] = Field(
         default=0.0, description="Least share of its dense cost that every group keeps."
     )

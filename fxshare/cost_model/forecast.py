@@ -178,6 +178,21 @@ def product_seconds(
     return found
 
 
+def no_slower(rates: Rates, shape: Shape, rank: ArrayLike, storage: Storage) -> NDArray[np.bool_]:
+    """At which ranks a group's products take no longer than the dense ones, launches counted, for a
+    prompt and for one token alike."""
+    launch = rates.launch_seconds(compiled=True)
+    # of each input one basis, and what gathers the inputs that are kept; lowering may take some out
+    extra = launch * (shape.inputs * (1 + storage.keeps_inputs) + shape.lookups)
+    faster = [
+        product_seconds(rates, shape, rank, storage, tokens=tokens) + extra
+        <= product_seconds(rates, shape, 0, None, tokens=tokens)
+        for tokens in (PREFILL, DECODE)
+    ]
+    found: NDArray[np.bool_] = np.atleast_1d(np.logical_and(*faster))
+    return found
+
+
 def _one(
     rates: Rates, tokens: int, inner: ArrayLike, out: ArrayLike, *, narrowest: ArrayLike
 ) -> Floats:
@@ -230,6 +245,7 @@ __all__ = [
     "dense_seconds",
     "forecasts",
     "linears_of",
+    "no_slower",
     "product_seconds",
     "time_shares",
     "without_linears",

@@ -25,7 +25,8 @@ from fxshare.sites.site import Site
 
 def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
     """What the configuration allows the planner, costs in the unit of its limit."""
-    rates = None if budget.time_kept is None else _rates(model)
+    by_time = _asked(budget, planner)
+    rates = None if by_time is None else _rates(model, by_time)
     return options_for(budget, planner, dtype_of(model).itemsize, rates)
 
 
@@ -47,6 +48,7 @@ def options_for(
         flops_kept=None if alone else budget.flops_kept,
         time_kept=budget.time_kept,
         rates=rates,
+        never_slower=_never_slower(budget, planner),
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
@@ -55,11 +57,23 @@ def options_for(
     )
 
 
-def _rates(model: nn.Module) -> Rates:
+def _never_slower(budget: Budget, planner: Planner) -> bool:
+    given = planner.never_slower
+    return budget.time_kept is not None if given is None else given
+
+
+def _asked(budget: Budget, planner: Planner) -> str | None:
+    """The field of the configuration that needs predicted times; None where none does."""
+    if budget.time_kept is not None:
+        return "budget.time_kept"
+    return "planner.never_slower" if planner.never_slower else None
+
+
+def _rates(model: nn.Module, asked: str) -> Rates:
     rates = rates_of_model(model)
     if rates is None:
         raise PlanError(
-            "budget.time_kept: times are predicted from constants of this device, which were not "
+            f"{asked}: times are predicted from constants of this device, which were not "
             f"measured for the model's dtype and this number of threads; run "
             f"{how_to_measure_for(model)}"
         )
@@ -112,6 +126,9 @@ class Options:
     time_kept: float | None = None
     """Bounds the predicted time by that share of the dense one; needs ``rates``."""
     rates: Rates | None = None
+    never_slower: bool = False
+    """A group that is predicted to take longer than its dense weights stays dense; needs
+    ``rates``."""
     keep_dense: frozenset[int] = frozenset()
     may_share: tuple[frozenset[str], ...] = ()
     tie: tuple[Part, ...] = ()

@@ -143,7 +143,8 @@ class Search:
                 bounds = one.solution.bound, one.solution.priced_bound
             one.bound, one.priced_bound = bounds
         if not found:
-            raise PlanError("; ".join(failures))
+            slower = "; planner: {never_slower: false} lets bases be slower than dense"
+            raise PlanError("; ".join(failures) + slower * self.options.never_slower)
         plans = [one for at, one in enumerate(found) if at not in twins]
         better = better_half(plans)
         best = self._best(better, spectra[True])

@@ -274,8 +274,8 @@ def slower_than_dense(found: Sequence[Forecast]) -> str | None:
         for f in slow
     )
     return (
-        f"the plan is predicted to be slower than dense: {cases}. Lower ranks, fewer slices, or "
-        "budget.time_kept keep a plan fast; torch.compile saves launches"
+        f"the plan is predicted to be slower than dense: {cases}. planner.never_slower leaves what "
+        "would be slower dense, budget.time_kept bounds the time; torch.compile saves launches"
     )
 
 

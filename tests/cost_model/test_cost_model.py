@@ -28,6 +28,7 @@ from fxshare.cost_model import (
     dense_seconds,
     forecasts,
     linears_of,
+    no_slower,
     product_seconds,
     rates_path,
     read_rates,
@@ -270,7 +271,12 @@ def budget(**limits: float) -> dict[str, Any]:
     return {
         **CONFIG,
         "budget": limits,
-        "planner": {"search": "off", "strategy": "separate", "storage": "plain"},
+        "planner": {
+            "search": "off",
+            "strategy": "separate",
+            "storage": "plain",
+            "never_slower": False,
+        },
     }
 
 
@@ -295,6 +301,52 @@ def test_time_kept_bounds_the_plan(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert tight.outlook is not None
     assert free.outlook is not None
     assert tight.outlook.predicted > free.outlook.predicted
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 3), st.sampled_from(STORAGES))
+def test_what_is_no_slower_is_so_in_both_steps(
+    width: int, height: int, inputs: int, storage: Storage
+) -> None:
+    shape = Shape(width, height * inputs, inputs)
+    rank = np.arange(1, min(width, height) + 1)
+    fine = no_slower(SLOW, shape, rank, storage)
+    for tokens in (PREFILL, DECODE):
+        took = product_seconds(SLOW, shape, rank, storage, tokens=tokens)
+        took = took + SLOW.launch_compiled * inputs
+        assert (took <= product_seconds(SLOW, shape, 0, None, tokens=tokens))[fine].all()
+    free = replace(SLOW, launch_compiled=1e-12)
+    assert (no_slower(free, shape, rank, storage) >= fine).all()
+    assert not no_slower(replace(SLOW, launch_compiled=1e3), shape, rank, storage).any()
+
+
+def test_never_slower_leaves_dense_what_a_launch_would_slow_down(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cfg = batches(), budget(params_kept=0.9)
+    cfg["planner"]["never_slower"] = True
+    with pytest.raises(PlanError, match=r"planner\.never_slower: times are predicted"):
+        fxshare.plan(small_gpt(), cfg, calibration=data)
+    quick = replace(SLOW, launch_compiled=1e-12)
+    monkeypatch.setattr("fxshare.planning.options.rates_of_model", lambda model: quick)
+    plan = fxshare.plan(small_gpt(), cfg, calibration=data)
+    assert plan.groups
+    shapes = {s.name: Shape(o.in_features, s.out_features) for o in plan.sites for s in o.slices}
+    for group in plan.groups:
+        (shape,) = map(shapes.__getitem__, group.slices)
+        assert no_slower(quick, shape, np.array([group.rank]), group.stored_as).all()
+    # where each operation takes a second no basis is worth its own
+    monkeypatch.setattr(
+        "fxshare.planning.options.rates_of_model", lambda model: replace(SLOW, launch_compiled=1.0)
+    )
+    said = r"below the cheapest plan.*planner: \{never_slower: false\} lets bases be slower"
+    for never_slower in (True, None):  # which is so where time is bounded
+        cfg["planner"]["never_slower"] = never_slower
+        cfg["budget"]["time_kept"] = None if never_slower else 0.9
+        with pytest.raises(PlanError, match=said):
+            fxshare.plan(small_gpt(), cfg, calibration=data)
+    del cfg["budget"]["time_kept"]
+    cfg["planner"]["never_slower"] = False
+    assert fxshare.plan(small_gpt(), cfg, calibration=data).groups
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def factors(slices: dict[str, SliceStatistics], rank: int, **options: Any) -> Gr
 
 @given(seeds, st.lists(st.integers(2, 8), min_size=2, max_size=3), st.integers(1, 6), st.booleans())
 @settings(deadline=None, max_examples=30)
-def test_refit_never_raises_a_slices_own_error(
+def testfitted_to_never_raises_a_slices_own_error(
     seed: int, outs: list[int], rank: int, few: bool
 ) -> None:
     slices = own_inputs(outs, seed, tokens=4 if few else 60)
@@ -64,8 +64,8 @@ def test_only_what_is_asked_for_is_fitted_and_once(monkeypatch: pytest.MonkeyPat
         fitted.append(one)
         return refit(one, *given)
 
-    refit = groups._refit
-    monkeypatch.setattr(groups, "_refit", counted)
+    refit = groups.fitted_to
+    monkeypatch.setattr(groups, "fitted_to", counted)
     slices = own_inputs([5, 6, 7], 3)
     made = factors(slices, 3)
     assert fitted == []
@@ -78,7 +78,7 @@ def test_only_what_is_asked_for_is_fitted_and_once(monkeypatch: pytest.MonkeyPat
     assert len(fitted) == 3
 
 
-def test_refit_lowers_the_error_where_grams_differ_and_is_the_least_squares_fit() -> None:
+def testfitted_to_lowers_the_error_where_grams_differ_and_is_the_least_squares_fit() -> None:
     slices = own_inputs([8, 8], 0)
     before, after = (factors(slices, 4, refit=refit) for refit in (False, True))
     for name, one in slices.items():

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fxshare.cost_model import no_slower
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.options import Options, Side, second_unit, unit_cost
 from fxshare.planning.rounding_price import RoundingPrice
@@ -167,6 +168,9 @@ def _axes(shape: Shape, options: Options, side: Side, *, untouched: bool) -> _Ax
     for at, (bits, storage) in enumerate(() if whole else forms):
         cost = unit_cost(shape, rank, storage, options, bits=bits)
         keep = cost < unit_cost(shape, none, PLAIN, options, dense=True, bits=bits)[0]
+        if options.never_slower:
+            assert options.rates is not None
+            keep &= no_slower(options.rates, shape, rank, storage)
         costs.append(cost[keep])
         taken.append(rank[keep])
         labels.append(at * len(rank) + np.flatnonzero(keep))
