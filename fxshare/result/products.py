@@ -26,7 +26,7 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     rows = rows_of(module, place, weight_OI.detach()).double()
     if place.basis is None:
         return place.whole_weight(rows)
-    return rows @ basis_of(module, place).detach().double()
+    return rows @ basis_of(module, place, torch.float64).detach()
 
 
 def site_bias(module: nn.Module, site: Site) -> Tensor | None:

@@ -121,17 +121,22 @@ def gather_order(gm: nn.Module, basis: str) -> Tensor | None:
     return torch.cat([kept.long(), others.nonzero().flatten()])
 
 
-def basis_of(gm: nn.Module, place: Slice) -> Tensor:
-    """The basis ``(R, I)`` that the slice's coefficient reads the product of."""
+def basis_of(gm: nn.Module, place: Slice, dtype: torch.dtype | None = None) -> Tensor:
+    """The basis ``(R, I)`` that the slice's coefficient reads the product of; in a dtype, or its
+    own."""
     assert place.basis is not None
-    basis_RI = basis_matrix(gm, place.basis, pivoted=place.pivoted)
+    basis_RI = basis_matrix(gm, place.basis, pivoted=place.pivoted, dtype=dtype)
     return basis_RI if place.basis_rows is None else basis_RI[slice(*place.basis_rows)]
 
 
-def basis_matrix(gm: nn.Module, name: str, *, pivoted: bool) -> Tensor:
-    """The basis ``(R, I)`` of a module, whether it is stored whole or pivoted."""
+def basis_matrix(
+    gm: nn.Module, name: str, *, pivoted: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The basis ``(R, I)`` of a module, whether it is stored whole or pivoted; in a dtype that is
+    finer than its own, which the values of codes may need."""
     module = gm.get_submodule(name)
     weight_RT, _ = weight_and_bias(module)
+    weight_RT = weight_RT if dtype is None else weight_RT.to(dtype)
     if not pivoted:
         return weight_RT
     order = gather_order(gm, name)

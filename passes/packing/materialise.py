@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import linear_at, new_linear, put_module
+from passes.graph.graph import bits_of, linear_at, new_linear, put_module
 from passes.graph.lookups import only_called
 from passes.graph.origins import put_back
 from passes.graph.slices import basis_matrix, rows_of, set_slices, slices
@@ -52,6 +52,9 @@ class Materialise(Pass):
         for basis, modules in coefficients.items():
             products = [Product.of(gm, node, modules) for node in calls.get(basis, [])]
             if not products or any(product is None for product in products):
+                continue
+            # codes are there for their bytes, which the product has several times of
+            if bits_of(linear_at(gm, basis).weight) is not None:
                 continue
             found = [product for product in products if product is not None]
             readers = {node for product in found for node in product.readers}

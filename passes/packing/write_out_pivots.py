@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import linear_at, new_linear
+from passes.graph.graph import bits_of, linear_at, new_linear
 from passes.graph.lookups import only_called
 from passes.graph.slices import basis_matrix, set_slices, slices
 from passes.packing.materialise import Product, upwards
@@ -73,6 +73,8 @@ class WriteOutPivots(Pass):
     def _pays(self, gm: fx.GraphModule, basis: str) -> bool:
         linear = linear_at(gm, basis)
         rank, features = linear.out_features, linear.in_features + linear.out_features
+        if bits_of(linear.weight) is not None:  # the identity has no codes of these scales
+            return False
         return rank * rank < self.price * features
 
 

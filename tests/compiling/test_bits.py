@@ -218,11 +218,15 @@ def test_bytes_on_paper_are_those_of_the_tensors(
 def test_half_precision_is_verified_in_float32(bits: int) -> None:
     original = model("llama").to(torch.bfloat16)
     config = {
-        "budget": {"bytes_kept": 0.6},
-        "planner": {"search": "off", "kinds": ["basis", "units"], "bits": [bits]},
+        "budget": {"bytes_kept": 0.1 + 0.02 * bits},
+        "planner": {"search": "off", "bits": [bits]},
     }
     gm = fxshare.compile(original, [fxshare.init(original), config], calibration=batches())
     result = fxshare.verify(original, gm)
     assert result.ok
     assert result.dtype == "float32"
+    assert any(row.rank is not None for row in gm.fxshare.report.groups)
+    fast = fxshare.lower(gm, prefer="speed")
+    assert fxshare.verify(original, fast).ok
+    assert stored_bytes(fast) == stored_bytes(gm)
     assert sum(row.bytes_after for row in gm.fxshare.report.groups) == stored_bytes(gm)
