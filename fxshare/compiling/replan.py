@@ -19,7 +19,7 @@ from fxshare.planning.nodes import nodes_for
 from fxshare.planning.options import Unit, limit_of, options_for
 from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
-from fxshare.planning.stored_problem import Stored, StoredSpectra, mlps_in, read_problem
+from fxshare.planning.stored_problem import Stored, StoredSpectra, parts_in, read_problem
 from fxshare.planning.sweep import alternatives, sweep_budgets
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
@@ -54,7 +54,7 @@ def replan(
     nodes = nodes_for(stored.sites, stored.inputs)
     kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
     problem = make_problem(nodes, priced, options)
-    scene = Scene(mlps_in(stored), nodes, priced, options)
+    scene = Scene(parts_in(stored), nodes, priced, options)
     problem = replace(problem, others=others_of(kinds, scene))
     budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
     strategy = config.planner.strategy

@@ -133,7 +133,7 @@ def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Su
     options = options_of(config.budget, planner, model)
     spectra = budgeted.spectra
     problem = make_problem(nodes_of(stages.sites, spectra.slices), spectra, options)
-    scene = Scene(budgeted.mlps, problem.nodes, spectra, options)
+    scene = Scene(budgeted.parts, problem.nodes, spectra, options)
     problem = replace(problem, others=others_of(budgeted.kinds, scene))
     swept = None
     if shares:

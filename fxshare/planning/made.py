@@ -82,8 +82,9 @@ def dense(
     consumer has zeros in its columns: the same function, whatever an activation makes of zero."""
     group_of = {name: group.name for group in factors.groups for name in group.slices}
     grouped = {x.name: x for x in sites if any(s.name in group_of for s in x.slices)}
-    reading = {one.consumer: one for one in units.units} if units is not None else {}
     known = {site.name: site for site in sites}
+    reading = {} if units is None else {n: one for one in units.units for n in units.consumer(one)}
+    readers = {x.name: x for x in sites if any(s.name in reading for s in x.slices)}
 
     @part("multiply out")
     def weight(site: str) -> Tensor:
@@ -91,25 +92,25 @@ def dense(
         # the model's own matrix products are no finer
         dtype = torch.promote_types(whole.dtype, torch.float32)
         for s in known[site].slices:
-            if site in reading:
+            if s.name in reading:
                 assert units is not None
-                rows.append(units[reading[site].name].whole(s.name, dtype))
+                rows.append(units[reading[s.name].name].whole(s.name, dtype))
             elif s.name in group_of:
                 rows.append(factors[group_of[s.name]].product(s.name, dtype))
             else:
                 rows.append(whole[s.start : s.stop].to(dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def shift_of(site: str, name: str) -> Tensor | None:
-        if site in reading:
+    def shift_of(name: str) -> Tensor | None:
+        if name in reading:
             assert units is not None
-            return units[reading[site].name].bias_shift.get(name)
+            return units[reading[name].name].bias_shift.get(name)
         return factors[group_of[name]].bias_shift.get(name) if name in group_of else None
 
     def bias(site: str) -> Tensor:
         shifts = []
         for s in known[site].slices:
-            shift = shift_of(site, s.name)
+            shift = shift_of(s.name)
             device = weights[site].device
             still = torch.zeros(s.out_features, dtype=torch.float64, device=device)
             shifts.append(still if shift is None else shift)
@@ -120,7 +121,7 @@ def dense(
     ]
     if units is not None:
         shifted += [one.consumer for one in units.units if units.shifts(one)]
-    return Lazily((*grouped, *reading), weight), Lazily(tuple(shifted), bias)
+    return Lazily(tuple({**grouped, **readers}), weight), Lazily(tuple(shifted), bias)
 
 
 __all__ = ["CarriedOut", "dense"]

@@ -31,7 +31,7 @@ from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, surely_priced
-from fxshare.planning.kinds.kind import Kind, Scene
+from fxshare.planning.kinds.kind import FoundPart, Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
 from fxshare.planning.made import CarriedOut, dense
 from fxshare.planning.nodes import nodes_of
@@ -42,7 +42,6 @@ from fxshare.planning.solver.solve import Solution, solve
 from fxshare.planning.trials import Trial, Tried
 from fxshare.planning.work import Work
 from fxshare.plans.plan import Group
-from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ class Search:
     work: Work | None = None
     sketch: int | None = None
     kinds: tuple[Kind, ...] = ()  # those beside the basis
-    mlps: tuple[Mlp, ...] = ()
+    parts: tuple[FoundPart, ...] = ()
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
     problems: dict[tuple[int, str, bool, str], Problem | None] = field(
@@ -287,7 +286,7 @@ class Search:
         """The problem with candidates of other kinds, unless a trial does without."""
         if others == "none" or not self.kinds:
             return problem
-        found = others_of(self.kinds, Scene(self.mlps, problem.nodes, spectra, options))
+        found = others_of(self.kinds, Scene(self.parts, problem.nodes, spectra, options))
         return replace(problem, others=found, insists=others == "all")
 
     def measured_again(self, price: float | None) -> Search:

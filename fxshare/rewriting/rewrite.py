@@ -13,6 +13,7 @@ from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
+    NarrowedHeads,
     Pass,
     PivotedGroup,
     Rows,
@@ -34,7 +35,7 @@ def rewrite(
     extra: Sequence[Pass] = (),
     *,
     pivots: Sequence[PivotedGroup] = (),
-    units: Sequence[SelectedUnits] = (),
+    units: Sequence[SelectedUnits | NarrowedHeads] = (),
     apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
     """Apply the default passes for a plan to a captured graph; the result has no code of its own,
