@@ -16,7 +16,9 @@ from torch import nn
 import fxshare
 from fxshare import Plan
 from fxshare.compiling.stages import prepare
-from fxshare.errors import PlanError
+from fxshare.errors import ExportError, FxShareError, PlanError
+from fxshare.generation.module_form import module_form
+from fxshare.generation.narrow_cache import check_width
 from fxshare.plans.heads import Heads, heads_of
 from fxshare.result.products import slices_of
 from fxshare.sites.attention import Attentions, attentions
@@ -176,6 +178,29 @@ def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "model.pt2").module()
     shapes = {tuple(p.shape) for p in program.parameters()}
     assert {(KEPT, 16), (16, 2 * KEPT)} <= shapes
+
+
+def test_a_folder_for_vllm_has_zeros_and_a_cache_of_one_width_is_refused(tmp_path: Path) -> None:
+    import transformers as tf
+
+    _, gm = pair("llama")
+    fxshare.export(gm, tmp_path / "vllm", to="vllm")
+    read = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "vllm", trust_remote_code=True).eval()
+    torch.testing.assert_close(outputs(read), outputs(gm), rtol=1e-5, atol=1e-5)
+    assert read.model.layers[1].self_attn.v_proj.weight.shape == (WIDTH, 16)
+    with pytest.raises(ExportError, match=r"one width of heads, and 'heads_1' .* keeps 5 of 8"):
+        fxshare.export(gm, tmp_path / "genai", to="ort-genai")
+
+
+def test_own_code_does_not_go_on_with_a_narrower_cache() -> None:
+    _, gm = pair("llama")
+    ids = batches()[0][:1, :4]
+    found = gm.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with pytest.raises(FxShareError, match=r"'heads_1' with a width of 5 of 8 .*use_cache=False"):
+        check_width(found.past_key_values, gm.fxshare.plan)
+    own = module_form(gm)  # zeros where the width ends
+    check_width(own(ids).past_key_values, gm.fxshare.plan)
+    torch.testing.assert_close(outputs(own), outputs(gm), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
