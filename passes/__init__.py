@@ -22,6 +22,7 @@ from passes.graph.graph import (
     structure_copy,
     weight_and_bias,
 )
+from passes.graph.heads import Heads, NotHeads, attention_heads, reads_own
 from passes.graph.hidden import Hidden, NotHidden, hidden_units
 from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
@@ -45,6 +46,7 @@ from passes.packing.write_out_pivots import WriteOutPivots
 from passes.pipeline import default_passes, lowering_passes
 from passes.runner import Applied, equal_outputs, run
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
+from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
@@ -63,6 +65,7 @@ __all__ = [
     "FuseCoefficients",
     "FxShareError",
     "GroupCoefficients",
+    "Heads",
     "Hidden",
     "KeptUnits",
     "LayOut",
@@ -74,6 +77,9 @@ __all__ = [
     "MergeGathers",
     "MergeSlices",
     "NameFault",
+    "NarrowHeads",
+    "NarrowedHeads",
+    "NotHeads",
     "NotHidden",
     "ObserveGradients",
     "ObserveInputs",
@@ -98,6 +104,7 @@ __all__ = [
     "StoreCodes",
     "UnstackExperts",
     "WriteOutPivots",
+    "attention_heads",
     "default_passes",
     "derive_gathers",
     "derived_buffers",
@@ -118,6 +125,7 @@ __all__ = [
     "other_reader",
     "other_readers",
     "put_module",
+    "reads_own",
     "run",
     "slice_weight",
     "slices",

@@ -18,6 +18,7 @@ from passes.packing.merge_slices import MergeSlices
 from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
 from passes.sharing.look_up_rows import LookedUp, LookUpRows
+from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
 from passes.sharing.share_basis import ShareBasis, SharedGroup
@@ -36,7 +37,7 @@ def default_passes(
     fuse: bool = True,
     extra: Sequence[Pass] = (),
     looked_up: Sequence[LookedUp] = (),
-    units: Sequence[SelectedUnits] = (),
+    units: Sequence[SelectedUnits | NarrowedHeads] = (),
     codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[Pass, ...]:
@@ -45,17 +46,22 @@ def default_passes(
     Without ``groups`` this is exact mode: slices over the original weights, left visible.
     ``storing`` are the passes that change how the bases of ``groups`` are stored.
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
-    ``units`` are the hidden units that stay where some go; ``apart`` says that the graph has its
-    linears side by side, each for itself. ``codes`` are the weights that are quantised.
+    ``units`` are the hidden units that stay where some go, and heads that become narrower;
+    ``apart`` says that the graph has its linears side by side, each for itself. ``codes`` are the
+    weights that are quantised.
     """
     coded = () if codes is None or not codes.weights else (codes,)
+    selected = tuple(one for one in units if isinstance(one, SelectedUnits))
+    narrowed = tuple(one for one in units if isinstance(one, NarrowedHeads))
     return (
         # before the linears are split: one that is tied to an embedding reads the embedding's
         *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
         # first, so that every later pass meets one dialect: call_module of nn.Linear, one per slice
         SplitLinear(sites=tuple(sites)),
         # needs the slices whole; what it makes smaller shares no basis
-        *((SelectUnits(selections=tuple(units), apart=apart),) if units else ()),
+        *((SelectUnits(selections=selected, apart=apart),) if selected else ()),
+        # likewise
+        *((NarrowHeads(selections=narrowed, apart=apart),) if narrowed else ()),
         *(
             (
                 # needs the slices; leaves one basis product per coefficient

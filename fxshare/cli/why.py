@@ -129,11 +129,14 @@ def _basis(
     from fxshare.views.table import why_dense
 
     group = next((group for group in plan.groups if s.name in group.slices), None)
-    units = next((one for one in plan.units if site.name in one.sites), None)
+    units = next((x for x in plan.units if s.name in x.slices_among(plan.sites)), None)
     if units is not None:
         error = None if record is None else record.slice_errors.get(s.name)
         tail = "" if error is None else f"; relative error {error:.3e}"
-        return [f"units {units.name}: keeps {units.kept} of {units.of}{tail}", *_units(units)]
+        return [
+            f"{units.words.storage} {units.name}: keeps {units.kept} of {units.of}{tail}",
+            *_units(units),
+        ]
     if group is None:
         kept = "in no group: keeps its original weight rows"
         if record is None and cfg is not None and cfg.mode == "planned":
@@ -150,14 +153,14 @@ def _basis(
 
 
 def _units(one: Units) -> list[str]:
-    """Which MLP it is, its sizes and its loss."""
+    """Which part of the model it is, its sizes and its loss."""
     share = one.kept / one.of
     lines = [
-        f"hidden units of {_few(one.producers)}, read by {one.consumer}: {one.kept} of {one.of} "
-        f"stay, {one.stored_numbers:,} of {one.dense_numbers:,} numbers ({share:.3f})"
+        f"{one.words.what} of {_few(one.producers)}, read by {one.consumer}: {one.kept} of "
+        f"{one.of} stay, {one.stored_numbers:,} of {one.dense_numbers:,} numbers ({share:.3f})"
     ]
     if one.loss is not None:
-        lines.append(f"predicted loss increase of the MLP: {one.loss:.3e} per token")
+        lines.append(f"predicted loss increase of {one.words.parts}: {one.loss:.3e} per token")
     return lines
 
 

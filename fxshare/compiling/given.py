@@ -11,8 +11,8 @@ from torch import Tensor
 from fxshare.capture import Captured
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, FactoriseError, PlanError
+from fxshare.planning.structure import fault_in_graph
 from fxshare.plans.plan import Plan
-from fxshare.sites.mlps import mlps
 from fxshare.sites.site import Site
 from passes import Pass
 
@@ -71,17 +71,7 @@ def check_plan_units(plan: Plan, captured: Captured) -> None:
     """Raise :class:`PlanError` for units of a given plan that are none in the captured graph."""
     if not plan.units:
         return
-    known = mlps(captured.graph, plan.sites, side_by_side=captured.side_by_side)
     for one in plan.units:
-        found = known.of(one.consumer)
-        if found is None:
-            raise PlanError(
-                f"units {one.name!r}: {one.consumer!r} {known.reasons[one.consumer]}; leave the "
-                "entry out"
-            )
-        producers = {site.name for site in found.producers}
-        if producers != set(one.producers):
-            raise PlanError(
-                f"units {one.name!r}: {one.consumer!r} reads what {sorted(producers)} compute, "
-                f"found the producers {sorted(one.producers)}"
-            )
+        fault = fault_in_graph(one, captured.graph, plan.sites, side_by_side=captured.side_by_side)
+        if fault is not None:
+            raise PlanError(f"units {one.name!r}: {fault}")

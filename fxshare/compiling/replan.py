@@ -20,7 +20,7 @@ from fxshare.planning.options import Unit, limit_of, options_for
 from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
-from fxshare.planning.stored_problem import Stored, StoredSpectra, mlps_in, read_problem
+from fxshare.planning.stored_problem import Stored, StoredSpectra, parts_in, read_problem
 from fxshare.planning.sweep import alternatives, sweep_budgets
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
@@ -58,7 +58,7 @@ def replan(
     kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
     rounding = RoundingPrice(priced)
     problem = make_problem(nodes, priced, options, rounding=rounding)
-    scene = Scene(mlps_in(stored), nodes, priced, options, rounding)
+    scene = Scene(parts_in(stored), nodes, priced, options, rounding)
     problem = replace(problem, others=others_of(kinds, scene))
     budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
     strategy = config.planner.strategy

@@ -135,7 +135,7 @@ def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Su
     spectra = budgeted.spectra
     nodes, rounding = nodes_of(stages.sites, spectra.slices), RoundingPrice(spectra)
     problem = make_problem(nodes, spectra, options, rounding=rounding)
-    scene = Scene(budgeted.mlps, problem.nodes, spectra, options, rounding)
+    scene = Scene(budgeted.parts, problem.nodes, spectra, options, rounding)
     problem = replace(problem, others=others_of(budgeted.kinds, scene))
     swept = None
     if shares:

@@ -50,12 +50,13 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
     fewer = {} if dense else _sizes(plan)
     for site in plan.sites:
         for _ in site.calls:
-            if site.name in fewer:
-                found.append(Matmul(tokens, *fewer[site.name]))
-            elif dense or not any(s.name in home for s in site.slices):
+            taken = [fewer[s.name] for s in site.slices if s.name in fewer]
+            if len(taken) == len(site.slices):
+                found.append(Matmul(tokens, taken[0][0], sum(out for _, out in taken)))
+            elif dense or not (taken or any(s.name in home for s in site.slices)):
                 found.append(Matmul(tokens, site.in_features, site.out_features))
             else:
-                found += _site(site, home, tokens)
+                found += _site(site, home, tokens, fewer)
         for _ in site.lookups:
             group = home.get(site.slices[0].name)
             if group is not None and not dense:
@@ -64,24 +65,22 @@ def linears_of(plan: Plan, tokens: int, *, dense: bool = False) -> list[Operatio
 
 
 def _sizes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """The sizes ``(in, out)`` of the sites of MLPs whose units go."""
-    known = {site.name: site for site in plan.sites}
-    found = {}
+    """The sizes ``(in, out)`` of the slices that entries of other kinds than a basis have."""
+    found: dict[str, tuple[int, int]] = {}
     for one in plan.units:
-        for name in one.producers:
-            site = known[name]
-            found[name] = site.in_features, one.parts_of(site) * one.kept
-        found[one.consumer] = one.kept, known[one.consumer].out_features
+        found |= one.slice_sizes(plan.sites)
     return found
 
 
-def _site(site: Site, home: dict[str, Group], tokens: int) -> list[Operation]:
+def _site(
+    site: Site, home: dict[str, Group], tokens: int, fewer: Mapping[str, tuple[int, int]]
+) -> list[Operation]:
     out: Counter[str] = Counter()
     groups = {}
     for s in site.slices:
         group = home.get(s.name)
         key = "" if group is None else group.name
-        out[key] += s.out_features
+        out[key] += fewer[s.name][1] if s.name in fewer else s.out_features
         if group is not None:
             groups[key] = group
     found: list[Operation] = []

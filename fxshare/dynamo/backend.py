@@ -18,14 +18,17 @@ from fxshare.base.numerics import beyond_rounding, relative_error
 from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import GuardError, MatchError
 from fxshare.factors.empty import selected
+from fxshare.plans.heads import Heads
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PIVOTED
 from fxshare.plans.units import Units
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product, slices_of
+from fxshare.sites.attention import attentions
 from fxshare.sites.mlps import mlps
 from fxshare.sites.site import Site
 from passes import (
+    NarrowedHeads,
     PivotedGroup,
     Rows,
     SelectedUnits,
@@ -241,12 +244,17 @@ class Backend:
 
     def _is_seen(self, gm: fx.GraphModule, one: Units, sites: Sequence[Site]) -> bool:
         """Whether the graph shows the MLP whose units go; else its weights have zeros instead."""
-        found = mlps(gm, [site.model_copy(update={"calls": (site.name,)}) for site in sites])
-        mlp = found.of(one.consumer)
+        called = [site.model_copy(update={"calls": (site.name,)}) for site in sites]
+        if isinstance(one, Heads):
+            heads = attentions(gm, called).of(one.consumer)
+            return heads is not None and [s.name for _, s in heads.values] == list(one.values)
+        mlp = mlps(gm, called).of(one.consumer)
         return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
 
-    def _units(self, one: Units) -> SelectedUnits:
+    def _units(self, one: Units) -> SelectedUnits | NarrowedHeads:
         """What stays, with the compiled module's weights."""
+        if isinstance(one, Heads):
+            return self._heads(one)
         places = slices_of(self.compiled)
         weights = {}
         kept = tuple(range(one.of))
@@ -256,6 +264,18 @@ class Backend:
             weights[name] = rows_of(self.compiled, place, weight.detach())
             kept = kept if place.unit_columns is None else place.unit_columns.kept
         return selected(self._plan, one, kept, weights)
+
+    def _heads(self, one: Heads) -> NarrowedHeads:
+        places = slices_of(self.compiled)
+        weights, biases = {}, {}
+        for name in one.slices_among(self._plan.sites):
+            place = places[name]
+            weight, bias = weight_and_bias(self.compiled.get_submodule(place.module))
+            weights[name] = rows_of(self.compiled, place, weight.detach())
+            if bias is not None:
+                biases[name] = rows_of(self.compiled, place, bias.detach())
+        values = {name: weights.pop(name) for name in one.values}
+        return NarrowedHeads(one.name, one.kept, one.of, values, weights, biases)
 
     @property
     def _plan(self) -> Plan:

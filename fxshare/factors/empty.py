@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fxshare.base.quantised import Quantised
+from fxshare.plans.heads import Heads
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
-from passes import PivotedGroup, SelectedUnits, SharedGroup
+from passes import NarrowedHeads, PivotedGroup, SelectedUnits, SharedGroup
 
 
 def empty_factors(
@@ -40,11 +41,14 @@ def empty_units(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
     kept: Mapping[str, Sequence[int]] | None = None,
-) -> list[SelectedUnits]:
+) -> list[SelectedUnits | NarrowedHeads]:
     """As :func:`empty_factors`, of the MLPs whose units go; ``kept`` are those that stay where they
     are known, else the first ones."""
-    found = []
+    found: list[SelectedUnits | NarrowedHeads] = []
     for one in plan.units:
+        if isinstance(one, Heads):
+            found.append(_empty_heads(plan, one, dtype_of, device))
+            continue
         weights = {
             s.name: torch.empty(
                 s.out_features, one.kept, dtype=dtype_of(one.consumer), device=device
@@ -90,6 +94,29 @@ def empty_codes(
         rows, width = s.out_features, site.in_features
         found[name] = Quantised.empty(rows, width, bits, dtype_of(site.name), device)
     return found
+
+
+def _empty_heads(
+    plan: Plan, one: Heads, dtype_of: Callable[[str], torch.dtype], device: torch.device
+) -> NarrowedHeads:
+    """Of the heads of one attention."""
+    sites = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    values: dict[str, torch.Tensor] = {}
+    consumers: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
+    for name in one.slices_among(plan.sites):
+        site, s = sites[name]
+        is_value = name in one.values
+        shape = (
+            (s.out_features // one.of * one.kept, site.in_features)
+            if is_value
+            else (s.out_features, one.heads * one.kept)
+        )
+        weight = torch.empty(*shape, dtype=dtype_of(site.name), device=device)
+        (values if is_value else consumers)[name] = weight
+        if is_value and site.bias:
+            biases[name] = weight.new_empty(shape[0])
+    return NarrowedHeads(one.name, one.kept, one.of, values, consumers, biases)
 
 
 def selected(

@@ -22,12 +22,13 @@ from fxshare.factors.empty import selected
 from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
 from fxshare.factors.group import GroupFactors
+from fxshare.factors.heads import HeadFactors, stored_heads
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.plans.plan import Group, Plan
-from passes import KeptUnits, PivotedGroup, SelectedUnits, SharedGroup
+from passes import KeptUnits, NarrowedHeads, PivotedGroup, SelectedUnits, SharedGroup
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Factorised:
 
     groups: list[SharedGroup] = field(default_factory=list)
     pivots: list[PivotedGroup] = field(default_factory=list)
-    units: list[SelectedUnits] = field(default_factory=list)
+    units: list[SelectedUnits | NarrowedHeads] = field(default_factory=list)
     codes: dict[str, Quantised] = field(default_factory=dict)
     """What is stored in few bits: bases by the names of their groups, all else by slices."""
     code_biases: dict[str, Tensor] = field(default_factory=dict)
@@ -107,6 +108,16 @@ class Factorised:
         entry = made.entry
         sites = {site.name: site for site in plan.sites}
         rows = _rows(plan, weights)
+        self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
+        if isinstance(made, HeadFactors):
+            own = (s for x in sites.values() if x.bias for s in x.slices)
+            heads = stored_heads(
+                made, rows, {s.name: _bias_rows(plan, s.name, biases) for s in own}
+            )
+            self.units.append(heads.narrowed)
+            self.slice_errors.update(heads.slice_errors)
+            self.bias_shifts.update(heads.bias_shifts)
+            return
         stored, moved = {}, {}
         for s in sites[entry.consumer].slices:
             dtype = rows[s.name].dtype

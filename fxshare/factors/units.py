@@ -234,7 +234,7 @@ def unit_factors(
         made.weights = {name: one.weight_OI.double() for name, one in consumer.items()}
         return made
     first = next(iter(consumer.values()))
-    mixing_nK = _mixing(first.gram_II, kept, relative_floor)
+    mixing_nK = mixing_of(first.gram_II, kept, relative_floor)
     for name, one in consumer.items():
         made.weights[name] = one.weight_OI.double() @ mixing_nK
         if bias and one.mean_I is not None:
@@ -243,7 +243,7 @@ def unit_factors(
     return made
 
 
-def _mixing(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> Tensor:
+def mixing_of(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> Tensor:
     """``G_:J G_JJ⁻¹`` ``(n, K)``: what each unit is, told by those that stay.
 
     Raises :class:`FactoriseError` for moments that are not finite.
@@ -276,6 +276,7 @@ __all__ = [
     "Order",
     "UnitFactors",
     "metric_of",
+    "mixing_of",
     "order_of",
     "read_order",
     "stored_order",

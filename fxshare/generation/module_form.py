@@ -46,7 +46,7 @@ def module_form(gm: nn.Module) -> nn.Module:
     linears = linears_side_by_side(structure.model)
     called = (str(node.target) for node in linears.graph.nodes if node.op == "call_module")
     inside, outside = held_by(plan.sites, called)
-    torn = {n for u in plan.units if not u.is_within(inside) for n in u.sites}
+    torn = {n for u in plan.units if not (u.runs_apart and u.is_within(inside)) for n in u.sites}
     outside += [site for site in inside if site.name in torn]
     plan = _part(plan, [site for site in inside if site.name not in torn])
     units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"))

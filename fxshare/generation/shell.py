@@ -19,6 +19,7 @@ from fxshare.generation.check_encoder_decoder import check_decoder, check_encode
 from fxshare.generation.check_own_code import check_against_own_code
 from fxshare.generation.encoder_decoder import mark_filled, put_encoder
 from fxshare.generation.module_form import module_form, unread_by
+from fxshare.generation.narrow_cache import check_width
 from fxshare.generation.program import Program, capture_program
 from fxshare.generation.rollback import Rollback
 from fxshare.generation.step import CACHE, CacheKind, Kind, flat, kind_of, with_mask
@@ -100,6 +101,7 @@ class Steps:
         return self.own_code
 
     def _by_own_code(self, arguments: Mapping[str, Any], options: Any) -> Any:
+        check_width(arguments.get(CACHE), record_of(self.gm).plan)
         own = self._own_code()
         output = self._faster(own, options)(**arguments)
         check_unread(output, unread_by(own), "a step in the model's own code")

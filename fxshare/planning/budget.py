@@ -29,8 +29,8 @@ from fxshare.factors.units import UnitFactors
 from fxshare.planning.held_back import Judged, hold_back
 from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.basis import make_problem
-from fxshare.planning.kinds.kind import Kind
-from fxshare.planning.kinds.named import kinds_and_mlps
+from fxshare.planning.kinds.kind import FoundPart, Kind
+from fxshare.planning.kinds.named import kinds_and_parts
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, bytes_of, limit_of, options_of
@@ -45,7 +45,6 @@ from fxshare.planning.trials import Trial, Tried, trials
 from fxshare.planning.work import Work
 from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
-from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
@@ -68,7 +67,7 @@ class Budgeted:
     units: Mapping[str, UnitFactors] = field(default_factory=dict)
     """What carries out the plan's entries of other kinds."""
     kinds: tuple[Kind, ...] = ()
-    mlps: tuple[Mlp, ...] = ()
+    parts: tuple[FoundPart, ...] = ()
     coded: CodedSlices | None = None
     """The codes of dense slices, where the plan has some in few bits."""
 
@@ -97,7 +96,7 @@ def plan_within_budget(
     assert cfg.budget is not None
     start = time.perf_counter()
     planner, model = cfg.planner, captured.model
-    kinds, found_mlps = kinds_and_mlps(planner, captured, sites)
+    kinds, parts = kinds_and_parts(planner, captured, sites)
     data = hold_back(captured, batches, planner.search)
     give_back(sum(weight.nbytes for weight in weights.values()))  # what capturing left behind
     room = _room(captured, sites, weights, data.fit[0], cfg, work)
@@ -112,16 +111,14 @@ def plan_within_budget(
 
     slices = in_metric(statistics)
     options = options_of(cfg.budget, planner, model)
-    write_problem(
-        work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg, found_mlps)
-    )
+    write_problem(work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg, parts))
     check_layers(planner, sites)
     judge = None
     if planner.search != "off":
         judged = data.judged(captured, statistics, loss)
         judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
     search = _search(model, sites, weights, options, cfg, judge, work)
-    search = replace(search, room=room.kept - most_bytes, kinds=kinds, mlps=found_mlps)
+    search = replace(search, room=room.kept - most_bytes, kinds=kinds, parts=parts)
     spectra = search.spectra(slices)
     search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
 
@@ -145,7 +142,7 @@ def plan_within_budget(
     factors = replace(best.factors, dtype=torch.float64)
     units: Mapping[str, UnitFactors] = best.units or {}
     coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
-    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, found_mlps, coded)
+    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, parts, coded)
 
 
 def _search(
@@ -264,7 +261,7 @@ def _searched(
 ) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
-    todo = _trials(cfg.planner, search.options, mixed=bool(search.kinds and search.mlps))
+    todo = _trials(cfg.planner, search.options, mixed=bool(search.kinds and search.parts))
     found = search.run(spectra, todo)
     if search.judge is None:
         return found

@@ -96,10 +96,11 @@ def dense(
     in_codes = {} if coded is None else coded
     taken = {*group_of, *in_codes}
     grouped = {x.name: x for x in sites if any(s.name in taken for s in x.slices)}
-    reading = {one.consumer: one for one in units.units} if units is not None else {}
     every = () if units is None else units.units
     computing = {n: one for one in every if one.bits is not None for n in one.producers}
     known = {site.name: site for site in sites}
+    reading = {} if units is None else {n: one for one in units.units for n in units.consumer(one)}
+    readers = {x.name: x for x in sites if any(s.name in reading for s in x.slices)}
 
     @part("multiply out")
     def weight(site: str) -> Tensor:
@@ -109,9 +110,9 @@ def dense(
         if whole.dtype == torch.bfloat16 and multiplies_bfloat16(whole.device):
             dtype = torch.bfloat16
         for s in known[site].slices:
-            if site in reading:
+            if s.name in reading:
                 assert units is not None
-                rows.append(units[reading[site].name].whole(s.name, dtype))
+                rows.append(units[reading[s.name].name].whole(s.name, dtype))
             elif site in computing:
                 assert units is not None
                 own = whole[s.start : s.stop].to(dtype)
@@ -124,10 +125,10 @@ def dense(
                 rows.append(whole[s.start : s.stop].to(dtype))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def shift_of(site: str, name: str) -> Tensor | None:
-        if site in reading:
+    def shift_of(name: str) -> Tensor | None:
+        if name in reading:
             assert units is not None
-            return units[reading[site].name].bias_shift.get(name)
+            return units[reading[name].name].bias_shift.get(name)
         if coded is not None and name in coded:
             return coded.shift(name)
         return factors[group_of[name]].bias_shift.get(name) if name in group_of else None
@@ -135,7 +136,7 @@ def dense(
     def bias(site: str) -> Tensor:
         shifts = []
         for s in known[site].slices:
-            shift = shift_of(site, s.name)
+            shift = shift_of(s.name)
             device = weights[site].device
             still = torch.zeros(s.out_features, dtype=torch.float64, device=device)
             shifts.append(still if shift is None else shift)
@@ -147,7 +148,7 @@ def dense(
     shifted = [x.name for x in grouped.values() if any(moves(s.name) for s in x.slices)]
     if units is not None:
         shifted += [one.consumer for one in units.units if units.shifts(one)]
-    return Lazily((*grouped, *reading, *computing), weight), Lazily(tuple(shifted), bias)
+    return Lazily(tuple({**grouped, **readers, **computing}), weight), Lazily(tuple(shifted), bias)
 
 
 __all__ = ["CarriedOut", "dense", "stored_in"]

@@ -28,7 +28,7 @@ from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
 from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of, surely_priced
-from fxshare.planning.kinds.kind import Kind, Scene
+from fxshare.planning.kinds.kind import FoundPart, Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
 from fxshare.planning.made import CarriedOut, dense, stored_in
 from fxshare.planning.nodes import nodes_of
@@ -48,7 +48,6 @@ from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import solve
 from fxshare.planning.trials import Trial, Tried, is_outdone
 from fxshare.planning.work import Work
-from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Search:
     work: Work | None = None
     sketch: int | None = None
     kinds: tuple[Kind, ...] = ()  # those beside the basis
-    mlps: tuple[Mlp, ...] = ()
+    parts: tuple[FoundPart, ...] = ()
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
     problems: dict[tuple[int, str, bool, str], Problem | None] = field(
@@ -268,7 +267,7 @@ class Search:
         if others == "none" or not self.kinds:
             return problem
         rounding = self._rounding(spectra)
-        scene = Scene(self.mlps, problem.nodes, spectra, options, rounding)
+        scene = Scene(self.parts, problem.nodes, spectra, options, rounding)
         found = others_of(self.kinds, scene)
         return replace(problem, others=found, insists=others == "all")
 

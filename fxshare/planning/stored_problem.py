@@ -23,6 +23,7 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, stored_order
 from fxshare.planning.options import bytes_of
 from fxshare.planning.work import Work
+from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
 from fxshare.sites.site import Frozen, Site, Skipped
 
@@ -42,6 +43,8 @@ class Stored(Frozen):
     """Of the run that wrote it."""
     mlps: tuple[tuple[tuple[str, ...], str], ...] = ()
     """Producers and consumer of every MLP, by the names of their sites."""
+    attentions: tuple[tuple[tuple[str, ...], str, int], ...] = ()
+    """Slices of the values, consumer and width of the heads of every attention."""
     element_size: int
     """Bytes of a number."""
     whole_bytes: int
@@ -57,7 +60,7 @@ class Stored(Frozen):
         slices: Mapping[str, SliceStatistics],
         statistics: Statistics,
         cfg: ShareConfig,
-        mlps: Sequence[Mlp] = (),
+        parts: Sequence[Mlp | Attention] = (),
     ) -> Stored:
         """The problem of a model and its statistics."""
         return Stored(
@@ -65,7 +68,16 @@ class Stored(Frozen):
             skipped=tuple(skipped),
             inputs={name: repr(one.input) for name, one in slices.items()},
             config=cfg,
-            mlps=tuple((tuple(x.name for x in m.producers), m.consumer.name) for m in mlps),
+            mlps=tuple(
+                (tuple(x.name for x in one.producers), one.consumer.name)
+                for one in parts
+                if isinstance(one, Mlp)
+            ),
+            attentions=tuple(
+                (tuple(s.name for _, s in one.values), one.consumer.name, one.width)
+                for one in parts
+                if isinstance(one, Attention)
+            ),
             element_size=dtype_of(model).itemsize,
             whole_bytes=bytes_of(model),
             loss_name=statistics.loss,
@@ -73,12 +85,18 @@ class Stored(Frozen):
         )
 
 
-def mlps_in(stored: Stored) -> tuple[Mlp, ...]:
-    """The MLPs of a stored problem."""
+def parts_in(stored: Stored) -> tuple[Mlp | Attention, ...]:
+    """The MLPs and attention calls of a stored problem."""
     known = {site.name: site for site in stored.sites}
-    if any(name not in known for some, last in stored.mlps for name in (*some, last)):
-        return ()
-    return tuple(Mlp(tuple(known[n] for n in some), known[last]) for some, last in stored.mlps)
+    slices = {s.name: (site, s) for site in stored.sites for s in site.slices}
+    found: list[Mlp | Attention] = []
+    for some, last in stored.mlps:
+        if all(name in known for name in (*some, last)):
+            found.append(Mlp(tuple(known[n] for n in some), known[last]))
+    for values, last, width in stored.attentions:
+        if last in known and all(name in slices for name in values) and width > 0:
+            found.append(Attention(tuple(slices[n] for n in values), known[last], width))
+    return tuple(found)
 
 
 def write_problem(work: Work | None, make: Callable[[], Stored]) -> None:

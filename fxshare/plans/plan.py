@@ -10,9 +10,9 @@ import json
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Tag, ValidationError, model_validator
 
 from fxshare.base.json_text import parse_json
 from fxshare.base.names import as_group_name
@@ -26,6 +26,7 @@ from fxshare.plans.bits import (
     few_bits,
     without_none,
 )
+from fxshare.plans.heads import Heads
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.plans.units import Units
@@ -81,6 +82,18 @@ class Group(Frozen):
         return storage_named(self.storage)
 
 
+def _which(given: Any) -> str:
+    """Which class an entry is of."""
+    has_values = "values" in given if isinstance(given, dict) else isinstance(given, Heads)
+    return "heads" if has_values else "units"
+
+
+Entry: TypeAlias = Annotated[
+    Annotated[Heads, Tag("heads")] | Annotated[Units, Tag("units")], Discriminator(_which)
+]
+"""What a kind beside the basis leaves in a plan."""
+
+
 class Plan(Frozen):
     """Everything that rewriting needs to know, and nothing that depends on weights."""
 
@@ -88,8 +101,8 @@ class Plan(Frozen):
     mode: Literal["exact", "sharing", "planned"]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...] = ()
-    units: tuple[Units, ...] = ()
-    """Of which MLPs hidden units go; planned mode only."""
+    units: tuple[Entry, ...] = ()
+    """Of which MLPs hidden units go, and which heads are narrower; planned mode only."""
     rounded: tuple[Rounded, ...] = ()
     """Dense slices in few bits; planned mode only."""
     skipped: tuple[Skipped, ...] = ()
@@ -164,7 +177,7 @@ class Plan(Frozen):
         return self
 
     def _check_units(self, home: Mapping[str, str]) -> None:
-        """Every MLP has its sites to itself. ``home`` are the groups of slices."""
+        """Every entry has its slices to itself. ``home`` are the groups of slices."""
         known = {site.name: site for site in self.sites}
         owner: dict[str, str] = {}
         names = {group.name for group in self.groups}
@@ -175,16 +188,15 @@ class Plan(Frozen):
             if one.name in names:
                 raise ValueError(f"two groups or MLPs are named {one.name!r}")
             names.add(one.name)
-            for name in one.sites:
+            for name in one.slices_among(self.sites):
                 if name in owner:
                     raise ValueError(
-                        f"site {name!r} is in units {owner[name]!r} and in {one.name!r}"
+                        f"slice {name!r} is in units {owner[name]!r} and in {one.name!r}"
                     )
                 owner[name] = one.name
-                shared = [s.name for s in known[name].slices if s.name in home]
-                if shared:
+                if name in home:
                     raise ValueError(
-                        f"slice {shared[0]!r} is in group {home[shared[0]]!r}, and units "
+                        f"slice {name!r} is in group {home[name]!r}, and units "
                         f"{one.name!r} go from its site; leave it out of one of the two"
                     )
         if self.units and self.mode != "planned":
@@ -197,10 +209,14 @@ class Plan(Frozen):
 
     @property
     def rewritten(self) -> frozenset[str]:
-        """The slices that do not stay as they are: in a group, or in an MLP whose units go."""
+        """The slices that do not stay as they are: in a group, or in an entry of units."""
         found = {name for group in self.groups for name in group.slices}
-        sites = {name for one in self.units for name in one.sites}
-        return frozenset(found | {s.name for x in self.sites if x.name in sites for s in x.slices})
+        return frozenset(found.union(*(one.slices_among(self.sites) for one in self.units)))
+
+    @property
+    def others(self) -> dict[str, int]:
+        """How many entries of other kinds than a basis there are, by what tables call several."""
+        return dict(Counter(one.words.several for one in self.units))
 
     @property
     def is_dense(self) -> bool:
@@ -280,7 +296,7 @@ def _fault(error: ValidationError, text: str) -> str:
         named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
         name = reprlib.repr(entry["name"]) if named else ""
         where.append(f"{str(loc[0])[:-1]} {name}" if named else f"{loc[0]}.{loc[1]}")
-        loc = loc[2:]
+        loc = loc[3:] if loc[0] == "units" else loc[2:]
     where.append(".".join(str(step) for step in loc))
     if first["type"] == "value_error":
         return ": ".join((*where, str(first["ctx"]["error"])))

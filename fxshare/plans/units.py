@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field
 
 from fxshare.base.names import as_group_name
 from fxshare.plans.bits import Bits, matrix_bytes
 from fxshare.sites.site import Frozen, ModulePath, Site, TypeNames
+
+
+class Words(NamedTuple):
+    """How tables and pictures speak of an entry: its storage, what it has fewer of, several of
+    them, and the parts of one."""
+
+    storage: str
+    what: str
+    several: str
+    parts: str
 
 
 class Units(Frozen):
@@ -44,6 +54,40 @@ class Units(Frozen):
     def sites(self) -> tuple[str, ...]:
         """All its sites by name."""
         return (*self.producers, self.consumer)
+
+    def slices_among(self, sites: Iterable[Site]) -> tuple[str, ...]:
+        """The slices that it takes, by name."""
+        return tuple(s.name for site in sites if site.name in self.sites for s in site.slices)
+
+    @property
+    def words(self) -> Words:
+        """How tables and pictures speak of it."""
+        return Words(
+            "units", "hidden units", "MLPs with fewer hidden units", "the hidden units of one MLP"
+        )
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Numbers that a key-value cache has for one token of it, before and after."""
+        return 0, 0
+
+    @property
+    def runs_apart(self) -> bool:
+        """Whether the model's own code runs with such linears in the place of its own."""
+        return True
+
+    def slice_sizes(self, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
+        """The sizes ``(in, out)`` of its slices, as they are after."""
+        return {
+            s.name: (
+                (self.kept, s.out_features)
+                if site.name == self.consumer
+                else (site.in_features, s.out_features // self.of * self.kept)
+            )
+            for site in sites
+            if site.name in self.sites
+            for s in site.slices
+        }
 
     def is_within(self, sites: Iterable[Site]) -> bool:
         """Whether all its sites are among some."""
@@ -131,4 +175,4 @@ def units_of(
     )
 
 
-__all__ = ["Units", "units_of"]
+__all__ = ["Units", "Words", "units_of"]

@@ -106,9 +106,7 @@ def _moved(record: Record, before: nn.Module, after: nn.Module) -> Mapping[str, 
     plan = record.plan
     members = {group.name: group.slices for group in plan.groups}
     for one in plan.units:
-        members[one.name] = tuple(
-            s.name for site in plan.sites if site.name in one.sites for s in site.slices
-        )
+        members[one.name] = one.slices_among(plan.sites)
     for row, names in members.items():
         gap = size = 0.0
         for name in names:

@@ -20,6 +20,7 @@ from fxshare.sites.site import Site, Skipped
 _BYTES = ("bytes_before", "bytes_after")
 _LISTED = 4
 """So many weights that were left alone for one reason have a line each; more are one line."""
+_ENDS = ("before", "after")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class GroupReport:
     ``flops_*`` are floating-point operations per token (a multiply-add counts 2), the basis
     product counted once per distinct input. ``weighted_error`` is ``Σ‖(W − C B) S‖² / Σ‖W S‖²``;
     None where nothing was factorised. ``refined`` is how far refining moved the weights that the
-    group stands for, ``‖C' B' − C B‖ / ‖C B‖``; None where it was not refined.
+    group stands for, ``‖C' B' − C B‖ / ‖C B‖``; None where it was not refined. ``cache_bytes_*``
+    are those that a key-value cache has for one token of what the group computes, where that is
+    another number after; 0 elsewhere.
     """
 
     name: str
@@ -53,6 +56,8 @@ class GroupReport:
     refined: float | None = None
     bits: int | None = None
     """Of each stored number, where it has fewer than the model's dtype."""
+    cache_bytes_before: int = 0
+    cache_bytes_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,12 @@ class Report:
             lines.append(
                 f"bytes_kept {self.bytes_kept:.4f} ({sizes[0]:,} bytes of these weights → "
                 f"{sizes[1]:,}, scales counted)"
+            )
+        cache = [sum(getattr(g, f"cache_bytes_{x}") for g in self.groups) for x in _ENDS]
+        if cache[0]:
+            lines.append(
+                f"key-value cache: {cache[0]:,} → {cache[1]:,} bytes per token for the values of "
+                f"{sum(g.cache_bytes_before > 0 for g in self.groups)} attentions"
             )
         if self.calibration is not None:
             c = self.calibration
@@ -331,7 +342,7 @@ def _units_row(
     errors: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> GroupReport:
-    """A row of hidden units: its rank is how many stay."""
+    """A row of an entry of another kind: its rank is how much stays."""
     sites = {site.name: site for site in plan.sites}
     before, after = one.dense_numbers, one.stored_numbers
     return GroupReport(
@@ -339,11 +350,11 @@ def _units_row(
         type=one.type,
         label="",
         layers=one.layers,
-        slices=sum(len(sites[name].slices) for name in one.sites),
+        slices=len(one.slices_among(plan.sites)),
         in_features=sites[one.producers[0]].in_features,
         out_features=sites[one.consumer].out_features,
         rank=one.kept,
-        storage="units",
+        storage=one.words.storage,
         numbers_before=before,
         numbers_after=after,
         bytes_before=before * element_size,
@@ -354,6 +365,8 @@ def _units_row(
         floored=0,
         seconds=seconds.get(one.name, 0.0),
         bits=one.bits,
+        cache_bytes_before=one.cached[0] * element_size,
+        cache_bytes_after=one.cached[1] * element_size,
     )
 
 

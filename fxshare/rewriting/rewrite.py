@@ -13,6 +13,7 @@ from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
+    NarrowedHeads,
     Pass,
     PivotedGroup,
     Rows,
@@ -35,7 +36,7 @@ def rewrite(
     extra: Sequence[Pass] = (),
     *,
     pivots: Sequence[PivotedGroup] = (),
-    units: Sequence[SelectedUnits] = (),
+    units: Sequence[SelectedUnits | NarrowedHeads] = (),
     codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:

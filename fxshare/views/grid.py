@@ -63,10 +63,8 @@ def _grid(plan: Plan, detail: str) -> Grid:
     group_of: dict[str, Group | Units] = {
         name: group for group in plan.groups for name in group.slices
     }
-    by_site = {name: one for one in plan.units for name in one.sites}
-    for site in plan.sites:
-        if site.name in by_site:
-            group_of |= {s.name: by_site[site.name] for s in site.slices}
+    for one in plan.units:
+        group_of |= dict.fromkeys(one.slices_among(plan.sites), one)
     cells: dict[tuple[Row, int], list[Bar]] = {}
     for site, number in _numbered(plan.sites):
         for s in site.slices:

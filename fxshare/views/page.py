@@ -143,8 +143,8 @@ def _figures(report: Report, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "their FLOPs per token", change(total("flops_before"), total("flops_after"))
     shared = sum(len(group.slices) > 1 for group in plan.groups)
     yield "bases", f"{len(plan.groups)}, {shared} of them shared"
-    if plan.units:
-        yield "MLPs with fewer hidden units", str(len(plan.units))
+    for what, count in plan.others.items():
+        yield what, str(count)
     if plan.outlook is not None:
         yield "predicted loss increase", f"{plan.outlook.predicted:.4g}"
         if plan.outlook.measured is not None:

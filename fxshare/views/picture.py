@@ -136,7 +136,7 @@ def _wrapped(text: str, size: float, width: float, *, bold: bool) -> list[str]:
 def _totals(plan: Plan) -> list[str]:
     shared = sum(len(group.slices) > 1 for group in plan.groups)
     dense = sum(len(site.slices) for site in plan.sites) - len(plan.rewritten)
-    units = f", {len(plan.units)} MLPs with fewer hidden units" if plan.units else ""
+    units = "".join(f", {count} {what}" for what, count in plan.others.items())
     parts = [
         f"{len(plan.groups)} bases, {shared} of them shared{units}",
         f"{dense} slices dense",
@@ -347,7 +347,7 @@ def _legend(grid: Grid, plan: Plan, chosen: Mapping[str, int], place: _Layout) -
     if not plan.is_dense:
         texts.append(("share", "filled height, and number: share of the weights' numbers kept"))
     if keys & set(chosen):
-        also = ", or the hidden units of one MLP" if plan.units else ""
+        also = "".join(f", or {parts}" for parts in sorted({x.words.parts for x in plan.units}))
         texts.append(("shared", f"joined, in one colour: one shared basis{also}"))
     if keys - set(chosen) - {None}:
         texts.append(("alone", "a basis of its own"))

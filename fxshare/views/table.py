@@ -59,13 +59,13 @@ def groups_table(plan: Plan) -> Table:
 
 
 def _units_row(one: Units, cost: GroupReport, losses: bool) -> list[str]:
-    """The row of an MLP whose units go: its rank is how many stay."""
+    """The row of an entry of another kind: its rank is how much stays."""
     row = [one.name, one.type, layers_text(one.layers), str(cost.slices)]
     row += [
         f"{cost.in_features}→{cost.out_features}",
         f"{one.kept} of {one.of}",
         "–",
-        "units" + _bits_text(one.bits),
+        one.words.storage + _bits_text(one.bits),
     ]
     row += [f"{one.kept / one.of:.3f}", f"{one.dense_numbers:,}", f"{one.stored_numbers:,}"]
     row += [f"{cost.flops_before:,}", f"{cost.flops_after:,}"]
@@ -96,7 +96,7 @@ def head_lines(plan: Plan, *, element_size: int | None = None) -> list[str]:
     lines = [
         f"{plan.mode} mode: {len(plan.sites)} sites, {sum(len(s.slices) for s in plan.sites)} "
         f"slices, {len(plan.groups)} groups"
-        + (f", {len(plan.units)} MLPs with fewer hidden units" if plan.units else ""),
+        + "".join(f", {count} {what}" for what, count in plan.others.items()),
         f"params_kept {plan.params_kept:.4f}: {before:,} weights → {after:,} stored numbers",
     ]
     costs = group_reports(plan, element_size or 1)

@@ -257,6 +257,7 @@ RULES: Mapping[Stage, tuple[Rule, ...]] = {
 }
 _LEADS_TO: Mapping[str, Stage] = {
     "look-up-rows": "split",
+    "narrow-heads": "split",
     "select-units": "split",
     "split-linear": "split",
     "share-basis": "shared",

@@ -165,4 +165,4 @@ def test_a_moment_that_is_not_finite_ends_with_an_error() -> None:
     gram = torch.eye(4, dtype=torch.float64)
     gram[1, 1] = torch.nan
     with pytest.raises(FactoriseError, match="the moment of the 2 units"):
-        module._mixing(gram, (0, 1), 1e-8)
+        module.mixing_of(gram, (0, 1), 1e-8)

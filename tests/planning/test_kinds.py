@@ -204,7 +204,10 @@ def test_a_kind_of_ones_own_competes_and_is_named_in_the_plan() -> None:
 @pytest.mark.parametrize(
     ("kinds", "reason"),
     [
-        (["basis", "heads"], "expected basis, units or 'package.module:Name'; found 'heads'"),
+        (
+            ["basis", "layer"],
+            "expected basis, units, heads or 'package.module:Name'; found 'layer'",
+        ),
         (["tests.nowhere:Kind"], "cannot import 'tests.nowhere:Kind'"),
         (["tests.planning.own_kind:Missing"], "cannot import 'tests.planning.own_kind:Missing'"),
         (["tests.planning.own_kind:Nothing"], "is a Nothing without candidates"),

@@ -30,6 +30,7 @@ from fxshare.generation.program import capture_program
 from fxshare.generation.shell import shell_of
 from fxshare.generation.step import CACHE, CacheKind, Kind
 from fxshare.models.structure import keep_structure, structure_of
+from fxshare.result.module import record_of
 from fxshare.store.tokenizer import is_tokenizer_file, write_tokenizer
 from fxshare.store.transformers import HF_CONFIG, HF_GENERATION, write_json
 from passes.errors import FxShareError
@@ -172,6 +173,13 @@ def _captured(subject: Subject) -> tuple[fx.GraphModule, Kind, Any]:
         raise ExportError(
             f"to='ort-genai' writes a graph, and {name} was captured at module granularity; "
             "compile it with an example and capture='fx'"
+        )
+    narrow = [one for one in record_of(subject.model).plan.units if one.cached[1] < one.cached[0]]
+    if narrow:
+        raise ExportError(
+            f"to='ort-genai': the cache of ONNX Runtime GenAI has one width of heads, and "
+            f"{narrow[0].name!r} of {name} keeps {narrow[0].kept} of {narrow[0].of} of its values; "
+            "export it to 'vllm', 'dense' or 'onnx', or plan without heads in planner.kinds"
         )
     # what generation keeps of the caller's model stays its own
     gm = structure_copy(subject.model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +23,37 @@ from fxshare.planning.stored_problem import StoredSpectra
 from fxshare.plans.cost import Shape
 from fxshare.plans.storage import PLAIN
 from fxshare.plans.units import Units
+from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
 
 BASIS = "basis"
 """The name of the first kind, groups that share a basis."""
 
 
+FoundPart: TypeAlias = "Mlp | Attention"
+"""A part of a graph that was found by its structure."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """What a kind sees of a model: its parts, what was measured on them, and what is counted."""
 
-    mlps: tuple[Mlp, ...]
+    parts: tuple[FoundPart, ...]
     nodes: Mapping[str, Node]
     spectra: Spectra | StoredSpectra
     options: Options
     rounding: RoundingPrice | None = None
     """What few bits lose, where there are some to choose."""
+
+    @property
+    def mlps(self) -> tuple[Mlp, ...]:
+        """The MLPs of the graph."""
+        return tuple(one for one in self.parts if isinstance(one, Mlp))
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Its attention calls."""
+        return tuple(one for one in self.parts if isinstance(one, Attention))
 
     @property
     def slices(self) -> Mapping[str, SliceStatistics]:
@@ -80,4 +95,4 @@ class Kind(Protocol):
 
 
 Ints = NDArray[np.int64]
-__all__ = ["BASIS", "Ints", "Kind", "Scene"]
+__all__ = ["BASIS", "FoundPart", "Ints", "Kind", "Scene"]

@@ -12,14 +12,16 @@ from fxshare.errors import ConfigError, FxShareWarning, PlanError
 from fxshare.factors.codes import units_in_bits
 from fxshare.factors.factored import Factored
 from fxshare.factors.units import UnitFactors
-from fxshare.planning.kinds.kind import BASIS, Kind, Scene
+from fxshare.planning.kinds.heads import AttentionHeads
+from fxshare.planning.kinds.kind import BASIS, FoundPart, Kind, Scene
 from fxshare.planning.kinds.units import HiddenUnits
 from fxshare.planning.rules import named_apart
 from fxshare.planning.solver.problem import Other, Part
 from fxshare.planning.solver.solve import Solution
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
-from fxshare.sites.mlps import Mlp, mlps
+from fxshare.sites.attention import attentions
+from fxshare.sites.mlps import mlps
 from fxshare.sites.site import Site
 
 _METHODS = ("candidates", "entry", "carry_out")
@@ -35,18 +37,24 @@ def kinds_named(names: Sequence[str]) -> tuple[Kind, ...]:
     for name in names:
         if name == BASIS:
             continue
-        made = HiddenUnits() if name == "units" else _imported(name)
+        own = next((kind for kind in _own() if kind.name == name), None)
+        made = own or _imported(name)
         if any(one.name == made.name for one in found) or made.name == BASIS:
             raise ConfigError(f"planner.kinds: two kinds are called {made.name!r}")
         found.append(made)
     return tuple(found)
 
 
+def _own() -> tuple[Kind, ...]:
+    """Those that come with this package."""
+    return HiddenUnits(), AttentionHeads()
+
+
 def _imported(name: str) -> Kind:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"planner.kinds: expected basis, units or 'package.module:Name'; found {name!r}"
+            f"planner.kinds: expected basis, units, heads or 'package.module:Name'; found {name!r}"
         )
     try:
         made = getattr(importlib.import_module(module), attribute)
@@ -68,24 +76,32 @@ def _imported(name: str) -> Kind:
     return kind
 
 
-def kinds_and_mlps(
+def kinds_and_parts(
     planner: Planner, captured: Captured, sites: Sequence[Site]
-) -> tuple[tuple[Kind, ...], tuple[Mlp, ...]]:
+) -> tuple[tuple[Kind, ...], tuple[FoundPart, ...]]:
     """The kinds that a configuration names beside the basis, and what they may take; a warning
-    where there is nothing, with the reason."""
+    for a kind of ours for which there is nothing, with the reason."""
     kinds = kinds_named(planner.kinds)
     if not kinds:
         return (), ()
-    found = mlps(captured.graph, sites, side_by_side=captured.side_by_side)
-    if not found.found:
-        name, reason = next(iter(found.reasons.items()), ("the model", "has no linears"))
+    side_by_side = captured.side_by_side
+    own = mlps(captured.graph, sites, side_by_side=side_by_side)
+    heads = attentions(captured.graph, sites, side_by_side=side_by_side)
+    names = [kind.name for kind in kinds]
+    missing = []
+    if not own.found and names != ["heads"]:
+        missing.append(("MLP", own.reasons))
+    if not heads.found and "heads" in names:
+        missing.append(("attention", heads.reasons))
+    for what, reasons in missing:
+        site, reason = next(iter(reasons.items()), ("the model", "has no linears"))
         warnings.warn(
-            f"planner.kinds {[kind.name for kind in kinds]}: no MLP was found, so that nothing "
-            f"but bases competes; {name!r} {reason}",
+            f"planner.kinds {names}: no {what} was found, so that nothing but bases competes"
+            f"{' for its weights' if len(names) > 1 else ''}; {site!r} {reason}",
             FxShareWarning,
             stacklevel=2,
         )
-    return kinds, found.found
+    return kinds, (*own.found, *heads.found)
 
 
 def others_of(kinds: Sequence[Kind], scene: Scene) -> dict[Part, Other]:
@@ -110,7 +126,7 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
 
     Raises :class:`PlanError` for an entry of a kind that is not named.
     """
-    by_name = {kind.name: kind for kind in (HiddenUnits(), *kinds)}
+    by_name = {kind.name: kind for kind in (*_own(), *kinds)}
     sites = {site.name: site for site in plan.sites}
     found = {}
     for entry in plan.units:
@@ -127,4 +143,4 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
     return found
 
 
-__all__ = ["carried_out", "entries_of", "kinds_and_mlps", "kinds_named", "others_of"]
+__all__ = ["carried_out", "entries_of", "kinds_and_parts", "kinds_named", "others_of"]
