@@ -4,9 +4,8 @@ Row o holds ``codes[o, i] · scale[o, i // group]``. Every operation that is not
 values, made for it and dropped after it; what moves rows (slices, joins, another order) moves codes
 and scales, so that a graph of quantised linears can be repacked like any other.
 
-torchao 0.18 has such tensors as well, and they were tried first: its int8 tensor has no ``cat`` and
-no ``index_select`` of rows, which packing takes, and its 4-bit one for a CPU is stored in the order
-of one kernel and cannot be read back.
+torchao 0.18 has such tensors as well, but its int8 tensor has no ``cat`` and no ``index_select`` of
+rows, which packing takes.
 
 Shape suffixes: O rows, I columns, G groups of columns, B bytes of a row.
 """

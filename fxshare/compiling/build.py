@@ -16,8 +16,9 @@ from fxshare.models.source import Source
 from fxshare.models.structure import frozen_in, keep_structure
 from fxshare.plans.plan import Plan
 from fxshare.proposing.coverage import left_dense
+from fxshare.result.group_report import group_reports
 from fxshare.result.record import Record
-from fxshare.result.report import Report, group_reports
+from fxshare.result.report import Report
 from fxshare.rewriting.assemble import assemble
 from fxshare.rewriting.rewrite import rewrite
 from passes import Pass, StoreCodes

@@ -226,8 +226,7 @@ class _Estimating:
         found = divide(space, limit, asked=asked, folder=folder)
         if found.limit < found.least:
             # at the least there would be a pass for every block: what one pass takes says more
-            enough = found.least + needed.all
-            return divide(space, enough, asked=True, folder=folder)
+            return divide(space, found.least + needed.all, asked=True, folder=folder)
         return found
 
     def _limit(self, used: int) -> int:

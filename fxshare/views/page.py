@@ -16,9 +16,10 @@ import yaml
 
 from fxshare.config import ShareConfig
 from fxshare.plans.plan import Plan
+from fxshare.result.group_report import GroupReport
 from fxshare.result.record import Record
 from fxshare.result.refinement import Refinement
-from fxshare.result.report import GroupReport, Report
+from fxshare.result.report import Report
 from fxshare.views.figure import ALONE, PALETTE, colours
 from fxshare.views.grid import Bar, grid_of
 from fxshare.views.table import outlook_lines, trials_table

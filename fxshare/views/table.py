@@ -13,7 +13,7 @@ from fxshare.plans.outlook import Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.plans.storage import PLAIN, storages_of
 from fxshare.plans.units import Units
-from fxshare.result.report import GroupReport, group_reports
+from fxshare.result.group_report import GroupReport, group_reports
 from fxshare.sites.site import Site, SliceSpec
 
 if TYPE_CHECKING:
