@@ -118,18 +118,3 @@ def test_writing_values_into_codes_is_refused() -> None:
         weight.mul_(2.0)
     with pytest.raises(TypeError, match=r"expected the codes and scales of Quantised\(8 bits"):
         weight.copy_(torch.zeros(6, 8))
-
-
-@pytest.mark.parametrize("of", BITS)
-def test_a_compiler_gets_the_same_numbers_for_one_row_and_for_several(of: int) -> None:
-    weight = made(of, 48)
-    linear = nn.Linear(48, 6)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(linear)
-    for rows in (1, 3):
-        x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
-        expected = nn.functional.linear(x, weight.values(), linear.bias)
-        with torch.no_grad():
-            gap = (compiled(x) - expected).abs().max()
-        assert gap <= 1e-5 * expected.abs().max()
