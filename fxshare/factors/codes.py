@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxshare.base.quantised import Quantised
 from fxshare.factors.metric import SliceStatistics
-from fxshare.factors.rounding import better_codes, rounded, shift_of
+from fxshare.factors.rounding import better_codes, lost_of_gap, rounded, shift_of
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.sites.site import Site
@@ -75,7 +75,7 @@ def units_in_bits(
         gram_KK = one.gram_II.index_select(0, there).index_select(1, there)
         quantised[name] = better_codes(weight_OK, gram_KK, bits, one.weight_OI.dtype)
         values[name] = quantised[name].values(torch.float64)
-        lost += _lost(one, values[name] - weight_OK, gram_KK, None)
+        lost += lost_of_gap(one, values[name] - weight_OK, gram_II=gram_KK)
     for producer in entry.producers:
         site = sites[producer]
         for s in site.slices:
@@ -86,7 +86,7 @@ def units_in_bits(
             weight_KI = one.weight_OI.double().index_select(0, rows)
             quantised[s.name] = better_codes(weight_KI, one.gram_II, bits, one.weight_OI.dtype)
             gap = quantised[s.name].values(torch.float64) - weight_KI
-            lost += _lost(one, gap, one.gram_II, rows)
+            lost += lost_of_gap(one, gap, rows=rows)
     shifts = {}
     for name in made.bias_shift:
         one = slices[name]
@@ -101,21 +101,6 @@ def producer_rows(made: UnitFactors, name: str, whole_OI: Tensor) -> Tensor:
     parts = len(whole_OI) // made.entry.of
     rows = KeptUnits(made.entry.name, made.entry.of, made.kept, parts).places()
     return whole_OI.index_copy(0, rows.to(whole_OI.device), codes.values(whole_OI.dtype))
-
-
-def _lost(one: SliceStatistics, gap: Tensor, gram: Tensor, rows: Tensor | None) -> float:
-    """What an error in some of a slice's rows loses; where ``A`` was not kept, with the multiple of
-    the identity that has its trace."""
-    moment = one.moment_OO
-    if one.is_projected:
-        left = gap * (one.trace / len(one.weight_OI))
-    elif moment is None:
-        left = gap
-    elif moment.ndim == 1:
-        left = (moment if rows is None else moment[rows])[:, None] * gap
-    else:
-        left = (moment if rows is None else moment[rows][:, rows]) @ gap
-    return 0.5 * float(((left @ gram) * gap).sum())
 
 
 __all__ = ["CodedSlices", "producer_rows", "units_in_bits"]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fxshare.base.quantised import GROUP, Quantised, scale_count, scale_dtype
 from fxshare.base.spent import part
+from fxshare.errors import FactoriseError
 from fxshare.factors.group import GroupFactors, fitted_to, shifts_of
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.pivots import Pivoted, complement
@@ -113,7 +114,12 @@ def with_feedback(weight_OI: Tensor, gram_II: Tensor, bits: int, dtype: torch.dt
 
 def _elimination(gram_II: Tensor, diagonal_I: Tensor) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the damped moment's inverse, and the order of columns that it
-    is in: those first that count most."""
+    is in: those first that count most.
+
+    Raises :class:`FactoriseError` for a moment that is not finite.
+    """
+    if not bool(gram_II.isfinite().all()):
+        raise FactoriseError("bits: expected finite moments of the inputs, found NaN or infinity")
     order = diagonal_I.argsort(descending=True, stable=True)
     damped = gram_II.double()[order][:, order].clone()
     mean = float(diagonal_I.double().mean())
@@ -137,18 +143,26 @@ def lost_by(one: SliceStatistics, product_OI: Tensor) -> float:
 
 
 @torch.no_grad()
-def lost_of_gap(one: SliceStatistics, gap_OI: Tensor) -> float:
-    """:func:`lost_by` of an error, in its dtype."""
+def lost_of_gap(
+    one: SliceStatistics,
+    gap_OI: Tensor,
+    *,
+    rows: Tensor | None = None,
+    gram_II: Tensor | None = None,
+) -> float:
+    """:func:`lost_by` of an error, in its dtype; of some ``rows`` of the slice, or under the moment
+    of some of its inputs, where these are given."""
     moment = one.moment_OO
     if one.is_projected:
-        left_OI = gap_OI * (one.trace / len(gap_OI))
+        left_OI = gap_OI * (one.trace / len(one.weight_OI))
     elif moment is None:
         left_OI = gap_OI
     elif moment.ndim == 1:
-        left_OI = moment[:, None].to(gap_OI) * gap_OI
+        left_OI = (moment if rows is None else moment[rows])[:, None].to(gap_OI) * gap_OI
     else:
-        left_OI = moment.to(gap_OI) @ gap_OI
-    return 0.5 * float((one.times_gram(left_OI) * gap_OI).sum(dtype=torch.float64))
+        left_OI = (moment if rows is None else moment[rows][:, rows]).to(gap_OI) @ gap_OI
+    right_OI = one.times_gram(left_OI) if gram_II is None else left_OI @ gram_II.to(gap_OI)
+    return 0.5 * float((right_OI * gap_OI).sum(dtype=torch.float64))
 
 
 @torch.no_grad()

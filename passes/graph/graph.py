@@ -284,6 +284,22 @@ def new_linear(
     return linear
 
 
+def put_weight(root: nn.Module, name: str, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    """Another weight in the linear of a dotted ``name``, and another bias where it is given; what
+    can be trained stays so."""
+    old = attribute(root, name)
+    assert isinstance(old, nn.Linear)
+    trainable = old.weight.requires_grad
+    linear = new_linear(
+        weight_OI.contiguous(), None, requires_grad=trainable, training=root.training
+    )
+    linear.bias = old.bias
+    if bias_O is not None:
+        own = trainable if old.bias is None else old.bias.requires_grad
+        linear.bias = nn.Parameter(bias_O, requires_grad=own)
+    put_module(root, name, linear)
+
+
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     """Erase those of ``nodes`` that nothing reads any more, last first."""
     for node in reversed(list(nodes)):

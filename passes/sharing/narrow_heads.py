@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError, ShapeError
-from passes.graph.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.graph.graph import calls_by_target, linear_at, put_weight
 from passes.graph.heads import Heads, NotHeads, attention_heads
 from passes.graph.narrowing import narrow
 from passes.graph.slices import KeptUnits, set_slices, slices
@@ -146,7 +146,7 @@ class NarrowHeads(Pass):
             between = self._between(gm, one)
             for rows, weights in ((True, one.values), (False, one.consumers)):
                 for name, weight in weights.items():
-                    _put(gm, name, weight, one.biases.get(name))
+                    put_weight(gm, name, weight, one.biases.get(name))
                     size = len(weight) if rows else weight.shape[1]
                     units = KeptUnits(one.name, one.of, tuple(range(one.kept)), size // one.kept)
                     place = slices(gm)[name]
@@ -168,18 +168,6 @@ class NarrowHeads(Pass):
                     raise EnsuresError(
                         f"{self.name}: {name!r} has {found} rows, expected heads of {one.kept}"
                     )
-
-
-def _put(gm: fx.GraphModule, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Another weight in a slice's linear, and another bias where it is given."""
-    old = linear_at(gm, name)
-    trainable = old.weight.requires_grad
-    linear = new_linear(weight.contiguous(), None, requires_grad=trainable, training=gm.training)
-    linear.bias = old.bias
-    if bias is not None:
-        own = trainable if old.bias is None else old.bias.requires_grad
-        linear.bias = nn.Parameter(bias, requires_grad=own)
-    put_module(gm, name, linear)
 
 
 __all__ = ["NarrowHeads", "NarrowedHeads"]

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError, ShapeError
-from passes.graph.graph import calls_by_target, linear_at, new_linear, put_module
+from passes.graph.graph import calls_by_target, linear_at, new_linear, put_module, put_weight
 from passes.graph.hidden import Hidden, NotHidden, hidden_units, resize
 from passes.graph.slices import KeptUnits, set_slices, slices
 
@@ -122,7 +122,7 @@ class SelectUnits(Pass):
                 _keep_rows(gm, name, units)
                 count += 1
             for name, weight in one.consumers.items():
-                _read_fewer(gm, name, weight, one.biases.get(name))
+                put_weight(gm, name, weight, one.biases.get(name))
                 units = KeptUnits(one.name, one.of, one.kept)
                 set_slices(gm, {name: replace(slices(gm)[name], unit_columns=units)})
                 count += 1
@@ -185,17 +185,6 @@ def _keep_rows(gm: fx.GraphModule, name: str, units: KeptUnits) -> None:
     put_module(gm, name, linear)
     place = replace(slices(gm)[name], stop=linear.out_features, unit_rows=units)
     set_slices(gm, {name: place})
-
-
-def _read_fewer(gm: fx.GraphModule, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    old = linear_at(gm, name)
-    trainable = old.weight.requires_grad
-    linear = new_linear(weight.contiguous(), None, requires_grad=trainable, training=gm.training)
-    linear.bias = old.bias
-    if bias is not None:
-        own = trainable if old.bias is None else old.bias.requires_grad
-        linear.bias = nn.Parameter(bias, requires_grad=own)
-    put_module(gm, name, linear)
 
 
 __all__ = ["SelectUnits", "SelectedUnits"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxshare.base.quantised import BITS
+from fxshare.errors import FactoriseError
 from fxshare.factors.group import factorise_group
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.rounding import lost_by, nearest, rounded, rounded_group, with_feedback
@@ -139,3 +140,11 @@ def test_eight_bits_lose_little_beside_truncation_and_four_lose_more() -> None:
     eight, four = (rounded_group(plain, of) for of in BITS)
     # steps are 18 times as wide, but 32 columns have their own
     assert 0 < eight.lost - plain.lost < 0.05 * (four.lost - plain.lost)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(value: float) -> None:
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[1, 1] = value
+    with pytest.raises(FactoriseError, match="expected finite moments of the inputs"):
+        with_feedback(torch.randn(3, 4, dtype=torch.float64), gram, 8, torch.float32)
