@@ -58,6 +58,15 @@ def plan_model(
             ".png, .pdf), or print them (-). Needs a budget and --calibration.",
         ),
     ] = None,
+    sweep_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Measure as many budgets of --sweep on held-back data as N minutes allow. "
+            "Default: as long as the plan itself took; 0 only predicts.",
+        ),
+    ] = None,
     data: Data,
     allow_missing: AllowMissing = False,
     as_json: AsJson = False,
@@ -83,11 +92,12 @@ def plan_model(
     picture = None if sweep in (None, "-") else Path(str(sweep))
     shares = _SHARES if sweep is not None else ()
     _check_first(draw, picture)
+    _check_minutes(sweep_minutes, sweep, model)
     if model is None:
         made = _replanned(work, wanted, shares)
     else:
         _check_data(sweep, data)
-        made = _planned(model, wanted, data, allow_missing, work, sweep)
+        made = _planned(model, wanted, data, allow_missing, work, (sweep, sweep_minutes))
     found = made.survey
     if not is_first():
         return Result(None, "")
@@ -126,15 +136,16 @@ def _planned(
     data: Data,
     allow_missing: bool,
     work: Path | None,
-    sweep: str | None,
+    sweeping: tuple[str | None, float | None],
 ) -> _Made:
-    """Of a model."""
+    """Of a model; ``sweeping`` says where a sweep goes and how many minutes it may measure."""
     from fxshare.capture import dtype_of
     from fxshare.compiling.survey import survey
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
     from fxshare.proposing.coverage import left_dense
 
+    sweep, minutes = sweeping
     cfg = wanted.from_files()
     if cfg is not None:
         _check_budget(cfg, sweep)
@@ -151,6 +162,7 @@ def _planned(
         example=None if batches else example_ids(loaded.model, seed=data.seed),
         seed=data.seed,
         shares=_SHARES if sweep is not None else (),
+        sweep_seconds=None if minutes is None else 60 * minutes,
         work=work,
     )
     plan = found.plan
@@ -184,6 +196,17 @@ def _check_first(draw: Path | None, picture: Path | None) -> None:
     for path in (draw, picture):
         if path is not None:
             check_drawable(path)
+
+
+def _check_minutes(minutes: float | None, sweep: str | None, model: str | None) -> None:
+    if minutes is None:
+        return
+    if sweep is None:
+        raise fxshare.errors.ConfigError("--sweep-minutes: for the budgets of --sweep FILE or -")
+    if model is None and minutes > 0:
+        raise fxshare.errors.ConfigError(
+            "--sweep-minutes: what a work folder has predicts losses; give MODEL to measure them"
+        )
 
 
 def _check_data(sweep: str | None, data: Data) -> None:
@@ -241,9 +264,14 @@ def _sweep_text(found: Survey) -> str:
 
     assert found.sweep is not None
     header, rows = sweep_table(found.sweep)
+    measured = sum(point.measured is not None for point in found.sweep.planned)
+    if measured:
+        also = f"; {measured} of them carried out and measured on held-back data"
+    else:
+        also = ""
     return (
         "\nother budgets, as shares of the dense cost; predicted on one set of statistics, before "
-        f"any search\n{table(header, rows, left=0)}"
+        f"any search{also}\n{table(header, rows, left=0)}"
     )
 
 

@@ -166,6 +166,7 @@ def _plan_and_factors(
         plan, made, units = budgeted.plan, budgeted.factors, budgeted.units
         statistics: Statistics | None = budgeted.statistics
         coded = budgeted.coded
+        budgeted.search = None  # no other budget is asked for, and it holds what judges plans
     elif plan.mode == "planned" and not plan.is_dense:
         statistics = stages.calibrate(gradients=True, loss=loss, seed=seed, work=work)
         if statistics is None:

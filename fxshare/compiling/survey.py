@@ -26,6 +26,7 @@ from fxshare.planning.budget import Budgeted
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.kinds.kind import Scene
 from fxshare.planning.kinds.named import others_of
+from fxshare.planning.measured import measure_sweep, measured_at
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import options_of
 from fxshare.planning.rounding_price import RoundingPrice
@@ -97,13 +98,15 @@ def survey(
     loss: Loss | None = None,
     seed: int = 0,
     shares: Sequence[float] = (),
+    sweep_seconds: float | None = None,
     work: str | os.PathLike[str] | None = None,
 ) -> Survey:
     """:func:`make_plan_for`, and what the plan can be compared with.
 
     ``shares`` are further budgets to plan for, as shares of the dense cost, on the statistics of
     the first calibration and without a search; :class:`PlanError` unless the configuration has a
-    budget and there is data.
+    budget and there is data. As many of them as ``sweep_seconds`` allow are carried out and
+    measured on held-back data, unless the search is off; None for as long as the plan took.
     """
     model = outside_inference(unwrapped(model))
     config = load_config(cfg)
@@ -122,10 +125,12 @@ def survey(
     with working(stages, work, loss, seed) as (held, folder):
         weights = dense_weights(model, held.sites)
         budgeted = within_budget(held, weights, loss, seed, folder)
-        return _surveyed(held, budgeted, shares)
+        return _surveyed(held, budgeted, shares, sweep_seconds)
 
 
-def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Survey:
+def _surveyed(
+    stages: Stages, budgeted: Budgeted, shares: Sequence[float], seconds: float | None
+) -> Survey:
     """What the plan can be compared with."""
     config, model = stages.cfg, stages.model
     assert config.budget is not None
@@ -142,6 +147,12 @@ def _surveyed(stages: Stages, budgeted: Budgeted, shares: Sequence[float]) -> Su
         swept = sweep_budgets(
             problem, shares, options, strategy=planner.strategy, loss_name=statistics.loss
         )
+        search = budgeted.search
+        if search is not None and search.judge is not None:
+            if seconds is None:
+                seconds = 0.0 if plan.outlook is None else plan.outlook.seconds
+            measure = measured_at(search, spectra, planner.strategy)
+            swept = measure_sweep(swept, measure, seconds)
     dense = [s.name for x in plan.sites for s in x.slices if s.name not in plan.rewritten]
     price = 0.0 if plan.outlook is None else plan.outlook.price
     return Survey(plan, alternatives(problem, dense, price), swept)

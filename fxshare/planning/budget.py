@@ -51,8 +51,7 @@ from fxshare.sites.tensors import site_biases, substituted
 _LOG = logging.getLogger(__name__)
 _LAST = 0.1
 """Of the room for what may be asked for again, once there is a plan."""
-Gather = Callable[[Captured, int], Statistics]
-"""Statistics on what was captured, of a round."""
+Gather = Callable[[Captured, int], Statistics]  # on what was captured, of a round
 
 
 @dataclass(eq=False)
@@ -70,6 +69,7 @@ class Budgeted:
     parts: tuple[FoundPart, ...] = ()
     coded: CodedSlices | None = None
     """The codes of dense slices, where the plan has some in few bits."""
+    search: Search | None = None  # for plans under other budgets on the same spectra
 
 
 def plan_within_budget(
@@ -140,9 +140,9 @@ def plan_within_budget(
     plan = plan_of(best, search, skipped, outlook)
     best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
-    units: Mapping[str, UnitFactors] = best.units or {}
     coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
-    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, parts, coded)
+    units = best.units or {}
+    return Budgeted(plan, factors, statistics, spectra[True], units, kinds, parts, coded, search)
 
 
 def _search(

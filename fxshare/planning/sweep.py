@@ -63,18 +63,21 @@ def alternatives(
 @dataclass(frozen=True)
 class SweepPoint:
     """A plan of a sweep. ``budget`` and ``kept`` are shares of the dense cost: what was allowed,
-    and what the plan takes of it. ``bound`` is the dual bound, 0 where there is none."""
+    and what the plan takes of it. ``bound`` is the dual bound, 0 where there is none; ``measured``
+    the loss on held-back data where it was measured."""
 
     budget: float
     kept: float
     loss: float
     bound: float
     bases: int
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Predicted loss against budget, all on one set of statistics and before any search.
+    """Predicted loss against budget, all on one set of statistics and before any search; of some
+    also what was measured.
 
     ``uniform`` gives every slice a basis of its own and the same share of its dense cost, as far as
     floors and layers kept dense allow; it keeps no bound on FLOPs.

@@ -25,7 +25,7 @@ def draw_sweep(sweep: Sweep, path: Path, *, outlook: Outlook | None = None) -> N
 
 
 def sweep_figure(sweep: Sweep, *, outlook: Outlook | None = None) -> Figure:
-    """Predicted loss against what is kept, the loss on a log scale.
+    """Predicted loss against what is kept, the loss on a log scale, and what was measured.
 
     Points that lose nothing have no place on it and are left out.
     """
@@ -46,6 +46,17 @@ def sweep_figure(sweep: Sweep, *, outlook: Outlook | None = None) -> Figure:
             markersize=3.5,
             linewidth=1.4,
             label=label,
+        )
+    found = [(p.kept, p.measured) for p in sweep.planned if p.measured and p.measured > 0]
+    if found:
+        axes.plot(
+            [kept for kept, _ in found],
+            [loss for _, loss in found],
+            linestyle="none",
+            marker="x",
+            markersize=6,
+            color="#2A6FB0",
+            label="planned, measured on held-back data",
         )
     if outlook is not None:
         at = outlook.cost / sweep.dense

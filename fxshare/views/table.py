@@ -311,8 +311,12 @@ def _after(trial: TrialResult) -> str:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """A row per budget: the planned and the uniform plan."""
+    """A row per budget: the planned and the uniform plan. What was measured has a column where
+    anything was."""
     header = ["budget", "kept", "bases", "predicted Δloss", "dual bound", "uniform kept", "Δloss"]
+    measured = any(point.measured is not None for point in sweep.planned)
+    if measured:
+        header.append("planned, measured Δloss")
     uniform = {point.budget: point for point in sweep.uniform}
     rows = []
     for point in sweep.planned:
@@ -328,6 +332,8 @@ def sweep_table(sweep: Sweep) -> Table:
                 "–" if other is None else f"{other.loss:.4g}",
             ]
         )
+        if measured:
+            rows[-1].append("–" if point.measured is None else f"{point.measured:.4g}")
     return header, rows
 
 

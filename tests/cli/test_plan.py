@@ -155,6 +155,27 @@ def test_a_sweep_in_numbers(fxshare: Run, command: tuple[object, ...]) -> None:
     assert at["loss"] == pytest.approx(document["plan"]["outlook"]["predicted"], rel=0.2)
 
 
+def test_a_sweep_is_measured_as_time_allows(fxshare: Run, command: tuple[object, ...]) -> None:
+    options = ("--sweep", "-", "--json", "--set", "planner.search=quick")
+    asked = fxshare("plan", *command, *options, "--sweep-minutes", "9").json
+    # nothing of the trial that was kept is in the way of what a budget of its own measures
+    losing = [point for point in asked["sweep"]["planned"] if point["loss"] > 0]
+    assert losing
+    assert all(point["measured"] is not None for point in losing)
+    worst, mildest = losing[0]["measured"], losing[-1]["measured"]
+    assert worst > mildest
+    alone = fxshare(
+        "plan", *command, "--json", "--set", "planner.search=quick",
+        "--keep", losing[0]["budget"], "--set", "planner.remeasure=0",
+    ).json  # fmt: skip
+    trials = {trial["name"]: trial for trial in alone["outlook"]["trials"]}
+    assert trials["planned"]["predicted"] == pytest.approx(losing[0]["loss"], rel=1e-9)
+    if trials["planned"]["tokens"] == alone["outlook"]["held_back_tokens"]:
+        assert trials["planned"]["measured"] == pytest.approx(worst, rel=1e-6)
+    none = fxshare("plan", *command, *options, "--sweep-minutes", "0").json
+    assert all(point["measured"] is None for point in none["sweep"]["planned"])
+
+
 def test_a_sweep_starts_where_plans_do(fxshare: Run, command: tuple[object, ...]) -> None:
     floor = ("--set", "planner.floor=0.5", "--sweep", "-", "--json")
     points = fxshare("plan", *command, *floor).json["sweep"]["planned"]
@@ -169,6 +190,7 @@ def test_a_sweep_starts_where_plans_do(fxshare: Run, command: tuple[object, ...]
         (("-c", "sharing.yaml", "--sweep", "-", *DATA), "the sharing mode has none; give one"),
         (("-c", "budget.yaml", "--keep", "0.5", "--sweep", "-"), "add --calibration SPEC"),
         (("-c", "budget.yaml", "--keep", "0.5", "--sweep", "x.txt", *DATA), "found .txt"),
+        (("--keep", "0.5", "--sweep-minutes", "1", *DATA), "for the budgets of --sweep"),
         (("-c", "sharing.yaml", "--draw", "x.bmp"), "found .bmp"),
     ],
 )

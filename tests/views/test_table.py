@@ -199,6 +199,13 @@ def test_the_table_of_a_sweep() -> None:
     assert rows[1][-1] == "0"
 
 
+def test_what_was_measured_of_a_sweep_has_a_column() -> None:
+    points = (SweepPoint(0.5, 0.49, 0.1, 0.09, 3, 0.3), SweepPoint(1.0, 1.0, 0.0, 0.0, 0))
+    header, rows = sweep_table(Sweep("numbers", 100, "loss", points, points[1:]))
+    assert header[-1] == "planned, measured Δloss"
+    assert [row[-1] for row in rows] == ["0.3", "–"]
+
+
 # what a plan's file may say -------------------------------------------------------------------
 
 
