@@ -141,7 +141,7 @@ def plan_within_budget(
     best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
     coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
-    units = best.units or {}
+    units: Mapping[str, UnitFactors] = best.units or {}
     return Budgeted(plan, factors, statistics, spectra[True], units, kinds, parts, coded, search)
 
 
