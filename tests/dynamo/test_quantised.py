@@ -3,12 +3,17 @@ and some of those are about a process that has none."""
 
 from __future__ import annotations
 
+import random
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from fxshare.base.quantised import BITS
+from fxshare.base.randomness import randomness_as_before
 from tests.base.test_quantised import made
+from tests.base.test_randomness import wait_for_workers
 
 
 @pytest.mark.parametrize("of", BITS)
@@ -24,3 +29,14 @@ def test_a_compiler_gets_the_same_numbers_for_one_row_and_for_several(of: int) -
         with torch.no_grad():
             gap = (compiled(x) - expected).abs().max()
         assert gap <= 1e-5 * expected.abs().max()
+
+
+def test_a_compilers_threads_keep_no_generator_from_being_as_it_was() -> None:
+    torch._dynamo.reset()
+    torch.compile(torch.sin)(torch.ones(3))
+    assert threading.active_count() > 1
+    wait_for_workers()
+    before = random.getstate()
+    with randomness_as_before(seed=1):
+        random.random()
+    assert random.getstate() == before
