@@ -7,9 +7,12 @@ the same numbers twice. What a run draws comes from a generator of its own inste
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import thread as pools
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# tqdm's, which draws nothing and is left running
-_NO_USER = "TMonitor"
+# threads that draw nothing and are left running: tqdm's monitor, and the two of Inductor that look
+# after its compiling processes
+_NO_USERS = frozenset({"TMonitor", "InductorSubproc", "subproc_worker_timer"})
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
     """Let torch draw for this thread alone, on from where its generator is, or from ``seed``.
 
     Those of Python and numpy are as before afterwards where no other thread may have drawn from
-    them meanwhile.
+    them meanwhile (``randomness_as_before``).
     """
     with randomness_as_before(seed), _OwnGenerators(seed):
         yield
@@ -36,16 +40,21 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
 @contextmanager
 def randomness_as_before(seed: int | None = None) -> Iterator[None]:
     """All generators as before afterwards, those of Python and numpy from ``seed`` on meanwhile;
-    where other threads run they are left alone, since what was drawn may have been theirs."""
+    where other threads run they are left alone, since what was drawn may have been theirs.
+
+    Others that wait for work, at the beginning and at the end, do not count: of what ran meanwhile
+    this thread has started everything.
+    """
+    alone = _alone()
     python, of_numpy = random.getstate(), np.random.get_state()
     seeded, state = torch.initial_seed(), torch.get_rng_state()
     try:
-        if seed is not None and _alone():
+        if seed is not None and alone:
             random.seed(seed)
             np.random.seed(seed)
         yield
     finally:
-        if _alone():
+        if alone and _alone():
             random.setstate(python)
             np.random.set_state(of_numpy)
             torch.set_rng_state(state)
@@ -54,8 +63,21 @@ def randomness_as_before(seed: int | None = None) -> Iterator[None]:
 
 
 def _alone() -> bool:
-    here = threading.current_thread()
-    return all(t is here or type(t).__name__ == _NO_USER for t in threading.enumerate())
+    """Whether no thread but this one can be about to draw, unless it is given work."""
+    here, frames = threading.current_thread(), sys._current_frames()
+    return all(
+        t is here or {t.name, type(t).__name__} & _NO_USERS or _waits(frames.get(t.ident or 0))
+        for t in threading.enumerate()
+    )
+
+
+def _waits(frame: FrameType | None) -> bool:
+    """Whether a thread in ``frame`` is a worker of a ``ThreadPoolExecutor`` without work: Inductor,
+    event loops and others keep theirs when the work is done."""
+    if frame is None or frame.f_code is not pools._worker.__code__:
+        return False
+    # work that was handed over and not yet taken is in the queue
+    return frame.f_locals.get("work_item") is None and frame.f_locals["work_queue"].empty()
 
 
 class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]

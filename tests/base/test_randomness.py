@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fxshare
+from fxshare.base import randomness
+from fxshare.base.randomness import randomness_as_before
 from tests.strategies import no_warnings_of_ours
 
 WIDTH, VOCABULARY = 8, 20
@@ -103,3 +109,87 @@ def test_every_generator_is_as_it_was(
         CALLS[name](*pair, tmp_path)
     after = _states()
     assert [which for which in before if after[which] != before[which]] == []
+
+
+def wait_for_workers() -> None:
+    """A worker that has handed over its result takes a moment until it waits for work."""
+    for _ in range(1000):
+        if randomness._alone():
+            return
+        time.sleep(0.01)
+    pytest.fail("a thread is at work, or not known to wait")
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Its worker has had work, and waits."""
+    with ThreadPoolExecutor(1) as made:
+        made.submit(random.random).result()
+        wait_for_workers()
+        yield made
+
+
+def _draw() -> tuple[float, float]:
+    return random.random(), float(np.random.rand())
+
+
+def test_a_worker_without_work_draws_nothing(pool: ThreadPoolExecutor) -> None:
+    before = _states()
+    with randomness_as_before(seed=1):
+        _draw()
+        pool.submit(_draw).result()  # ours: nobody else can have asked for it
+        wait_for_workers()
+    assert _states() == before
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_numbers_that_a_worker_drew_are_not_drawn_again(
+    ends: bool, pool: ThreadPoolExecutor
+) -> None:
+    here, on = threading.Event(), threading.Event()
+
+    def work() -> tuple[float, float]:
+        here.set()
+        on.wait(60)
+        return _draw()
+
+    drawn = pool.submit(work)
+    assert here.wait(60)
+    with randomness_as_before(seed=1):
+        if ends:  # at the end of our run it waits for work again
+            on.set()
+            drawn.result()
+            wait_for_workers()
+    on.set()
+    assert not set(drawn.result()) & set(_draw())
+
+
+def test_numbers_of_a_worker_that_we_left_at_work_are_not_drawn_again(
+    pool: ThreadPoolExecutor,
+) -> None:
+    here, on = threading.Event(), threading.Event()
+
+    def work() -> tuple[float, float]:
+        numbers = _draw()
+        here.set()
+        on.wait(60)
+        return numbers
+
+    with randomness_as_before():
+        drawn = pool.submit(work)
+        assert here.wait(60)
+    on.set()
+    assert not set(drawn.result()) & set(_draw())
+
+
+def test_work_that_nobody_has_begun_is_another_threads(pool: ThreadPoolExecutor) -> None:
+    on, interval = threading.Event(), sys.getswitchinterval()
+    sys.setswitchinterval(30)  # nobody takes the interpreter from us
+    try:
+        before = random.getstate()
+        pool.submit(on.wait, 60)
+        with randomness_as_before(seed=1):
+            assert random.getstate() == before
+    finally:
+        sys.setswitchinterval(interval)
+        on.set()

@@ -145,7 +145,7 @@ def test_the_demo_shows_dense_exact_sharing_and_planned(
     monkeypatch.setattr(demo, "calibration", lambda docs, n_bytes: calibration(docs, n_bytes=8_000))
     monkeypatch.setattr(demo, "SIZES", (0.5,))
     monkeypatch.setattr(demo, "CONFIG", {**CONFIG, "weight_types": types})
-    monkeypatch.setattr(demo, "REFINE_SECONDS", 2.0)
+    monkeypatch.setattr(demo, "REFINE_SECONDS", 0.5)
     found = demo.demo(quick=True, refine=True, out=tmp_path)
     by_name = {row.name: row for row in found.rows}
     names = ["dense", "exact", "basis sharing 0.50", "planned 0.50", "planned 0.50 refined"]

@@ -3,21 +3,25 @@
 A page is one test: its blocks build on one another, and run in order in one folder. Python is
 executed, `fxshare` is run through the command line in this process, YAML is a configuration that
 loads, `text` is a picture. A block that cannot be run says why in a comment before it (see
-`blocks.py`).
+`blocks.py`). Pages that take long are run with -m slow; of all of them Python's syntax, the command
+lines and configurations are read.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 
 import fxshare.embedded
-from fxshare.cli import main
+from fxshare.cli import main, make_app
 from fxshare.config import load_config
 from tests.documents.blocks import Block, blocks_of, commands_of
 from tests.documents.conftest import ROOT
@@ -119,6 +123,54 @@ class Page:
         if block.saved_as is not None:
             Path(block.saved_as).write_text(block.text, encoding="utf-8")
         load_config(yaml.safe_load(block.text))
+
+
+def _leaves(command: Any) -> Iterator[Any]:
+    inner = getattr(command, "commands", {}).values()
+    yield from (leaf for one in inner for leaf in _leaves(one)) if inner else (command,)
+
+
+@functools.cache
+def _reading() -> Any:
+    """The command line, whose commands do nothing."""
+    command = typer.main.get_command(make_app())
+    for leaf in _leaves(command):
+        leaf.callback = lambda **options: None
+    return command
+
+
+def read(name: str, text: str) -> None:
+    """Read the blocks of a page without running them; raises what is wrong with one."""
+    for block in blocks_of(text):
+        if block.reason is not None:
+            continue
+        if block.language == "python" and block.saved_as is None:
+            compile(block.text, name, "exec")
+        elif block.language == "yaml":
+            load_config(yaml.safe_load(block.text))
+        elif block.language in {"sh", "console"}:
+            for arguments in commands_of(block.text):
+                assert arguments[0] == "fxshare", f"{name}:{block.line}: {arguments}"
+                _reading()(arguments[1:], standalone_mode=False)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_the_page_can_be_read(name: str) -> None:
+    read(name, (ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("```sh\nfxshare plan embedded --keeps 0.5\n```", "No such option"),
+        ("```sh\nfxshare plans embedded\n```", "No such command"),
+        ("```python\nplan = fxshare.plan(model\n```", "was never closed"),
+        ("```yaml\nbudgets: {params_kept: 0.8}\n```", "budgets"),
+    ],
+)
+def test_a_block_that_is_wrong_is_noticed(block: str, error: str) -> None:
+    with pytest.raises(Exception, match=error):
+        read("page.md", block)
 
 
 @pytest.mark.parametrize("name", PAGES)

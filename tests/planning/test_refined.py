@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -29,9 +29,26 @@ HALF = {"params_kept": 0.5}
 REFINED = {"search": "refined", "remeasure": 0}
 
 
+class Surroundings(NamedTuple):
+    """What a compilation is to leave as it was, before and afterwards."""
+
+    tensors: tuple[Any, Any]
+    states: tuple[torch.Tensor, torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def found() -> Any:
-    return compiled(llama(), MANY, HALF, REFINED)
+def both() -> tuple[Any, Any, Surroundings]:
+    """The model, the compiled one, and what was around it."""
+    model = llama()
+    before, state = tensors_of(model), torch.get_rng_state()
+    found = compiled(model, MANY, HALF, REFINED)
+    around = Surroundings((before, tensors_of(model)), (state, torch.get_rng_state()))
+    return model, found, around
+
+
+@pytest.fixture(scope="module")
+def found(both: tuple[Any, Any, Surroundings]) -> Any:
+    return both[1]
 
 
 def after(plan: fxshare.Plan) -> dict[str, tuple[float, int]]:
@@ -54,12 +71,12 @@ def test_the_better_half_is_refined_further_and_the_best_of_it_kept(found: Any) 
     assert all(len(row) == len(header) for row in rows)
 
 
-def test_the_model_is_as_it_was_and_the_plan_is_within_its_budget() -> None:
-    model = llama()
-    before, state = tensors_of(model), torch.get_rng_state()
-    one = compiled(model, MANY, HALF, REFINED)
-    assert same_tensors(before, tensors_of(model))
-    assert torch.equal(torch.get_rng_state(), state)
+def test_the_model_is_as_it_was_and_the_plan_is_within_its_budget(
+    both: tuple[Any, Any, Surroundings],
+) -> None:
+    model, one, around = both
+    assert same_tensors(*around.tensors)
+    assert torch.equal(*around.states)
     assert one.fxshare.plan.params_kept <= 0.5
     assert one.fxshare.refined == ()  # the plan is chosen by it, the weights are not refined
     assert fxshare.verify(model, one).ok
