@@ -135,11 +135,13 @@ def _check_room(output: Path, loaded: LoadedModel, cfg: ShareConfig) -> None:
     from fxshare.estimating.disk import check_room
     from fxshare.planning.options import bytes_of
 
-    budget = cfg.budget
-    kept = cfg.compression_rate or (budget.params_kept if budget is not None else None) or 0.0
+    budget, kept = cfg.budget, cfg.compression_rate
+    if budget is not None:
+        # numbers of few bits take fewer bytes than their share
+        kept = budget.params_kept if cfg.planner.bits == (16,) else budget.bytes_kept
     check_room(
         output,
-        int(min(kept, 1.0) * bytes_of(loaded.model)),
+        int(min(kept or 0.0, 1.0) * bytes_of(loaded.model)),
         "the result",
         "give -o a folder on a larger disk",
     )

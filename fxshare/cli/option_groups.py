@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import fxshare
 from fxshare.cli.options import (
+    Bits,
+    BytesKept,
     Calibration,
     Configs,
     Keep,
@@ -97,7 +99,9 @@ class Wanted:
     set_: Sets = None
     keep: Keep = None
     max_bytes: MaxBytes = None
+    bytes_kept: BytesKept = None
     max_loss: MaxLoss = None
+    bits: Bits = None
     max_memory: MaxMemory = None
 
     @property
@@ -106,11 +110,23 @@ class Wanted:
         given = {
             "params_kept": self.keep,
             "max_bytes": self.max_bytes,
+            "bytes_kept": self.bytes_kept,
             "max_loss_increase": self.max_loss,
         }
         budget = [f"budget.{key}={value}" for key, value in given.items() if value is not None]
         memory = [] if self.max_memory is None else [f"calibration.max_memory={self.max_memory}"]
-        return [*(self.set_ or ()), *budget, *memory]
+        return [*(self.set_ or ()), *budget, *self._widths(), *memory]
+
+    def _widths(self) -> list[str]:
+        if self.bits is None:
+            return []
+        widths = [width.strip() for width in self.bits.split(",")]
+        if not all(width.isascii() and width.isdigit() for width in widths):
+            raise fxshare.errors.ConfigError(
+                f"--bits {self.bits}: expected one or more of 16, 8 and 4, with commas between "
+                "them, such as --bits 16,8,4"
+            )
+        return [f"planner.bits=[{', '.join(widths)}]"]
 
     def from_files(self) -> ShareConfig | None:
         """The configuration, where files of it were given."""

@@ -48,9 +48,27 @@ Keep = Annotated[
     ),
 ]
 MaxBytes = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        metavar="N", help="Plan for a whole model of at most N bytes: --set budget.max_bytes=N."
+        metavar="SIZE",
+        help="Plan for a whole model of at most so many bytes (20000000, 350MB): --set "
+        "budget.max_bytes=SIZE.",
+    ),
+]
+BytesKept = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Plan to keep this share of the matched weights' bytes: --set "
+        "budget.bytes_kept=SHARE.",
+    ),
+]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BITS",
+        help="How many bits a number may have (16,8,4; 16 is the model's own dtype): --set "
+        "planner.bits=[BITS]. Several need a budget in bytes.",
     ),
 ]
 MaxLoss = Annotated[

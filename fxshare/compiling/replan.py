@@ -56,7 +56,7 @@ def replan(
     options = options_for(config.budget, config.planner, stored.element_size)
     nodes = nodes_for(stored.sites, stored.inputs)
     kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
-    rounding = RoundingPrice(priced)
+    rounding = RoundingPrice(priced, nodes)
     problem = make_problem(nodes, priced, options, rounding=rounding)
     scene = Scene(parts_in(stored), nodes, priced, options, rounding)
     problem = replace(problem, others=others_of(kinds, scene))

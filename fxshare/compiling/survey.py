@@ -138,7 +138,8 @@ def _surveyed(
     planner = config.planner
     options = options_of(config.budget, planner, model)
     spectra = budgeted.spectra
-    nodes, rounding = nodes_of(stages.sites, spectra.slices), RoundingPrice(spectra)
+    nodes = nodes_of(stages.sites, spectra.slices)
+    rounding = RoundingPrice(spectra, nodes)
     problem = make_problem(nodes, spectra, options, rounding=rounding)
     scene = Scene(budgeted.parts, problem.nodes, spectra, options, rounding)
     problem = replace(problem, others=others_of(budgeted.kinds, scene))

@@ -196,7 +196,7 @@ class _Estimating:
         """The share of the matched numbers that a plan keeps, as far as the configuration tells."""
         budget, cfg = self.cfg.budget, self.cfg
         if budget is not None:
-            share = budget.params_kept or budget.flops_kept
+            share = budget.params_kept or budget.bytes_kept or budget.flops_kept
             if budget.max_bytes is not None:
                 rest = self._bytes - self._matched
                 share = (budget.max_bytes - rest) / max(self._matched, 1)

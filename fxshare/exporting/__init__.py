@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fxshare.store.tokenizer import TokenizerSource
 
 _LOG = logging.getLogger(__name__)
-_WITHOUT_CODES = ("py", "vllm", "ort-genai")
+_WITHOUT_CODES = ("py", "vllm")
 """Targets that have no form for quantised weights."""
 
 

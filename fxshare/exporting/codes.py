@@ -1,7 +1,8 @@
 """Quantised weights as modules of plain tensors, which ``torch.export`` carries.
 
 A tensor that holds codes is one of Python's; a program has integer tensors, and the operations that
-make values of them.
+make values of them. For ONNX those are operators, since the exporter computes arithmetic on
+constants beforehand: of 8 bits ``DequantizeLinear``, of 4 bits ``MatMulNBits`` of onnxruntime.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxshare.base.quantised import Quantised
+from fxshare.base.quantised import GROUP, Quantised
 from fxshare.capture.modules import BorrowedBasis
 from fxshare.errors import ExportError
 from passes.graph.graph import structure_copy
@@ -28,8 +29,9 @@ class Coded(nn.Module):
         self.onnx = onnx
         self.bits, self.group, self.width = weight.bits, weight.group, weight.shape[1]
         self.dtype = weight.dtype
-        self.register_buffer("codes", weight.stored)
-        self.register_buffer("scale", weight.scale)
+        packs = onnx and weight.bits == 4
+        self.register_buffer("codes", _in_blocks(weight) if packs else weight.stored)
+        self.register_buffer("scale", weight.scale.to(weight.dtype) if onnx else weight.scale)
         self.bias = module._parameters.get("bias")
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
@@ -39,16 +41,7 @@ class Coded(nn.Module):
         """The values ``(O, I)``."""
         codes, scale = self.codes, self.scale.to(self.dtype)
         if self.onnx:
-            # written as an operator, since the exporter computes arithmetic on constants beforehand
-            made: Tensor = torch.onnx.ops.symbolic(
-                "DequantizeLinear",
-                (codes, scale[:, 0]),
-                {"axis": 0},
-                dtype=self.dtype,
-                shape=codes.shape,
-                version=19,
-            )
-            return made
+            return self._dequantised()
         if self.bits == 4:
             both = torch.cat([codes & 15, codes >> 4], 1)[:, : self.width]
             values = both.to(self.dtype) - 8
@@ -61,7 +54,52 @@ class Coded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x Wᵀ + b``."""
-        return F.linear(x, self.weight, self.bias)
+        if not self.onnx or self.bits == 8:
+            return F.linear(x, self.weight, self.bias)
+        rows = len(self.codes)
+        # without an accuracy level of 1 inputs may be rounded to 8 bits
+        y: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.codes, self.scale),
+            {
+                "K": self.width,
+                "N": rows,
+                "bits": self.bits,
+                "block_size": self.group,
+                "accuracy_level": 1,
+            },
+            dtype=self.dtype,
+            shape=(*x.shape[:-1], rows),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+    def _dequantised(self) -> Tensor:
+        """The values, by an operator of ONNX."""
+        if self.bits != 8:
+            raise ExportError(
+                f"a weight {len(self.scale)}×{self.width} of {self.bits} bits is read otherwise "
+                "than by a linear, and onnxruntime has no operator for that: plan with 8 bits "
+                "(--bits 16,8), or export to pt2 or aoti, which keep 4"
+            )
+        made: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (self.codes, self.scale[:, 0]),
+            {"axis": 0},
+            dtype=self.dtype,
+            shape=self.codes.shape,
+            version=19,
+        )
+        return made
+
+
+def _in_blocks(weight: Quantised) -> Tensor:
+    """Codes of 4 bits ``(O, G, 16)`` as ``MatMulNBits`` reads them: two of neighbouring columns a
+    byte, the first in the lower half, 8 for zero; blocks are filled up."""
+    codes_OI = (weight.codes + 8).to(torch.uint8)
+    whole = F.pad(codes_OI, (0, -codes_OI.shape[1] % GROUP), value=8)
+    blocks = whole.reshape(len(whole), -1, GROUP)
+    return blocks[..., 0::2] | (blocks[..., 1::2] << 4)
 
 
 def has_codes(model: nn.Module) -> bool:
@@ -75,7 +113,7 @@ def refuse_codes(model: nn.Module, to: str) -> None:
     if has_codes(model):
         raise ExportError(
             f"the target {to} has no form for weights in few bits: export to pt2, aoti or onnx, "
-            "which keep them, or to dense, which multiplies out; or compile without bits"
+            "which keep them, or to dense; or compile without bits"
         )
 
 
@@ -83,7 +121,7 @@ def with_plain_tensors(model: nn.Module, *, onnx: bool = False) -> nn.Module:
     """The model, or where it has quantised weights a copy that has modules in their place, of
     operators of ONNX on demand.
 
-    Raises :class:`ExportError` for weights of 4 bits then.
+    Such a module raises :class:`ExportError` where a weight of 4 bits is read then.
     """
     if not has_codes(model):
         return model
@@ -92,12 +130,6 @@ def with_plain_tensors(model: nn.Module, *, onnx: bool = False) -> nn.Module:
     for name, module in list(result.named_modules(remove_duplicate=False)):
         weight = module._parameters.get("weight")
         if isinstance(weight, Quantised):
-            if onnx and weight.bits != 8:
-                raise ExportError(
-                    f"{name!r} has {weight.bits} bits, and the ONNX file would hold its values: "
-                    "plan with 8 bits (planner: {bits: [16, 8]}), or export to pt2 or aoti, which "
-                    "keep 4"
-                )
             if id(module) not in made:
                 made[id(module)] = Coded(module, weight, onnx=onnx).train(module.training)
             result.set_submodule(name, made[id(module)])

@@ -248,7 +248,7 @@ def _budget_in_unit(model: nn.Module, cfg: ShareConfig, search: Search, spectra:
     if cfg.budget.max_loss_increase is None:
         return budget
     nodes = nodes_of(search.sites, spectra.slices)
-    problem = make_problem(nodes, spectra, search.options, rounding=RoundingPrice(spectra))
+    problem = make_problem(nodes, spectra, search.options, rounding=RoundingPrice(spectra, nodes))
     limit = cfg.budget.max_loss_increase
     return float(least_cost(problem, limit, strategy=cfg.planner.strategy).cost)
 

@@ -4,22 +4,28 @@ Truncation and rounding add up, since what is truncated stands upright on what i
 measured with nearest codes at a few ranks, and between them read off a line of its logarithm; how
 far error feedback brings it down is measured at one of them. That is a model: the plans of the
 search are judged with the codes that they would have.
+
+Beside spectra that are kept by names these losses are kept too, so that another budget in bytes is
+planned without the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from fxshare.base.cache import read_entry, write_entry
 from fxshare.base.spent import part as spent
 from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.entries import entry_of
 from fxshare.factors.pivots import complement, pivot
 from fxshare.factors.rounding import better_codes, lost_by, lost_of_gap, nearest, rounded
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.solver.curve import Floats
-from fxshare.planning.solver.problem import Part
+from fxshare.planning.solver.problem import Node, Part
 from fxshare.planning.stored_problem import StoredSpectra
 from fxshare.plans.storage import Ints, Storage
 
@@ -32,6 +38,8 @@ class RoundingPrice:
     """Losses of rounding on the statistics of some spectra, computed when first asked for."""
 
     spectra: Spectra | StoredSpectra
+    nodes: Mapping[str, Node]
+    """The slices."""
     _dense: dict[tuple[str, int], float] = field(default_factory=dict)
     _factors: dict[tuple[Part, str, int], Floats] = field(default_factory=dict)
 
@@ -48,15 +56,16 @@ class RoundingPrice:
             return np.asarray(sum(alone))
         key = part, storage.name, bits
         if key not in self._factors:
-            (name,) = part
-            full = min(self._live.slices[name].weight_OI.shape)
+            node = self.nodes[next(iter(part))]
+            full = min(node.in_features, node.out_features)
             there = ranks[ranks <= full] if (ranks <= full).any() else np.array([full])
             at = np.unique([there[int(share * (len(there) - 1))] for share in _SHARES])
-            lost = np.array([self._measured(part, storage, bits, int(rank)) for rank in at])
-            middle = len(at) // 2
-            fed = self._measured(part, storage, bits, int(at[middle]), feedback=True)
-            lost *= min(fed / lost[middle], 1.0) if lost[middle] > 0 else 1.0
-            self._factors[key] = np.stack([at.astype(np.float64), np.log(lost.clip(min=1e-300))])
+
+            def lost() -> Floats:
+                return self._line(part, storage, bits, at)
+
+            kept = self._kept(f"{storage.name} {bits} {at.tolist()}", part, lost)
+            self._factors[key] = np.stack([at.astype(np.float64), np.log(kept.clip(min=1e-300))])
         at, logarithms = self._factors[key]
         found: Floats = np.exp(np.interp(ranks, at, logarithms))
         return found
@@ -65,14 +74,43 @@ class RoundingPrice:
     def _slice(self, name: str, bits: int) -> float:
         """What a dense slice loses."""
         key = name, bits
+
+        def lost() -> Floats:
+            one, work = self._live.slices[name], self._live.dtype
+            return np.array([lost_by(one, rounded(one, bits, dtype=work).values(work))])
+
         if key not in self._dense:
-            one = self._live.slices[name]
-            work = self._live.dtype
-            lost = lost_by(one, rounded(one, bits, dtype=work).values(work))
-            self._dense[key] = max(lost, 0.0)
+            kept = self._kept(f"dense {bits}", frozenset({name}), lost)
+            self._dense[key] = max(float(kept[0]), 0.0)
         return self._dense[key]
 
+    def _kept(self, what: str, part: Part, measure: Callable[[], Floats]) -> Floats:
+        """What was measured on these statistics before, or is now."""
+        spectra = self.spectra
+        if isinstance(spectra, StoredSpectra):
+            folder, options = spectra.folder, spectra.options
+        elif spectra.cache is None or not spectra.name:
+            return measure()
+        else:
+            folder, options = spectra.cache, spectra.key_of_options
+        entry = f"{entry_of(options, (f'rounding {what}', *part))}.rounding"
+        content = read_entry(folder, entry)
+        if content is not None:
+            kept: Floats = np.frombuffer(content, np.float64).copy()
+            return kept
+        found = measure()
+        write_entry(folder, entry, found.tobytes())
+        return found
+
     @spent("price rounding")
+    def _line(self, part: Part, storage: Storage, bits: int, at: Ints) -> Floats:
+        """What rounding adds at some ranks, brought down as far as feedback does at one."""
+        lost = np.array([self._measured(part, storage, bits, int(rank)) for rank in at])
+        middle = len(at) // 2
+        fed = self._measured(part, storage, bits, int(at[middle]), feedback=True)
+        lost *= min(fed / lost[middle], 1.0) if lost[middle] > 0 else 1.0
+        return lost
+
     def _measured(
         self, part: Part, storage: Storage, bits: int, rank: int, *, feedback: bool = False
     ) -> float:
@@ -114,8 +152,9 @@ class RoundingPrice:
     def _live(self) -> Spectra:
         if isinstance(self.spectra, StoredSpectra):
             raise PlanError(
-                "planner.bits: what rounding loses is measured on the model; give MODEL and "
-                "--calibration as well (the same as then), or plan with bits: [16]"
+                f"planner.bits: what rounding loses was not measured in "
+                f"{self.spectra.folder.parent}; give MODEL and --calibration as well (the same as "
+                "then), or plan with the bits of that run (--bits 16 where it had none)"
             )
         return self.spectra
 

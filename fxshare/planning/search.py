@@ -243,7 +243,7 @@ class Search:
         nodes = nodes_of(self.sites, spectra.slices)
         of = strategy, options.may_share != self.options.may_share, others
         key = id(spectra), *of
-        rounding = self._rounding(spectra)
+        rounding = self._rounding(spectra, nodes)
         known: Callable[[Part], bool] | None = self.contend.get(of)
         if options.floor != self.options.floor:
             if key in self.problems:
@@ -266,13 +266,13 @@ class Search:
         """The problem with candidates of other kinds, unless a trial does without."""
         if others == "none" or not self.kinds:
             return problem
-        rounding = self._rounding(spectra)
+        rounding = self._rounding(spectra, problem.nodes)
         scene = Scene(self.parts, problem.nodes, spectra, options, rounding)
         found = others_of(self.kinds, scene)
         return replace(problem, others=found, insists=others == "all")
 
-    def _rounding(self, spectra: Spectra) -> RoundingPrice:
-        return self.priced.setdefault(id(spectra), RoundingPrice(spectra))
+    def _rounding(self, spectra: Spectra, nodes: Mapping[str, Node]) -> RoundingPrice:
+        return self.priced.setdefault(id(spectra), RoundingPrice(spectra, nodes))
 
     def measured_again(self, price: float | None) -> Search:
         """The search on other statistics; with a price only those groups are priced on them that

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fxshare.base.quantised import Quantised
 from fxshare.capture.modules import module_slices
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site
@@ -23,7 +24,9 @@ def slice_product(module: nn.Module, name: str) -> Tensor:
     """The weight ``(out, in)`` that a slice of a compiled model stands for, in float64."""
     place = slices_of(module)[name]
     weight_OI, _ = weight_and_bias(module.get_submodule(place.module))
-    rows = rows_of(module, place, weight_OI.detach()).double()
+    stored = rows_of(module, place, weight_OI.detach())
+    # a cast of codes would have codes still
+    rows = stored.values(torch.float64) if isinstance(stored, Quantised) else stored.double()
     if place.basis is None:
         return place.whole_weight(rows)
     return rows @ basis_of(module, place, torch.float64).detach()

@@ -94,17 +94,48 @@ def test_the_exact_and_the_sharing_mode(fxshare: Run) -> None:
         (("--keep", "0.6"), "budget.params_kept=0.6"),
         (("--max-loss", "0.01"), "budget.max_loss_increase=0.01"),
         (("--max-bytes", "39000"), "budget.max_bytes=39000"),
+        (("--max-bytes", "39kB"), "budget.max_bytes=39000"),
+        (("--bytes-kept", "0.6"), "budget.bytes_kept=0.6"),
+        (("--keep", "0.6", "--bits", "8"), "budget.params_kept=0.6 planner.bits=[8]"),
+        (
+            ("--bytes-kept", "0.4", "--bits", "8, 16,4"),
+            "budget.bytes_kept=0.4 planner.bits=[16,8,4]",
+        ),
     ],
 )
 def test_shortcuts_are_overrides(
-    fxshare: Run, budget: Path, shortcut: tuple[str, str], same: str
+    fxshare: Run, budget: Path, shortcut: tuple[str, ...], same: str
 ) -> None:
     command = ("plan", "cli_toy:make", "-c", budget, *DATA, "--json")
-    short, long = fxshare(*command, *shortcut), fxshare(*command, "--set", same)
+    sets = [part for one in same.split() for part in ("--set", one)]
+    short, long = fxshare(*command, *shortcut), fxshare(*command, *sets)
     assert short.code == 0, short.err
     found = [dict(ran.json, outlook=None) for ran in (short, long)]
     assert found[0] == found[1]
-    assert found[0]["groups"]
+    assert found[0]["groups"] or found[0]["rounded"]
+    assert ("bits" in str(found[0])) == ("--bits" in shortcut)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--bits", "16;8"), "--bits 16;8: expected one or more of 16, 8 and 4, with commas"),
+        (("--bits", ""), "such as --bits 16,8,4"),
+        (("--bits", "16,3"), "expected a list of one or more of 16, 8 and 4"),
+        (("--bits", "16,8", "--keep", "0.5"), "compete under a budget in bytes"),
+        (("--bits", "8"), "found without budget"),
+        (("--bytes-kept", "25"), "25 % is 0.25"),
+        (("--bytes-kept", "0.5", "--max-bytes", "9kB"), "expected one limit"),
+        (("--max-bytes", "many"), "with a unit, such as 8GB or 512MiB"),
+    ],
+)
+def test_wrong_bits_and_bytes_are_refused(
+    fxshare: Run, budget: Path, given: tuple[str, ...], reason: str
+) -> None:
+    types = ("-c", budget) if "--bytes-kept" in given or "--keep" in given else ()
+    ran = fxshare("plan", "cli_toy:make", *types, *given, *DATA)
+    assert ran.code == 2
+    assert reason in ran.err
 
 
 def test_shortcuts_that_contradict(fxshare: Run, budget: Path) -> None:

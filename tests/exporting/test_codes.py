@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxshare
 from fxshare.base.quantised import BITS, Quantised
 from fxshare.errors import ExportError
-from fxshare.exporting.codes import with_plain_tensors
+from fxshare.exporting.codes import _in_blocks, with_plain_tensors
 from tests.compiling.test_bits import outputs, pair
+from tests.exporting.test_packed import rounded
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -45,7 +48,7 @@ def test_an_onnx_file_holds_the_codes(tmp_path: Path) -> None:
     assert sum(len(one.raw_data) for one in codes) == sum(p.stored.nbytes for p in stored)
 
 
-@pytest.mark.parametrize("to", ["py", "vllm", "ort-genai"])
+@pytest.mark.parametrize("to", ["py", "vllm"])
 def test_what_has_no_form_for_codes_is_refused_with_the_way_out(to: str, tmp_path: Path) -> None:
     _, gm = pair("gpt2", 8)
     with pytest.raises(ExportError, match=f"{to} has no form for weights in few bits: export to"):
@@ -60,8 +63,44 @@ def test_dense_weights_are_the_products_of_the_values(tmp_path: Path) -> None:
     assert made.distance.relative <= made.limit
 
 
-def test_four_bits_are_refused_where_the_file_would_hold_their_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["onnx", "ort-genai"])
+def test_onnx_files_hold_four_bits_as_onnxruntime_multiplies_by_them(
+    to: Any, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    _, gm = pair("gpt2", 4)
-    with pytest.raises(ExportError, match="has 4 bits, and the ONNX file would hold its values"):
-        fxshare.export(gm, tmp_path / "model.onnx", to="onnx")
+    _, gm = rounded((4,))
+    made = fxshare.export(gm, tmp_path / "model.onnx", to=to)
+    assert made.distance is not None
+    assert made.distance.relative <= made.limit
+    path = tmp_path / "model.onnx"
+    graph = onnx.load(path / "model.onnx" if path.is_dir() else path).graph
+    numbers = gm.fxshare.plan.dense_numbers
+    by_name = {one.name: one for one in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 7
+    codes = sum(len(by_name[node.input[1]].raw_data) for node in products)
+    scales = sum(len(by_name[node.input[2]].raw_data) for node in products)
+    assert (codes, scales) == (numbers // 2, numbers // 32 * 4)
+    # a quarter of bfloat16, and a float32 for 32 numbers; nothing holds the values beside
+    rest = sum(p.nbytes for p in gm.parameters() if not isinstance(p, Quantised))
+    weights = sum(len(one.raw_data) for one in graph.initializer)
+    assert weights < codes + scales + rest + 2_000
+
+
+def test_blocks_are_filled_up_and_hold_the_codes_in_pairs() -> None:
+    codes = torch.randint(-8, 8, (3, 40), dtype=torch.int8)
+    blocks = _in_blocks(Quantised.of(codes, torch.ones(3, 2), 4, torch.float32))
+    assert blocks.shape == (3, 2, 16)
+    both = torch.stack([blocks & 15, blocks >> 4], -1).reshape(3, 64).to(torch.int8) - 8
+    assert torch.equal(both[:, :40], codes)
+    assert not both[:, 40:].any()
+
+
+def test_four_bits_that_are_read_otherwise_are_refused_with_the_way_out() -> None:
+    weight = Quantised.of(torch.ones(2, 4), torch.ones(2, 1), 4, torch.float32)
+    linear = nn.Linear(4, 2, bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    plain: Any = with_plain_tensors(nn.Sequential(linear), onnx=True)
+    with pytest.raises(ExportError, match=r"2×4 of 4 bits is read otherwise .*--bits 16,8"):
+        _ = plain[0].weight

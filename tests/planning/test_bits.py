@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import fxshare
 from fxshare.base.quantised import Quantised
+from fxshare.compiling.replan import replan
 from fxshare.errors import ConfigError, PlanError
 from fxshare.factors.group import factorise_group
 from fxshare.factors.rounding import lost_by, rounded, rounded_group
@@ -89,10 +91,8 @@ def test_more_bytes_never_predict_a_larger_loss() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def _problem(slices: dict[str, Any], bits: tuple[Any, ...]) -> tuple[Any, Options]:
-    options = Options(unit="bytes", element_size=2, bits=bits)
-    spectra = Spectra(slices)
-    nodes = {
+def _nodes(slices: dict[str, Any]) -> dict[str, Any]:
+    return {
         name: node(
             name,
             layer=at,
@@ -102,7 +102,13 @@ def _problem(slices: dict[str, Any], bits: tuple[Any, ...]) -> tuple[Any, Option
         )
         for at, (name, one) in enumerate(slices.items())
     }
-    return make_problem(nodes, spectra, options, rounding=RoundingPrice(spectra)), options
+
+
+def _problem(slices: dict[str, Any], bits: tuple[Any, ...]) -> tuple[Any, Options]:
+    options = Options(unit="bytes", element_size=2, bits=bits)
+    spectra, nodes = Spectra(slices), _nodes(slices)
+    rounding = RoundingPrice(spectra, nodes)
+    return make_problem(nodes, spectra, options, rounding=rounding), options
 
 
 def test_the_choice_is_that_of_brute_force_over_ranks_storages_and_bits() -> None:
@@ -127,7 +133,7 @@ def test_the_choice_is_that_of_brute_force_over_ranks_storages_and_bits() -> Non
 def test_the_price_of_rounding_is_near_what_it_measures() -> None:
     slices = {"h.0.w": correlated(4, out=30, width=40)}
     spectra = Spectra(slices)
-    price = RoundingPrice(spectra)
+    price = RoundingPrice(spectra, _nodes(slices))
     one = slices["h.0.w"]
     part = frozenset(slices)
     for bits in (8, 4):
@@ -187,6 +193,36 @@ def test_a_budget_below_the_floor_names_the_least() -> None:
     }
     with pytest.raises(PlanError, match=r"[\d,]+"):
         fxshare.compile(original, [fxshare.init(original), config], calibration=batches())
+
+
+def test_another_budget_in_bytes_without_the_model(tmp_path: Path) -> None:
+    original = model("gpt2")
+    named = {"fc": {"pattern": r".*c_fc$"}, "out": {"pattern": r".*mlp\.c_proj$"}}
+    types = {"weight_types": named, "block_pattern": r"h\.(\d+)"}
+
+    def config(kept: float) -> list[Any]:
+        planner = {"bits": [16, 8, 4], "kinds": ["basis", "units"], "search": "off"}
+        return [types, {"budget": {"bytes_kept": kept}, "planner": planner}]
+
+    def chosen(plan: Any) -> Any:
+        return plan.groups, plan.units, plan.rounded
+
+    made = fxshare.plan(original, config(0.25), calibration=batches(), work=tmp_path)
+    assert chosen(replan(tmp_path).plan) == chosen(made)
+    found = replan(tmp_path, overrides=["budget.bytes_kept=0.1"]).plan
+    fresh = fxshare.plan(original, config(0.1), calibration=batches())
+    assert found.has_bits
+    assert chosen(found) == chosen(fresh) != chosen(made)
+    assert found.outlook is not None
+    assert found.outlook.cost <= found.outlook.budget
+    # what was not measured then is not made up
+    for one in (tmp_path / "spectra").glob("*.rounding"):
+        one.unlink()
+    with pytest.raises(PlanError, match="what rounding loses was not measured in"):
+        replan(tmp_path)
+    plain = replan(tmp_path, overrides=["planner.bits=[16]", "budget.bytes_kept=0.7"]).plan
+    assert plain.units
+    assert not plain.has_bits
 
 
 def test_a_limit_of_bytes_has_units() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fxshare.base.quantised import Quantised
 from fxshare.base.randomness import randomness_as_before
 from fxshare.capture import dtype_of
 from fxshare.errors import CheckFailed, ExportError, StoreError
 from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
+from fxshare.exporting.codes import has_codes
+from fxshare.exporting.packed import codes_by_module, pack
 from fxshare.exporting.subject import Subject
 from fxshare.exporting.written import Written
 from fxshare.models.original import Original, original_of
@@ -28,7 +32,7 @@ from fxshare.sites.tensors import Stored, stored_at
 from fxshare.store.manifest import SavedSource
 from fxshare.store.skeleton import ModelSource, skeleton
 from fxshare.store.tensors import tensors_of
-from passes.graph.graph import structure_copy
+from passes.graph.graph import is_linear, structure_copy
 
 SUFFIX = ".safetensors"
 _WEIGHTS = "model.safetensors"
@@ -45,7 +49,8 @@ def write(subject: Subject, path: Path, original: ModelSource | None) -> Written
 
     A file, or the folder of a model that is not of transformers, holds every name of the
     original's state dict, tied weights under each of their names; ``load_state_dict`` takes it
-    strictly. A transformers folder is what ``save_pretrained`` writes.
+    strictly. A transformers folder is what ``save_pretrained`` writes, with the codes in it where
+    every matched weight is dense, some in few bits (:mod:`fxshare.exporting.packed`).
 
     Raises :class:`ExportError` for a parameter of the original that the compiled graph has no use
     for, unless ``original`` has it.
@@ -207,18 +212,36 @@ def _write_transformers(
     pretrained: Any = _filled(model, state)
     pretrained.tie_weights()
     pretrained.config.dtype = dtype_of(subject.model)
-    with no_progress():
+    codes, notes = _codes(subject, pretrained)
+    # compressed-tensors has bars of its own, at the first call too
+    silent = contextlib.redirect_stderr(io.StringIO()) if codes else contextlib.nullcontext()
+    with no_progress(), silent:
         pretrained.save_pretrained(path)
+        if codes:
+            pack(path, codes, (n for n, m in pretrained.named_modules() if is_linear(m)))
         loaded, info = type(pretrained).from_pretrained(
             path, local_files_only=True, dtype="auto", output_loading_info=True
         )
+        run = _runner(loaded, subject)
+        if codes:
+            run(subject.inputs)
     odd = {key: sorted(names) for key, names in info.items() if names}
     if odd:
         raise CheckFailed(f"transformers does not load what was written as it is: {odd}")
-    return Written(_runner(loaded, subject), subject.shapes.batch, subject.shapes.sequence)
+    return Written(run, subject.shapes.batch, subject.shapes.sequence, notes)
 
 
-@contextmanager
+def _codes(subject: Subject, model: nn.Module) -> tuple[dict[str, Quantised], tuple[str, ...]]:
+    """What is written as codes, by module, and what is to be said of it."""
+    if not has_codes(subject.model):
+        return {}, ()
+    found = codes_by_module(subject, model)
+    if isinstance(found, str):
+        return {}, (f"weights in few bits were multiplied out: {found}",)
+    return found, (f"{len(found)} weights are codes (compressed-tensors, pack-quantized)",)
+
+
+@contextlib.contextmanager
 def no_progress() -> Iterator[None]:
     """Silence transformers' bars for files that it writes and reads in a moment."""
     transformers: Any = importlib.import_module("transformers")

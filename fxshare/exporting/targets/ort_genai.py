@@ -18,6 +18,7 @@ from fxshare.capture.call import MASK, Call
 from fxshare.capture.tracing.lines import failing_line
 from fxshare.errors import ExportError
 from fxshare.exporting.certifying.certificate import NAME as CERTIFICATE
+from fxshare.exporting.codes import with_plain_tensors
 from fxshare.exporting.engines.worker import ort_genai
 from fxshare.exporting.options import Options
 from fxshare.exporting.program import compact, strip
@@ -206,7 +207,8 @@ def _captured(subject: Subject) -> tuple[fx.GraphModule, Kind, Any]:
             bound = program.bound(gm)
     except FxShareError as error:
         raise ExportError(f"to='ort-genai': no graph takes a step of {name}: {error}") from error
-    found = structure_copy(bound)
+    found = with_plain_tensors(structure_copy(bound), onnx=True)
+    assert isinstance(found, fx.GraphModule)
     erase_guards(found, range(len(guard_nodes(found))))
     found.recompile()
     return found, kind, config
