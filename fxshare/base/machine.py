@@ -41,7 +41,11 @@ def median_seconds(runs: list[float]) -> float:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+    candidates: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time every candidate in turn, ``repeats`` times, so that a busy machine slows all alike.
 
@@ -53,7 +57,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times

@@ -23,6 +23,7 @@ from passes.graph.closures import rebind
 from passes.graph.graph import is_conv1d, is_linear, structure_copy, weight_and_bias
 from passes.graph.names import unwritable
 from passes.graph.slices import Slice, rows_of, set_slices, slice_weight, slices
+from passes.packing.lay_out import rows_again
 from passes.sharing.pivot_basis import gathers, set_gathers
 
 
@@ -78,6 +79,11 @@ class RewrittenLinear(fx.GraphModule):
                 return None
             rows.append(rows_of(self, place, bias))
         return torch.cat(rows)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        rows_again(self)
+        return moved
 
 
 def linears_side_by_side(model: nn.Module) -> fx.GraphModule:

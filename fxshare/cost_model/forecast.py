@@ -165,7 +165,9 @@ def product_seconds(
     rank = np.asarray(rank, dtype=np.float64)
     width, height = shape.in_features, shape.out_features - shape.idle
     if storage is None:
-        return _one(rates, tokens, np.float64(width), np.float64(height), narrowest=width)
+        whole = rates.measured.part_seconds(tokens, width, height)
+        dense = _one(rates, tokens, np.float64(width), np.float64(height), narrowest=width)
+        return dense if np.isnan(whole) else np.float64(whole) + 0 * dense
     inner = storage.basis_width(rank, width)
     basis = _one(rates, tokens, inner, rank, narrowest=np.minimum(inner, rank))
     thin = np.minimum(rank, max(height, 1) / max(shape.inputs, 1))
@@ -198,7 +200,8 @@ def _one(
     weights = np.asarray(inner, dtype=np.float64) * np.asarray(out, dtype=np.float64)
     arithmetic = 2 * tokens * weights / rates.flops_per_second(narrowest)
     traffic = weights * rates.element_size / rates.bytes_per_second(np.inf)
-    found: Floats = np.maximum(arithmetic, traffic)
+    measured = rates.measured.product_seconds(tokens, inner, out)
+    found: Floats = np.where(np.isnan(measured), np.maximum(arithmetic, traffic), measured)
     return found
 
 

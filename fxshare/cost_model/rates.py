@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fxshare.base.files import write_text
 from fxshare.base.json_text import parse_json
+from fxshare.cost_model.measured import Measured, parsed
 from fxshare.errors import FxShareWarning
 
 VERSION = 1
@@ -33,6 +34,8 @@ class Rates:
     weights that are read in turn: what fits a cache is read faster. Both rise in their first
     number, are interpolated between points, and are constant beyond them. ``launch`` are the
     seconds of an operation that has nothing to do, in eager mode and under ``torch.compile``.
+    ``measured`` are seconds of single operations at the shapes of models; where it has one, the
+    others are not asked.
     """
 
     device: str
@@ -45,6 +48,7 @@ class Rates:
     launch: float
     launch_compiled: float
     torch: str = ""
+    measured: Measured = field(default_factory=Measured)
 
     def flops_per_second(self, narrowest: ArrayLike) -> Floats:
         """FLOP/s of products whose narrowest dimension is ``narrowest``."""
@@ -133,6 +137,7 @@ def _parsed(data: Any) -> Rates:
         launch=_positive("launch", data["launch"]),
         launch_compiled=_positive("launch_compiled", data["launch_compiled"]),
         torch=str(data.get("torch", "")),
+        measured=parsed(**data.get("measured", {"products": (), "attentions": ()})),
     )
 
 

@@ -17,14 +17,14 @@ def prompt_length(model: nn.Module) -> int:
     return min(PREFILL, context_of(model) or PREFILL)
 
 
-def dense_steps(model: nn.Module, prefill: int) -> dict[int, Step]:
-    """The operations of a prompt and of one token, by number of tokens; empty where the model reads
-    something else than token ids, or cannot be run on tensors without values."""
+def dense_steps(model: nn.Module, prefill: int, *, batch: int = 1) -> dict[int, Step]:
+    """The operations of ``batch`` prompts and of one token each, by number of tokens; empty where
+    the model reads something else than token ids, or cannot be run on tensors without values."""
     if example_ids(model) is None:
         return {}
     found: dict[int, Step] = {}
     for tokens in (prefill, DECODE):
-        ids = torch.zeros((1, tokens), dtype=torch.int64, device=device_of(model))
+        ids = torch.zeros((batch, tokens), dtype=torch.int64, device=device_of(model))
         try:
             found[tokens] = record_step(model, Caller(model)(ids))
         except Exception:  # whatever the model's code makes of tensors without values

@@ -2,7 +2,8 @@
 
 Roofline (Williams, Waterman & Patterson 2009): an operation takes the longer of its arithmetic at
 the device's FLOP/s and its traffic at the device's bandwidth. To this we add a launch for each
-operation, which dominates small models in eager mode.
+operation, which dominates small models in eager mode. Where an operation of a shape was measured
+(``fxshare bench device MODEL``), it takes that instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fxshare.cost_model.measured import AttentionKey
 from fxshare.cost_model.rates import Floats, Rates
 
 
@@ -52,6 +54,11 @@ class Attention:
     keys: int
     width: int
     causal: bool = False
+
+    @property
+    def key(self) -> AttentionKey:
+        """Under which its seconds are kept."""
+        return (self.batch, self.rows, self.keys, self.width, int(self.causal))
 
     @property
     def flops(self) -> int:
@@ -106,8 +113,9 @@ def matmul_seconds(
     activations = rows * (inner + out) * rates.element_size
     traffic = weights / rates.bytes_per_second(working_set)
     traffic = traffic + activations / rates.bytes_per_second(activations)
-    found: Floats = np.maximum(arithmetic, traffic) + rates.launch_seconds(compiled=compiled)
-    return found
+    measured = rates.measured.product_seconds(rows, inner, out)
+    found: Floats = np.where(np.isnan(measured), np.maximum(arithmetic, traffic), measured)
+    return found + rates.launch_seconds(compiled=compiled)
 
 
 def seconds(rates: Rates, step: Step, *, compiled: bool, working_set: float | None = None) -> float:
@@ -136,6 +144,9 @@ def _seconds(rates: Rates, o: Operation, *, compiled: bool, working_set: float) 
     traffic = size / float(rates.bytes_per_second(size))
     arithmetic = 0.0
     if isinstance(o, Attention):
+        measured = rates.measured.attention_seconds(o.key)
+        if measured is not None:
+            return measured + rates.launch_seconds(compiled=compiled)
         narrowest = min(o.width, o.keys)
         arithmetic = o.flops / float(rates.flops_per_second(narrowest))
     return max(arithmetic, traffic) + rates.launch_seconds(compiled=compiled)

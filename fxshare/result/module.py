@@ -17,6 +17,7 @@ from fxshare.result.pickling import reduced
 from fxshare.result.record import Record
 from passes import derived_buffers
 from passes.errors import FxShareError
+from passes.packing.lay_out import rows_again
 
 _CONTRACT = "contract"
 
@@ -71,6 +72,11 @@ class ShareModule(_Base, SteeredGraph):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        rows_again(self)
+        return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         result = super().__deepcopy__(memo)

@@ -55,6 +55,52 @@ def test_the_command_keeps_them(
     assert rates_of_model(torch.nn.Linear(2, 2).bfloat16()) is None
 
 
+def test_the_shapes_of_a_model_are_measured_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fxshare.bench.speed.device.WORKING_SETS", (1 << 16,))
+    monkeypatch.setattr("fxshare.bench.speed.device.WIDTHS", (16,))
+    monkeypatch.setattr("fxshare.bench.speed.shapes._SET", 1 << 16)
+    monkeypatch.setattr("fxshare.bench.speed.shapes.SHARES", (0.5,))
+    given = ["bench", "device", "--repeats", "1", "--no-compiled"]
+    assert main([*given, "--shape", "16,1,2,32", "--batch", "1,3", "--prompt", "4"]) == 0
+    assert "products and attentions of models" in capsys.readouterr().out
+    found = rates_for(torch.device("cpu"), torch.float32)
+    assert found is not None
+    keys = {key for key, _ in found.measured.products}
+    assert {rows for rows, _, _ in keys} == {1, 3, 4, 12}
+    # dense, a basis, its coefficient and the table of a pivoted one, of the fused projection
+    assert {(1, 16, 48), (1, 16, 8), (1, 8, 48), (1, 8, 8)} <= keys
+    assert {key[:3] for key, _ in found.measured.attentions} == {
+        (2 * batch, tokens, tokens) for batch in (1, 3) for tokens in (1, 4)
+    }
+    assert main(given) == 0  # the constants again; what was measured of models stays
+    again = rates_for(torch.device("cpu"), torch.float32)
+    assert again is not None
+    assert again.measured == found.measured
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["embedded", "--batch", "1,x"], "--batch: expected numbers from 1"),
+        (["embedded", "--shape", "16,1,2,32"], "--shape: makes a model of its own"),
+        (["torch.nn:Identity"], "Identity: expected a model that reads token ids"),
+    ],
+)
+def test_shapes_that_cannot_be_measured(
+    options: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fxshare.bench.speed.device.WORKING_SETS", (1 << 16,))
+    monkeypatch.setattr("fxshare.bench.speed.device.WIDTHS", (16,))
+    assert main(["bench", "device", "--repeats", "1", "--no-compiled", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

@@ -18,12 +18,14 @@ from fxshare.bench.speed.compiled import compiled_call
 from fxshare.bench.speed.measuring import Timing, measured
 from fxshare.bench.speed.notebook import SliceProducts, notebook_layout
 from fxshare.bench.speed.run import VARIANTS, SpeedBench, available, bench_run, chosen
+from fxshare.bench.speed.separate import separated
 from fxshare.bench.speed.subject import (
     GPTShape,
     Settings,
     Subject,
     dense_again,
     gpt_types,
+    random_gpt,
     shape_subject,
     with_storage,
 )
@@ -314,6 +316,35 @@ def test_predictions_stand_beside(plain: Subject, monkeypatch: pytest.MonkeyPatc
     found = bench_run(plain, Timing(modes=("eager",), repeats=1), variants=("readable",))
     assert "fxshare bench device --dtype float32" in found.notes[0]
     assert found.rows[0].predicted_seconds is None
+
+
+def test_batches_are_predicted_by_their_rows(
+    plain: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.cost_model.test_cost_model import SLOW
+
+    monkeypatch.setattr("fxshare.bench.speed.run.rates_for", lambda device, dtype: SLOW)
+    runs = [
+        bench_run(plain, Timing(modes=("eager",), repeats=1, batch=n), variants=("dense",))
+        for n in (1, 3)
+    ]
+    one, three = ([row.flops for row in run.rows] for run in runs)
+    assert all(
+        c is not None and a is not None and c > 2 * a for a, c in zip(one, three, strict=True)
+    )
+    with_types = ["bench", "run", "--by-type", "--batch", "3"]
+    assert main(with_types) == 2
+    assert main(["bench", "run", "--separate"]) == 2
+
+
+def test_separate_projections_are_the_fused_ones() -> None:
+    fused = random_gpt(GPTShape(16, 1, 2, 32), context=8, vocabulary=48, seed=0)
+    ids = torch.arange(6)[None]
+    expected = fused(ids)
+    apart = separated(fused)
+    assert torch.allclose(apart(ids), expected, atol=1e-5)
+    apart.transformer["h"][0].attn.k_proj.weight.data.neg_()  # type: ignore[index]
+    assert not torch.allclose(apart(ids), expected, atol=1e-5)
 
 
 def test_a_hugging_face_model_decodes_with_its_cache(tmp_path: Path) -> None:

@@ -244,6 +244,33 @@ def test_pivoted_bases_of_a_models_own_class_are_lowered(tmp_path: Path, prefer:
     assert torch.equal(fxshare.readable(loaded)(x), gm(x))
 
 
+@pytest.mark.parametrize("capture", ["fx", "modules"])
+def test_what_lies_by_columns_is_stored_so_and_lies_by_rows_in_half_precision(
+    tmp_path: Path, capture: str
+) -> None:
+    cfg = gpt_config(capture=capture, **SHARING)
+    batch = token_batches(1)[0]
+    with no_warnings_of_ours():
+        gm = fxshare.compile(gpt(), cfg, calibration=[batch], check=False)
+    lowered: Any = fxshare.lower(gm)
+
+    def by_columns(module: nn.Module) -> set[str]:
+        return {n for n, p in module.named_parameters() if not p.is_contiguous()}
+
+    columns = by_columns(lowered)
+    assert columns
+    assert not by_columns(gm)
+    fxshare.save(lowered, tmp_path / "out")
+    loaded: Any = fxshare.load(tmp_path / "out", model=gpt())
+    assert by_columns(loaded) == columns
+    assert torch.equal(loaded(batch), lowered(batch))
+    held = dict(loaded.named_parameters())
+    loaded.bfloat16()
+    assert not by_columns(loaded)
+    assert all(p is held[name] for name, p in loaded.named_parameters())
+    assert by_columns(lowered) == columns
+
+
 def test_what_a_lowered_model_learned_is_in_the_readable_one() -> None:
     sizes = Sizes(n_layer=2)
     gm = _compiled(sizes, _cfg(sizes, HEADS, **SHARING))

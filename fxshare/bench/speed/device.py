@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -88,7 +89,7 @@ def bench_device(
     with torch.no_grad():
         work = {("matmul", n): _products(place, kind, n) for n in widths}
         work |= {("bandwidth", n): _rows(place, kind, n) for n in working_sets}
-        times = _quickest({key: call for key, (call, _) in work.items()}, place, repeats)
+        times = quickest({key: call for key, (call, _) in work.items()}, place, repeats)
         rates = {key: amount / times[key] for key, (_, amount) in work.items()}
         launch, launch_compiled = _launches(place, kind, repeats, compiled=compiled)
     return Rates(
@@ -111,9 +112,9 @@ Work = tuple[Callable[[], None], int]
 
 def _products(device: torch.device, dtype: torch.dtype, width: int) -> Work:
     """A product into ``width`` features and one out of them: a basis and its coefficients."""
-    x = _numbers(device, dtype, ROWS, INNER)
-    z = _numbers(device, dtype, ROWS, width)
-    into, out_of = (_numbers(device, dtype, *s) for s in ((width, INNER), (INNER, width)))
+    x = numbers(device, dtype, ROWS, INNER)
+    z = numbers(device, dtype, ROWS, width)
+    into, out_of = (numbers(device, dtype, *s) for s in ((width, INNER), (INNER, width)))
 
     def both() -> None:
         F.linear(x, into)
@@ -126,8 +127,8 @@ def _rows(device: torch.device, dtype: torch.dtype, working_set: int) -> Work:
     """One row through matrices of at most 4 MB that make up the working set, in turn."""
     height = max(min(working_set // dtype.itemsize, 1 << 20) // INNER, 1)
     count = max(working_set // (height * INNER * dtype.itemsize), 1)
-    weights = [_numbers(device, dtype, height, INNER) for _ in range(count)]
-    x = _numbers(device, dtype, 1, INNER)
+    weights = [numbers(device, dtype, height, INNER) for _ in range(count)]
+    x = numbers(device, dtype, 1, INNER)
 
     def all_of_them() -> None:
         for weight in weights:
@@ -150,8 +151,8 @@ class _Chain(nn.Module):
 
 
 def _chain(device: torch.device, dtype: torch.dtype) -> tuple[_Chain, Tensor]:
-    weights = [_numbers(device, dtype, 8, 8) for _ in range(_CHAIN)]
-    return _Chain(weights).eval(), _numbers(device, dtype, 1, 8)
+    weights = [numbers(device, dtype, 8, 8) for _ in range(_CHAIN)]
+    return _Chain(weights).eval(), numbers(device, dtype, 1, 8)
 
 
 def _launches(
@@ -175,23 +176,29 @@ def _launches(
         else:
             # entering a compiled function is paid once a pass, not once an operation
             calls |= {"compiled": lambda: fast(x), "empty": lambda: empty(x)}
-    times = _quickest(calls, device, repeats)
+    times = quickest(calls, device, repeats)
     eager = times["eager"] / _CHAIN
     if "compiled" not in times:
         return eager, eager
     return eager, max((times["compiled"] - times["empty"]) / _CHAIN, 1e-8)
 
 
-def _numbers(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+def numbers(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Random ones, the same at every call."""
     # small, so that a chain of products neither overflows nor gets so small that it is slow
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).div(INNER**0.5).to(device, dtype)
 
 
-def _quickest(
-    calls: Mapping[Key, Callable[[], object]], device: torch.device, repeats: int
+def quickest(
+    calls: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    *,
+    median: bool = False,
 ) -> dict[Key, float]:
-    """The least seconds of each call: other work on the machine only ever adds to them.
+    """The least seconds of each call: other work on the machine only ever adds to them. Or their
+    ``median``, which is what a model is measured by.
 
     They are timed in turn, so that a machine that gets busy slows all alike, and each time takes
     at least 10 ms, so that the clock does not matter.
@@ -204,16 +211,25 @@ def _quickest(
         {key: _timed(call, device, numbers[key]) for key, call in calls.items()}
         for _ in range(repeats)
     ]
-    return {key: min(times[key] for times in rounds) for key in calls}
+    pick = statistics.median if median else min
+    return {key: pick(times[key] for times in rounds) for key in calls}
 
 
 def _timed(call: Callable[[], object], device: torch.device, number: int) -> float:
+    clock = clock_of(device)
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(number):
         call()
     synchronise(device)
-    return (time.perf_counter() - start) / number
+    return (clock() - start) / number
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The clock that speed is told by: of one thread on a CPU its own processor seconds, in which
+    other work on the machine does not count, else the clock on the wall."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def synchronise(device: torch.device) -> None:
@@ -233,4 +249,7 @@ def table(rates: Rates) -> tuple[list[str], list[list[str]]]:
         ["launch, eager", f"{rates.launch * 1e6:.2f} µs"],
         ["launch, compiled", f"{rates.launch_compiled * 1e6:.2f} µs"],
     ]
+    count = len(rates.measured.products) + len(rates.measured.attentions)
+    if count:
+        rows.append(["products and attentions of models", f"{count:,} shapes"])
     return ["constant", "measured"], rows

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxshare.base.machine import interleaved
 from fxshare.bench.speed.compiled import CompiledCall, compiled_calls, eager_call
-from fxshare.bench.speed.device import synchronise
+from fxshare.bench.speed.device import clock_of, synchronise
 from fxshare.bench.speed.steps import StepCall
 from fxshare.capture import dtype_of
 from fxshare.cost_model import Rates, Step, seconds, step_bytes, step_flops
@@ -38,6 +38,8 @@ class Timing:
     compile_repeats: int = 1
     seed: int = 0
     """Of the random tokens."""
+    batch: int = 1
+    """Sequences at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def measured(
         calls = {n: eager_call(m, step.calls[n], step.after[n]) for n, m in models.items()}
     numbers = {name: _number(call, step.device) for name, call in calls.items()}
     loops = {name: _loop(call, numbers[name], step.device) for name, call in calls.items()}
-    runs = interleaved(loops, repeats=timing.repeats)
+    runs = interleaved(loops, repeats=timing.repeats, clock=clock_of(step.device))
     times = {name: [t / numbers[name] for t in taken] for name, taken in runs.items()}
     predicted = {
         name: None

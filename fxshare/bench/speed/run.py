@@ -111,7 +111,9 @@ def bench_run(
         return tuple(rows)
 
     with torch.no_grad():
-        steps = step_calls(subject, models, prefill=timing.prefill, seed=timing.seed)
+        steps = step_calls(
+            subject, models, prefill=timing.prefill, seed=timing.seed, batch=timing.batch
+        )
         rows = rows_of(models, steps)
         found: dict[str, tuple[Measurement, ...]] = {}
         for part in alone(subject) if by_type else ():

@@ -28,14 +28,14 @@ class StepCall:
 
 
 def step_calls(
-    subject: Subject, models: Mapping[str, nn.Module], *, prefill: int, seed: int
+    subject: Subject, models: Mapping[str, nn.Module], *, prefill: int, seed: int, batch: int = 1
 ) -> list[StepCall]:
-    """Prefill, and decode: with a cache of the prompt where every variant takes one, else a pass
-    over a single token."""
+    """Prefill and decode of ``batch`` sequences: with a cache of the prompt where every variant
+    takes one, else a pass over a single token."""
     length = min(prefill, subject.context or prefill)
     device = device_of(subject.dense)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(subject.vocabulary, (1, length), generator=generator).to(device)
+    ids = torch.randint(subject.vocabulary, (batch, length), generator=generator).to(device)
     found = [
         _plain("prefill", models, ids, device),
         _plain("decode", models, ids[:, -1:], device),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.bench.speed.only import types_of_only
+from fxshare.bench.speed.separate import PARTS, separated
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.config import load_config
 from fxshare.embedded.model import GPT, GPTConfig
@@ -45,6 +46,8 @@ class Settings:
     basis: Literal["slice", "part", "site"] = "site"
     group_size: int = 1
     only: str = ""
+    separate: bool = False
+    """Of a shape: q, k and v are linears of their own."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
@@ -127,13 +130,16 @@ def gpt_types(heads: int, settings: Settings) -> dict[str, Any]:
         attention |= {"split": settings.split, "qkv_order": "qkv", "basis": settings.basis}
     if settings.split == "heads":
         attention["n_head"] = heads
+    fused: dict[str, Any] = {"attn_c_attn": attention}
+    if settings.separate:
+        fused = {f"attn_{part}": {"pattern": BLOCK + rf"attn\.{part}$"} for part in PARTS}
     others = {
         "attn_c_proj": {"pattern": BLOCK + r"attn\.c_proj$"},
         "mlp_c_fc": {"pattern": BLOCK + r"mlp\.c_fc$"},
         "mlp_c_proj": {"pattern": BLOCK + r"mlp\.c_proj$"},
     }
     return {
-        "weight_types": {"attn_c_attn": attention, **others},
+        "weight_types": {**fused, **others},
         "block_pattern": r"h\.(\d+)\.",
     }
 
@@ -151,6 +157,8 @@ def shape_subject(
     """A GPT with random weights."""
     model = random_gpt(shape, context=context, vocabulary=vocabulary, seed=seed)
     name = f"GPT {shape.width},{shape.layers},{shape.heads},{shape.ffn}"
+    if settings.separate:
+        model, name = separated(model), f"{name}, q, k and v apart"
     types = gpt_types(shape.heads, settings)
     return _compiled(name, model.to(device, dtype), types, settings, seed=seed)
 

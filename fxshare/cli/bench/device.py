@@ -6,11 +6,28 @@ from typing import Annotated
 
 import typer
 
+import fxshare
 from fxshare.cli.options import AsJson, Debug, Device, Dtype, Quiet, Threads, Verbose
 from fxshare.cli.output import Result, table
 
 
 def device(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Measure its products too, as for 'fxshare compile'."
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="D,LAYERS,HEADS,FFN", help="A GPT with random weights for MODEL."),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,...", help="With MODEL: sequences at a time.")
+    ] = "1",
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=2, metavar="T", help="With MODEL: tokens of the prompt.")
+    ] = 512,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 15,
@@ -28,16 +45,55 @@ def device(
     \b
     Example:
       fxshare bench device --threads 1
+      fxshare bench device embedded --batch 1,8 --prompt 256 --threads 1
     """
-    from fxshare.bench.speed.device import bench_device
+    from fxshare.bench.speed.device import bench_device, device_of_name, dtype_of_name
     from fxshare.bench.speed.device import table as rows_of
     from fxshare.bench.speed.device import threads as using
+    from fxshare.bench.speed.shapes import measured_shapes, with_shapes
+    from fxshare.bench.speed.subject import GPTShape, random_gpt
     from fxshare.cost_model import write_rates
+    from fxshare.cost_model.device import rates_for
+    from fxshare.cost_model.measured import Measured
+    from fxshare.loading.names import load_model
 
     del as_json, debug, verbose, quiet
+    place, kind = device_of_name(device), dtype_of_name(dtype)
+    batches = _counts(batch)
+    if model is not None and shape is not None:
+        raise fxshare.errors.ConfigError(
+            "--shape: makes a model of its own, found MODEL beside it; give one"
+        )
+    named = None if model is None else load_model(model).model
+    if shape is not None:
+        named = random_gpt(GPTShape.parse(shape), context=prompt, vocabulary=256, seed=0)
     with using(threads):
         rates = bench_device(device=device, dtype=dtype, repeats=repeats, compiled=compiled)
+        found = Measured()
+        if named is not None:
+            found = measured_shapes(
+                named,
+                device=device,
+                dtype=dtype,
+                prompt=prompt,
+                batches=batches,
+                repeats=repeats,
+                launch=rates.launch,
+            )
+        rates = with_shapes(rates, found, rates_for(place, kind))
     path = write_rates(rates)
     header, rows = rows_of(rates)
     what = f"{rates.name}, {rates.dtype}, {rates.threads} threads, torch {rates.torch}"
     return Result(rates.to_dict(), f"{what}\n{table(header, rows)}\nwritten to {path}")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise fxshare.errors.ConfigError(
+            f"--batch: expected numbers from 1 such as 1,8; found {text!r}"
+        )
+    return found

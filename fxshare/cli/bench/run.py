@@ -59,6 +59,9 @@ def run(
         str | None,
         typer.Option(metavar="PATTERN", help="Compress linears of these names alone. [all]"),
     ] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="With --shape: q, k and v as linears of their own.")
+    ] = False,
     by_type: Annotated[
         bool,
         typer.Option("--by-type", help="Measure the linears of each weight type alone as well."),
@@ -79,6 +82,9 @@ def run(
     prefill: Annotated[
         int, typer.Option("--prefill", min=2, metavar="T", help="Tokens of the prompt.")
     ] = 512,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, metavar="N", help="Sequences at a time. [1]")
+    ] = 1,
     vocabulary: Annotated[
         int, typer.Option(min=2, metavar="V", help="With --shape; the head counts in every figure.")
     ] = 256,
@@ -124,12 +130,14 @@ def run(
         compile_mode=chosen(compile_mode, COMPILE_MODES, "--compile-mode")[0],
         compile_repeats=compile_repeats,
         seed=seed,
+        batch=batch,
     )
     place, kind = device_of_name(device), dtype_of_name(dtype)
     given = _given(
         kept=kept, storage=storage, split=split, basis=basis, group_size=group_size, only=only
     )
-    settings = Settings(**given)
+    settings = Settings(**given, separate=separate)
+    _go_together(by_type=by_type, batch=batch, separate=separate, shape=shape)
     with using(threads):
         if shape is None:
             subject: Subject = named_subject(
@@ -163,6 +171,13 @@ def run(
     if plot is not None:
         draw(result, plot)
     return Result(result.to_dict(), _text(result, plot))
+
+
+def _go_together(*, by_type: bool, batch: int, separate: bool, shape: str | None) -> None:
+    if by_type and batch > 1:
+        raise fxshare.errors.ConfigError("--by-type: measures one sequence; leave --batch out")
+    if separate and shape is None:
+        raise fxshare.errors.ConfigError("--separate: is of the GPT that --shape makes; give one")
 
 
 def _given(**options: Any) -> dict[str, Any]:

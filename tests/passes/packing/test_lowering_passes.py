@@ -27,8 +27,10 @@ from passes import (
     equal_outputs,
     forget_origins,
     lowering_passes,
+    new_linear,
     original,
     origins,
+    put_module,
     run,
     slice_weight,
     slices,
@@ -353,6 +355,23 @@ def test_a_factor_with_memory_of_its_own_gets_its_rows_in_order() -> None:
     again, (applied,) = run(result, [LayOut()])
     assert applied.rewrites == 0
     assert linear_at(again, "basis_q").weight.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tall_factors_lie_by_columns_where_those_are_read_faster(dtype: torch.dtype) -> None:
+    source = _shared(TwoLayers(), {"basis_q": _layers("0.q", "1.q")}).to(dtype)
+    tall, wide = torch.randn(4, 3, dtype=dtype), torch.randn(3, 6, dtype=dtype)
+    for name, weight in (("h.0.q", tall), ("h.1.q", tall.clone()), ("basis_q", wide)):
+        put_module(source, name, new_linear(weight, None, requires_grad=True, training=False))
+    result, _ = run(source, [LayOut()])
+    weight = linear_at(result, "h.0.q").weight
+    assert weight.stride() == ((1, 4) if dtype is torch.float32 else (3, 1))
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, tall)
+    assert linear_at(result, "basis_q").weight.stride() == (6, 1)
+    again, (applied,) = run(result, [LayOut()])
+    assert applied.rewrites == 0
+    assert linear_at(again, "h.0.q").weight.stride() == weight.stride()
 
 
 def test_dense_slices_that_are_called_elsewhere_stay_apart() -> None:
