@@ -25,6 +25,9 @@ BITS = (8, 4)
 """The widths of codes that there are, beside the dtype's own."""
 GROUP = 32
 """Columns that share one scale with 4 bits; with 8 a whole row does."""
+_SIGNS = 0x88888888 - (1 << 32)
+"""Of a word with eight codes from 0 to 15 the bits that tell those below 8, which stand for less
+than 0: with them turned codes are numbers with a sign."""
 
 
 def group_of(bits: int, width: int) -> int:
@@ -219,16 +222,49 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _one_row(x_I: Tensor, weight: Quantised) -> Tensor:
     """``(O,)``, from products with the codes that are added up at once."""
-    scale_OI, width = weight._scales(x_I.dtype), weight.shape[1]
+    width, scale_OG = weight.shape[1], weight.scale.to(x_I.dtype)
     if weight.bits == 8:
-        return (weight.stored.to(x_I.dtype) * x_I).sum(-1) * scale_OI[:, 0]
+        if width % 4 == 0:
+            total_OI = _products(_words(weight.stored), x_I, 8)
+        else:
+            total_OI = weight.stored.to(x_I.dtype) * x_I
+        return total_OI.sum(-1) * scale_OG[:, 0]
     half = weight.stored.shape[1]
-    scale_OI = scale_OI.expand(-1, width)
+    low_I, high_I = x_I[:, :half], x_I[:, half:]
+    if half % GROUP == 0 and width == 2 * half:
+        # the words' halves of bytes, as numbers with a sign
+        words = _words(weight.stored) ^ _SIGNS
+        scale_OW = scale_OG[:, :, None].expand(-1, -1, GROUP // 4).reshape(len(words), -1)
+        first = _products(words, low_I, 4) * scale_OW[:, : half // 4]
+        other = _products(words, high_I, 4, first=4) * scale_OW[:, half // 4 :]
+        return (first + other).sum(-1)
+    scale_OI = weight._scales(x_I.dtype).expand(-1, width)
     low = (weight.stored & 15).to(x_I.dtype) - 8
     high = (weight.stored >> 4).to(x_I.dtype) - 8
-    first = (low * scale_OI[:, :half] * x_I[:, :half]).sum(-1)
     rest = width - half
-    return first + (high[:, :rest] * scale_OI[:, half:] * x_I[:, half:]).sum(-1)
+    added = (low * scale_OI[:, :half] * low_I).sum(-1)
+    return added + (high[:, :rest] * scale_OI[:, half:] * high_I).sum(-1)
+
+
+def _words(stored_OB: Tensor) -> Tensor:
+    """Four bytes a word, ``(O, W)`` int32.
+
+    Inductor (torch 2.13) loads as many bytes as floats have lanes, through a buffer, which takes
+    most of the time. It loads integers through one as well, but floats as they are.
+    """
+    return stored_OB.view(torch.float32).view(torch.int32)
+
+
+def _products(words_OW: Tensor, x_B: Tensor, bits: int, first: int = 0) -> Tensor:
+    """``(O, W)``: of every word the sum over the four bytes' codes, each times its input of
+    ``(1, B)``; a code has so many bits, the lowest of which is the byte's ``first``."""
+    # in order by a product, since a copy would be fused, and read in steps of four then
+    x_4W = torch.eye(4, dtype=x_B.dtype, device=x_B.device) @ x_B.reshape(-1, 4).t()
+    total_OW = torch.zeros_like(words_OW, dtype=x_B.dtype)
+    for byte in range(4):
+        above = 32 - bits - first - 8 * byte
+        total_OW = total_OW + ((words_OW << above) >> (32 - bits)).to(x_B.dtype) * x_4W[byte]
+    return total_OW
 
 
 def _packed(codes_OI: Tensor) -> Tensor:

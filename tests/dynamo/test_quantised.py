@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+<<<<<<< HEAD
 from fxshare.base.quantised import BITS
 from fxshare.base.randomness import randomness_as_before
+=======
+>>>>>>> 8735bd590de3380a64e17ddb2f34f8b6bf8164d5
 from tests.base.test_quantised import made
 from tests.base.test_randomness import wait_for_workers
 
@@ -24,12 +27,25 @@ def _compiled(of: int) -> tuple[nn.Linear, Any]:
     return linear, torch.compile(linear)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("of", BITS)
 def test_a_compiler_gets_the_same_numbers_for_one_row_and_for_several(of: int) -> None:
     linear, compiled = _compiled(of)
     weight: Any = linear.weight
+=======
+@pytest.mark.parametrize(
+    ("of", "width"),
+    [(8, 48), (4, 48), (4, 128), (8, 33)],  # codes by words or bytes, of 4 bits in whole groups
+)
+def test_a_compiler_gets_the_same_numbers_for_one_row_and_for_several(of: int, width: int) -> None:
+    weight = made(of, width)
+    linear = nn.Linear(width, 6)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear)
+>>>>>>> 8735bd590de3380a64e17ddb2f34f8b6bf8164d5
     for rows in (1, 3):
-        x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
         expected = nn.functional.linear(x, weight.values(), linear.bias)
         with torch.no_grad():
             gap = (compiled(x) - expected).abs().max()
