@@ -1,7 +1,8 @@
 """``fxshare bench planner``: how long the planner takes against the number of sites.
 
-A Llama-7B-shaped problem (7 weight types a layer, widths 4096 and 11008) with synthetic power-law
-spectra, so that only the planner itself is timed.
+A Llama-7B-shaped problem (7 weight types a layer, widths 4096 and 11008) of every kind of
+candidate, with synthetic power-law spectra, so that only the planner itself is timed: curves and
+their solution.
 """
 
 from __future__ import annotations
@@ -9,22 +10,35 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fxshare.base.files import write_bytes
 from fxshare.base.machine import environment
 from fxshare.base.progress import stage
+from fxshare.config import Budget, Planner
 from fxshare.errors import ConfigError
-from fxshare.planning.solver.curve import DENSE, Curve
-from fxshare.planning.solver.problem import Node, Part, Problem
+from fxshare.factors.units import Order
+from fxshare.planning.kinds.basis import make_problem
+from fxshare.planning.kinds.kind import FoundPart, Scene
+from fxshare.planning.kinds.named import kinds_named, others_of
+from fxshare.planning.nodes import nodes_for
+from fxshare.planning.options import options_for
+from fxshare.planning.rounding_price import RoundingPrice
+from fxshare.planning.solver.curve import Floats
+from fxshare.planning.solver.problem import Part, Problem
 from fxshare.planning.solver.solve import solve
-from fxshare.plans.cost import Shape, numbers, ranks
-from fxshare.plans.storage import PIVOTED
+from fxshare.planning.stored_problem import StoredSpectra
+from fxshare.plans.storage import Ints, Storage
+from fxshare.sites.attention import Attention
+from fxshare.sites.mlps import Mlp
+from fxshare.sites.site import Site, SliceSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +52,47 @@ LLAMA = {
     "up": (4096, 11008, "mlp"),
     "down": (11008, 4096, "hidden"),
 }
+WIDTH = 128
+"""Of a head."""
+ROUNDED = {8: 1e-5, 4: 2e-3}
+"""Of what a slice could lose, what rounding it to so many bits does."""
+
+
+@dataclass(frozen=True, eq=False)
+class PowerLaws(StoredSpectra):
+    """Spectra that are random power laws, additive over the slices of a group; hidden units and
+    widths of heads lose as ranks of what reads them do."""
+
+    spectra: Mapping[str, Floats] = field(default_factory=dict)
+    _known: dict[Part, Floats] = field(default_factory=dict, repr=False)
+
+    def tails(self, part: Part) -> Floats:
+        """The loss of a group at every rank from 0; kept, since spectra are given."""
+        if part not in self._known:
+            height = sum(LLAMA[name.rsplit(".", 1)[1]][1] for name in part)
+            size = min(height, *(len(self.spectra[name]) for name in part))
+            spectrum = np.sum([self.spectra[name][:size] for name in part], axis=0)
+            self._known[part] = np.append(np.cumsum(spectrum[::-1])[::-1] / 2, 0.0)
+        return self._known[part]
+
+    def order(self, kind: str, names: tuple[str, ...]) -> Order:
+        """Units by what they are worth to a kind."""
+        units = WIDTH if kind == "heads" else LLAMA["down"][0]
+        spectrum = self.spectra[names[0]][:units]
+        lost = np.append(np.cumsum(spectrum[::-1])[::-1] / 2, 0.0)
+        return Order(torch.arange(units), torch.from_numpy(lost))
+
+
+class RoundingShares(RoundingPrice):
+    """Rounding that loses a share of what a slice could lose at all."""
+
+    def dense(self, part: Part, bits: int) -> float:
+        """What dense slices lose together."""
+        return ROUNDED[bits] * sum(float(self.spectra.tails(frozenset({n}))[0]) for n in part)
+
+    def factors(self, part: Part, storage: Storage, bits: int, ranks: Ints) -> Floats:
+        """What the factors of a group lose beside truncation."""
+        return np.full(len(ranks), self.dense(part, bits))
 
 
 @dataclass(frozen=True)
@@ -52,6 +107,8 @@ class Timing:
     cpu_seconds: float
     kept: float
     gap: float
+    chosen: dict[str, int]
+    """How many candidates of each kind are in the plan."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +116,8 @@ class PlannerBench:
     """Timings on one machine; ``seconds`` are wall time, which a busy machine lengthens."""
 
     environment: dict[str, object]
+    kinds: tuple[str, ...]
+    bits: tuple[int, ...]
     timings: tuple[Timing, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,63 +125,94 @@ class PlannerBench:
         return asdict(self)
 
 
-def synthetic_problem(layers: int, *, seed: int = 0) -> Problem:
-    """A problem whose spectra are random power laws, additive over members."""
-    nodes = {}
+def synthetic_problem(
+    layers: int, *, kinds: Sequence[str] = ("basis",), bits: Sequence[int] = (16,), seed: int = 0
+) -> Problem:
+    """The problem of a Llama of so many layers; costs are bytes of a bfloat16 model where numbers
+    may have few bits."""
+    reads, sites = {}, []
     for layer in range(layers):
-        for kind, (width, height, reads) in LLAMA.items():
+        for kind, (width, height, read) in LLAMA.items():
             name = f"layers.{layer}.{kind}"
-            nodes[name] = Node(name, name, kind, "", layer, None, width, height, (layer, reads))
+            own = (SliceSpec(name=name, start=0, stop=height),)
+            sites.append(
+                Site(
+                    name=name,
+                    calls=(name,),
+                    type=kind,
+                    layer=layer,
+                    in_features=width,
+                    out_features=height,
+                    bias=False,
+                    slices=own,
+                )
+            )
+            reads[name] = (layer, read)
+    nodes = nodes_for(sites, reads)
     rng = np.random.default_rng(seed)
     scale = {name: float(np.exp(rng.normal())) for name in nodes}
     decay = {name: float(rng.uniform(0.3, 1.2)) for name in nodes}
     steps = np.arange(1, 11009, dtype=np.float64)
-    spectra = {
-        name: scale[name] * steps[: n.in_features] ** -decay[name] for name, n in nodes.items()
+    laws = {
+        name: scale[name] * steps[: node.in_features] ** -decay[name]
+        for name, node in nodes.items()
     }
+    spectra = PowerLaws(Path(), "", laws)
+    planner = Planner(
+        kinds=tuple(kinds), bits=tuple(bits), may_share=(("q", "k", "v"), ("gate", "up"))
+    )
+    budget = Budget(params_kept=0.5) if tuple(bits) == (16,) else Budget(bytes_kept=0.5)
+    options = options_for(budget, planner, element_size=2)
+    rounding = RoundingShares(spectra)
+    problem = make_problem(nodes, spectra, options, rounding=rounding)
+    scene = Scene(_parts(sites), nodes, spectra, options, rounding)
+    return replace(problem, others=others_of(kinds_named(kinds), scene))
 
-    def curve(part: Part) -> Curve:
-        members = [nodes[name] for name in part]
-        width = members[0].in_features
-        height = sum(node.out_features for node in members)
-        shape = Shape(width, height, len({node.input for node in members}))
-        spectrum = np.sum([spectra[n.name][: shape.full_rank] for n in members], axis=0)
-        tail = np.clip(spectrum.sum() - np.cumsum(spectrum), 0, None) / 2
-        rank = ranks(shape)
-        cost = numbers(shape, rank, PIVOTED)
-        keep = cost < shape.dense_numbers
-        return Curve(
-            np.append(cost[keep], shape.dense_numbers),
-            np.append(tail[rank[keep] - 1], 0.0),
-            np.append(rank[keep], DENSE),
-        )
 
-    shared = (frozenset({"q", "k", "v"}), frozenset({"gate", "up"}))
-    return Problem(nodes, curve, may_share=shared)
+def _parts(sites: Sequence[Site]) -> tuple[FoundPart, ...]:
+    """The MLP and the attention of every layer."""
+    found: list[FoundPart] = []
+    for at in range(0, len(sites), len(LLAMA)):
+        _, _, v, o, gate, up, down = sites[at : at + len(LLAMA)]
+        found += [Mlp((gate, up), down), Attention(((v, v.slices[0]),), o, WIDTH)]
+    return tuple(found)
 
 
 @stage("bench planner", _LOG)
-def bench_planner(layers: Sequence[int] = (4, 8, 16, 32, 80), *, kept: float = 0.8) -> PlannerBench:
-    """Time the solver (:func:`solve`, strategy ``auto``) at each number of layers."""
+def bench_planner(
+    layers: Sequence[int] = (4, 8, 16, 32, 80),
+    *,
+    kept: float = 0.8,
+    kinds: Sequence[str] = ("basis",),
+    bits: Sequence[int] = (16,),
+) -> PlannerBench:
+    """Time planning (curves, and :func:`solve` with strategy ``auto``) at each number of layers.
+    ``kept`` is a share of numbers, or with several widths of bits of bytes.
+
+    Raises :class:`ConfigError` for a kind or a width that there is not.
+    """
     timings = []
     for count in layers:
-        problem = synthetic_problem(count)
-        dense = sum(node.in_features * node.out_features for node in problem.nodes.values())
         wall, cpu = time.perf_counter(), time.process_time()
+        problem = synthetic_problem(count, kinds=kinds, bits=bits)
+        dense = sum(node.in_features * node.out_features for node in problem.nodes.values())
+        dense *= 1 if tuple(bits) == (16,) else 2
         solution = solve(problem, kept * dense)
+        chosen = Counter(choice.candidate.kind for choice in solution.choices)
         timings.append(
             Timing(
                 layers=count,
                 sites=len(problem.nodes),
-                candidates=len(list(problem.seen())),
+                candidates=len(list(problem.seen())) + len(problem.others),
                 groups=len(solution.choices),
                 seconds=time.perf_counter() - wall,
                 cpu_seconds=time.process_time() - cpu,
                 kept=solution.cost / dense,
                 gap=solution.gap / max(solution.loss, 1e-300),
+                chosen=dict(chosen),
             )
         )
-    return PlannerBench(environment(), tuple(timings))
+    return PlannerBench(environment(), tuple(kinds), tuple(bits), tuple(timings))
 
 
 def draw(result: PlannerBench, path: Path) -> None:
@@ -147,7 +237,17 @@ def draw(result: PlannerBench, path: Path) -> None:
 
 def table(result: PlannerBench) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
-    header = ["layers", "sites", "candidates", "groups", "seconds", "processor s", "kept", "gap"]
+    header = [
+        "layers",
+        "sites",
+        "candidates",
+        "groups",
+        "seconds",
+        "processor s",
+        "kept",
+        "gap",
+        "chosen",
+    ]
     return header, [
         [
             str(t.layers),
@@ -158,6 +258,7 @@ def table(result: PlannerBench) -> tuple[list[str], list[list[str]]]:
             f"{t.cpu_seconds:.2f}",
             f"{t.kept:.4f}",
             f"{t.gap:.2%}",
+            ", ".join(f"{kind} {count}" for kind, count in sorted(t.chosen.items())),
         ]
         for t in result.timings
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxshare.config import ShareConfig
+from fxshare.config import Planner, ShareConfig
 from fxshare.cost_model.pace import NOTHING, Amount, Pace
 from fxshare.estimating import pricing
 from fxshare.estimating.calibrating import backward, forward, loss
 from fxshare.estimating.counted import Counted
 from fxshare.estimating.pricing import Candidate, Candidates, Terms
+from fxshare.planning.kinds.kind import BASIS
 from fxshare.planning.trials import MOST_REFINED, REFINED_STEPS, trials
 from fxshare.sites.site import Site
 
@@ -26,6 +27,8 @@ _PER_NODE = 25
 """Calls that do next to nothing, by node and price: partitions are found in Python."""
 _PER_COPY = 150
 """And by node of a graph with other weights."""
+_FEWEST_TOLD = 4
+"""Batches that tell two sets of kinds apart, where those held back do not."""
 _BISECTED = 6
 """Plans between which a limit of the loss is found."""
 _CALLS = 40
@@ -55,7 +58,8 @@ class Searched:
         """The trials of a configuration on so many batches."""
         planner = cfg.planner
         mergeable = not planner.may_share and planner.strategy in ("auto", "same_input")
-        first = len(trials(planner.search, mergeable=mergeable))
+        found = trials(planner.search, mergeable=mergeable, kinds=beside_basis(planner))
+        first, sets = len(found), len({trial.without for trial in found})
         if planner.search == "off":
             return Searched(1, 1, 0, 0.0, 1, parts)
         held = max(batches // 10, 1)
@@ -69,6 +73,10 @@ class Searched:
             judged += first * share + half
         if cfg.budget is not None and cfg.budget.max_loss_increase is not None:
             solved, copies, judged = solved + _BISECTED, copies + _BISECTED, judged + _BISECTED
+        if sets > 1:  # the best of each to the end, two of them on more data; and each kind alone
+            alone = len(planner.kinds)
+            copies += sets + 2 + alone
+            judged += sets + alone + 2 * _FEWEST_TOLD / held
         # with merging it is mostly the plan without
         plans = solved - (1 if mergeable else 0)
         return Searched(solved, plans, copies, judged * held, 1 + planner.remeasure, parts)
@@ -87,6 +95,34 @@ class Subject:
     singular: frozenset[int]
     stored: bool
     """Whether decompositions go to a work folder, from which they are read again."""
+
+
+def beside_basis(planner: Planner) -> list[str]:
+    """The kinds that compete with bases; none where there are no bases."""
+    names = [name for name in planner.kinds if name != BASIS]
+    return names if BASIS in planner.kinds else []
+
+
+def others(subject: Subject, searched: Searched, kinds: Sequence[str]) -> Amount:
+    """Orders of hidden units and of widths of heads, and what carries out those that are chosen.
+    Their parts are found in a graph, of which there is none yet: what has fewer outputs than inputs
+    counts as an MLP's last linear, and what has as many as the last one of an attention."""
+    pace, found = subject.pace, NOTHING
+    for site in subject.sites if set(kinds) - {BASIS} else ():
+        inputs, outputs = site.in_features, site.out_features
+        if outputs > inputs:
+            continue
+        once = pace.product(outputs, outputs, inputs) + pace.product(inputs, outputs, inputs)
+        kept = max(int(subject.keep * inputs), 1)
+        if outputs < inputs:
+            once += pace.product(inputs, inputs, inputs) * 3 + pace.calls(20 * inputs)
+            made = pace.product(inputs, kept, kept) * 1.3 + pace.product(outputs, inputs, kept)
+        else:
+            once += pace.product(inputs, inputs, inputs) * 2 + pace.calls(_CALLS)
+            made = pace.product(inputs, kept, inputs) + pace.product(outputs, inputs, kept)
+        # few plans have another width of a part
+        found += (once + made * 2) * searched.rounds
+    return found
 
 
 def terms_of(subject: Subject, parts: Candidates) -> Terms:
@@ -266,11 +302,13 @@ def _outputs(part: Candidate) -> int:
 __all__ = [
     "Searched",
     "Subject",
+    "beside_basis",
     "copied",
     "factorised",
     "judged",
     "moments",
     "multiplied_out",
+    "others",
     "realised",
     "refined",
     "refitted",

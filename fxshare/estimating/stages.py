@@ -276,7 +276,8 @@ class _Estimating:
         )
         yield "calibrate", (self._calibrated(fit, True) * passes + written) * self._rounds
         yield "moments", searching.moments(subject, searched)
-        yield "spectra", searching.spectra(subject, searched)
+        prices = searching.others(subject, searched, self.cfg.planner.kinds)
+        yield "spectra", searching.spectra(subject, searched) + prices
         yield "solve", searching.solved(subject, searched)
         yield "factorise groups", searching.factorised(subject, searched)
         yield "refit", searching.refitted(subject, searched)

@@ -20,17 +20,19 @@ from fxshare.calibration.room import Room, make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
-from fxshare.errors import PlanError
 from fxshare.factors.codes import CodedSlices
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.metric import SliceStatistics, slice_statistics
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
-from fxshare.planning.held_back import Judged, hold_back
+from fxshare.planning.finalists import Calls
+from fxshare.planning.held_back import Judged, Parts, hold_back
 from fxshare.planning.judge import Judge, Remembered
+from fxshare.planning.kinds.apart import by_kind
 from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.kinds.kind import FoundPart, Kind
 from fxshare.planning.kinds.named import kinds_and_parts
+from fxshare.planning.loss_limit import within_loss
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, bytes_of, limit_of, options_of
@@ -41,9 +43,9 @@ from fxshare.planning.search import Found, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
 from fxshare.planning.solver.solve import least_cost
 from fxshare.planning.stored_problem import Stored, write_problem
-from fxshare.planning.trials import Trial, Tried, trials
+from fxshare.planning.trials import Trial, again, trials
 from fxshare.planning.work import Work
-from fxshare.plans.outlook import Outlook, TrialResult
+from fxshare.plans.outlook import KindOutlook, Outlook, TrialResult
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
@@ -121,22 +123,21 @@ def plan_within_budget(
     search = replace(search, room=room.kept - most_bytes, kinds=kinds, parts=parts)
     spectra = search.spectra(slices)
     search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
+    fit = _fit(captured, search, data, statistics, loss, work)
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
         again = _remeasured(captured, search, best, spectra, number, gather)
         return search.spectra(in_metric(again), number + 1)
 
-    found = _searched(search, spectra, cfg, remeasured)
+    found = _searched(search, spectra, cfg, remeasured, fit)
     if choose is not None:
         found = choice(found, search, skipped, lambda plans: choose(plans, data))
     best = found.best
     along = Slope(0.0, 0.0, 0)
     if judge is not None and not judge.is_distance and (best.factors or best.units or best.rounded):
-        some, tokens = data.some_to_fit(captured, statistics)
-        every = Judged(some, 0, len(some), 0)
-        fit = Judge(captured, sites, every, loss=loss, remembered=_memory_of(work))
-        along = _along(search, best, fit, tokens)
-    outlook = _outlook(found, search, statistics, along, time.perf_counter() - start)
+        along = _along(search, best, fit)
+    kinds_apart = by_kind(search, best)
+    outlook = _outlook(found, search, statistics, (along, kinds_apart), time.perf_counter() - start)
     plan = plan_of(best, search, skipped, outlook)
     best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
@@ -171,13 +172,31 @@ def _search(
     )
 
 
-def _along(search: Search, best: Planned, judge: Judge, tokens: Sequence[float]) -> Slope:
-    if search.judge is not None:
-        search.judge.forget()
+def _fit(
+    captured: Captured,
+    search: Search,
+    data: Parts,
+    statistics: Statistics,
+    loss: Loss | None,
+    work: Work | None,
+) -> Calls | None:
+    """Some of the calls that the statistics were taken of, for what a search asks of them."""
+    if search.judge is None:
+        return None
+    some, tokens = data.some_to_fit(captured, statistics)
+    every = Judged(some, 0, len(some), 0)
+    judge = Judge(captured, search.sites, every, loss=loss, remembered=_memory_of(work))
+    return Calls(judge, tokens)
+
+
+def _along(search: Search, best: Planned, fit: Calls | None) -> Slope:
+    assert fit is not None
+    assert search.judge is not None
+    search.judge.forget()
     new, old = search.dense(best), (search.weights, search.biases)
     what = None if best.what is None else ("slope", best.what)
-    found = slope(judge, tokens, old, new, predicted=best.predicted, what=what)
-    judge.forget()
+    found = slope(fit.judge, fit.tokens, old, new, predicted=best.predicted, what=what)
+    fit.judge.forget()
     return found
 
 
@@ -258,10 +277,11 @@ def _searched(
     spectra: SpectraByMetric,
     cfg: ShareConfig,
     remeasured: Callable[[Planned, SpectraByMetric, int], SpectraByMetric],
+    fit: Calls | None,
 ) -> Found:
     """The best plan of the search. With a judge also on statistics that are measured again on what
     was found so far, and within the limit of the loss."""
-    todo = _trials(cfg.planner, search.options, mixed=bool(search.kinds and search.parts))
+    todo = _trials(cfg.planner, search.options, search.kinds if search.parts else ())
     found = search.run(spectra, todo)
     if search.judge is None:
         return found
@@ -271,38 +291,31 @@ def _searched(
     for number in range(cfg.planner.remeasure):
         spectra_again = remeasured(best, spectra, number)
         # a limit of the loss is looked for at other prices too
-        again = search.measured_again(best.solution.price if limit is None else None)
+        anew = search.measured_again(best.solution.price if limit is None else None)
         search.problems.clear()
         search.priced.clear()
-        rerun = again.run(spectra_again, _again(todo, found.tried), label=_label(number))
+        rerun = anew.run(spectra_again, again(todo, found.tried), label=_label(number))
         tried += rerun.tried
         plans += rerun.plans
         if rerun.best.measured < best.measured:
             best, spectra = rerun.best, spectra_again
+    if fit is not None:
+        best = search.decided(best, [one for _, one in plans], fit)
     if limit is not None:
-        within = _within_loss(search, best, spectra, limit)
+        within = within_loss(search, best, spectra, limit)
         best, tried = within.best, tried + within.tried
     return Found(best, tried, plans)
-
-
-def _again(todo: Sequence[Trial], tried: Sequence[Tried]) -> list[Trial]:
-    """The trials on statistics that are measured again. Which is best on those near the plan, the
-    first round does not say; but ranks by activation error, which need spectra of their own, are
-    chosen again only where they were in its better half."""
-    ranked = sorted(tried, key=lambda one: one.measured)
-    better = {one.trial for one in ranked[: -(-len(ranked) // 2)]}
-    return [trial for trial in todo if trial.loss_aware or trial.name in better]
 
 
 def _label(number: int) -> str:
     return ", remeasured" if number == 0 else f", remeasured {number + 1} times"
 
 
-def _trials(planner: Planner, options: Options, *, mixed: bool) -> list[Trial]:
+def _trials(planner: Planner, options: Options, kinds: Sequence[Kind]) -> list[Trial]:
     # a strategy that was asked for by name is kept to: "separate" means no sharing at all
     mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
-    mixed = mixed and options.shares_bases
-    found = trials(planner.search, mergeable=mergeable, mixed=mixed)
+    names = [kind.name for kind in kinds] if options.shares_bases else []
+    found = trials(planner.search, mergeable=mergeable, kinds=names)
     return [t if t.strategy != "layers" else replace(t, strategy=planner.strategy) for t in found]
 
 
@@ -329,39 +342,14 @@ def _remeasured(
     return gather(on, number + 1)
 
 
-def _within_loss(search: Search, best: Planned, spectra: SpectraByMetric, limit: float) -> Found:
-    """Raise the budget until the measured loss keeps the limit; the prediction was a start."""
-    dense = float(search.dense_cost(best))
-    low, high = search.budget, dense
-    if best.measured <= limit:
-        low, high = 0.0, search.budget
-    kept = best if best.measured <= limit else None
-    tried: list[Tried] = []
-    for _ in range(6):
-        middle = (low + high) / 2
-        try:
-            found = replace(search, budget=middle).run(
-                spectra, [best.trial], label=" within max_loss_increase"
-            )
-        except PlanError:
-            low = middle
-            continue
-        tried += found.tried
-        if found.best.measured <= limit:
-            kept, high = found.best, middle
-        else:
-            low = middle
-    if kept is None:
-        raise PlanError(
-            f"max_loss_increase {limit:g}: no plan of the search keeps it; the best measured "
-            f"{best.measured:.3g}. Raise it, or match fewer weights"
-        )
-    return Found(kept, tuple(tried))
-
-
 def _outlook(
-    found: Found, search: Search, statistics: Statistics, along: Slope, seconds: float
+    found: Found,
+    search: Search,
+    statistics: Statistics,
+    also: tuple[Slope, tuple[KindOutlook, ...]],
+    seconds: float,
 ) -> Outlook:
+    along, kinds = also
     best, solution = found.best, found.best.solution
     return Outlook(
         loss_name=statistics.loss,
@@ -395,6 +383,7 @@ def _outlook(
             )
             for t in found.tried
         ),
+        kinds=kinds,
         held_back_tokens=0 if search.judge is None else search.judge.tokens,
         seconds=seconds,
     )

@@ -98,6 +98,18 @@ class Judge:
         self._dense([0])
         return any(here().gather(bool(self._outputs), "the loss"))
 
+    @property
+    def calls(self) -> list[float]:
+        """The tokens of each call: of those of the first share alike, and of the others."""
+        data = self._data
+        rest = len(data.calls) - data.first
+        beyond = (data.tokens - data.first_tokens) / max(rest, 1)
+        return [data.first_tokens / data.first] * data.first + [beyond] * rest
+
+    def run_dense(self, which: Sequence[int]) -> None:
+        """Run the dense model on some calls, whose outputs a distance is one to."""
+        self._dense(which)
+
     def substituted(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], what: object = None
     ) -> Candidate:

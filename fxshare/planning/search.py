@@ -26,6 +26,7 @@ from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.blend import blend
+from fxshare.planning.finalists import Calls, best_of_each, decided, finalists
 from fxshare.planning.judge import Candidate, Judge, Lost
 from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of, surely_priced
 from fxshare.planning.kinds.kind import FoundPart, Kind, Scene
@@ -53,6 +54,8 @@ from fxshare.sites.site import Site
 _LOG = logging.getLogger(__name__)
 
 
+Among = tuple[tuple[str, ...], bool]
+"""The kinds that a trial does without, and whether the others are taken wherever they fit."""
 SpectraByMetric = Mapping[bool, Spectra]
 """The loss-aware spectra of some statistics (True), and those of activation error."""
 
@@ -86,13 +89,13 @@ class Search:
     parts: tuple[FoundPart, ...] = ()
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
-    problems: dict[tuple[int, str, bool, str], Problem | None] = field(
+    problems: dict[tuple[int, str, bool, Among], Problem | None] = field(
         default_factory=dict, repr=False
     )
     """What was solved on the spectra at hand; None where it had a floor."""
     priced: dict[int, RoundingPrice] = field(default_factory=dict, repr=False)
     """What few bits lose, on the spectra at hand."""
-    contend: dict[tuple[str, bool, str], Callable[[Part], bool]] = field(
+    contend: dict[tuple[str, bool, Among], Callable[[Part], bool]] = field(
         default_factory=dict, repr=False
     )
     """Which groups are priced, likewise; where there is none whichever the strategy asks for."""
@@ -146,6 +149,7 @@ class Search:
             raise PlanError("; ".join(failures) + slower * self.options.never_slower)
         plans = [one for at, one in enumerate(found) if at not in twins]
         better = better_half(plans)
+        better += [one for one in best_of_each(plans) if one not in better]
         best = self._best(better, spectra[True])
         for at, twin in twins.items():
             found[at].take(twin)
@@ -157,7 +161,7 @@ class Search:
         first share of the held-back data."""
         self._realise(one, refit=self.refit is not False and not self._is_undecided(one))
         if self.judge is not None:
-            one.lost = self.judge.first(self._judged(one, self.judge))
+            one.lost = self.judge.first(self.judged(one, self.judge))
         price(one, aware.slices)
 
     def _best(self, plans: Sequence[Planned], aware: Spectra) -> Planned:
@@ -172,24 +176,37 @@ class Search:
                 one.lost = refit
                 price(one, aware.slices)
             if not self.judge.is_whole(one.lost):
-                on = on or self._judged(one, self.judge)
+                on = on or self.judged(one, self.judge)
                 one.lost = self.judge.whole(on, one.lost)
             one.seconds += time.perf_counter() - start
             _LOG.info("plan: %s: %s", one.trial.name, said(one))
         return min(plans, key=lambda one: one.measured)
 
+    def decided(self, best: Planned, plans: Sequence[Planned], fit: Calls) -> Planned:
+        """The best of the plans of all rounds: where the best ones of several sets of kinds are
+        near each other, as :func:`fxshare.planning.finalists.decided` says."""
+        last = finalists(plans)
+        if self.judge is None or len(last) < 2:
+            return best
+        judge = self.judge
+        kept = decided(last, Calls(judge, judge.calls), fit, self.judged)
+        judge.forget()
+        fit.judge.forget()
+        return kept
+
     def _refit(self, one: Planned, judge: Judge) -> tuple[Lost | None, Candidate | None]:
         """Refit a plan where that is better on the first share: what it loses then, and the model
         with its weights; else None, twice."""
         self._realise(one, refit=True)
-        on = self._judged(one, judge)
+        on = self.judged(one, judge)
         lost = judge.first(on)
         if lost.per_token <= one.measured:
             return lost, on
         self._realise(one, refit=False)
         return None, None
 
-    def _judged(self, one: Planned, judge: Judge) -> Candidate:
+    def judged(self, one: Planned, judge: Judge) -> Candidate:
+        """The model with the weights of a plan."""
         return judge.substituted(*self.dense(one), one.what)
 
     def spectra(self, slices: Mapping[str, SliceStatistics], number: int = 0) -> SpectraByMetric:
@@ -224,7 +241,7 @@ class Search:
             floor=max(self.options.floor, trial.floor * share),
             may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
         )
-        problem = self._problem(spectra, options, trial.strategy, trial.others)
+        problem = self._problem(spectra, options, trial.strategy, (trial.without, trial.insists))
         solution = solve(problem, self.budget, strategy=trial.strategy)
         if trial.blend:
             solution = blend(solution, problem, trial.blend, share, options)
@@ -236,12 +253,14 @@ class Search:
         rounded = rounded_of(solution)
         return Planned(solution, groups, nothing, trial, False, units, rounded, spectra=spectra)
 
-    def _problem(self, spectra: Spectra, options: Options, strategy: str, others: str) -> Problem:
+    def _problem(
+        self, spectra: Spectra, options: Options, strategy: str, among: Among = ((), False)
+    ) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
         collected: trials that differ in blending only, and other budgets, solve it once. With one
         the groups are those that were priced for the first trial of that strategy."""
         nodes = nodes_of(self.sites, spectra.slices)
-        of = strategy, options.may_share != self.options.may_share, others
+        of = strategy, options.may_share != self.options.may_share, among
         key = id(spectra), *of
         rounding = self._rounding(spectra, nodes)
         known: Callable[[Part], bool] | None = self.contend.get(of)
@@ -250,26 +269,30 @@ class Search:
                 made = make_problem(
                     nodes, spectra, options, known=spectra.is_computed, rounding=rounding
                 )
-                return self._beside(made, spectra, options, others)
+                return self._beside(made, spectra, options, among)
             self.problems[key] = None
             made = make_problem(nodes, spectra, options, known=known, rounding=rounding)
-            made = self._beside(made, spectra, options, others)
+            made = self._beside(made, spectra, options, among)
             return _shared(made, spectra, options, strategy)
         found = self.problems.get(key)
         if found is None:
             made = make_problem(nodes, spectra, options, known=known, rounding=rounding)
-            made = self._beside(made, spectra, options, others)
+            made = self._beside(made, spectra, options, among)
             found = self.problems[key] = _shared(made, spectra, options, strategy)
         return found
 
-    def _beside(self, problem: Problem, spectra: Spectra, options: Options, others: str) -> Problem:
-        """The problem with candidates of other kinds, unless a trial does without."""
-        if others == "none" or not self.kinds:
+    def _beside(
+        self, problem: Problem, spectra: Spectra, options: Options, among: Among
+    ) -> Problem:
+        """The problem with candidates of the kinds that a trial does not do without."""
+        without, insists = among
+        kinds = [kind for kind in self.kinds if kind.name not in without]
+        if not kinds:
             return problem
         rounding = self._rounding(spectra, problem.nodes)
         scene = Scene(self.parts, problem.nodes, spectra, options, rounding)
-        found = others_of(self.kinds, scene)
-        return replace(problem, others=found, insists=others == "all")
+        found = others_of(kinds, scene)
+        return replace(problem, others=found, insists=insists)
 
     def _rounding(self, spectra: Spectra, nodes: Mapping[str, Node]) -> RoundingPrice:
         return self.priced.setdefault(id(spectra), RoundingPrice(spectra, nodes))
@@ -280,8 +303,8 @@ class Search:
         if not price:
             return replace(self, problems={}, priced={})
         contend = {
-            (strategy, merged, others): contenders(problem, price)
-            for (_, strategy, merged, others), problem in self.problems.items()
+            (strategy, merged, among): contenders(problem, price)
+            for (_, strategy, merged, among), problem in self.problems.items()
             if problem is not None
         }
         return replace(self, problems={}, priced={}, contend=contend)

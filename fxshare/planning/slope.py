@@ -61,7 +61,7 @@ def slope(
             for by in (_STEP, -_STEP)
         )
         found += [(a - b) / (2 * _STEP) for a, b in zip(up, down, strict=True)]
-        measured = _estimate(found, tokens[: len(found)])
+        measured = estimate(found, tokens[: len(found)])
         wanted = _ERROR * (abs(measured.value) + abs(predicted))
         hopeless = len(found) >= _FEWEST and _least(measured, found, tokens) > 2 * wanted
         if measured.error <= wanted or hopeless or len(found) == len(tokens):
@@ -107,7 +107,7 @@ def _between(
     return Lazily(tuple(new), made)
 
 
-def _estimate(found: Sequence[float], tokens: Sequence[float]) -> Slope:
+def estimate(found: Sequence[float], tokens: Sequence[float]) -> Slope:
     """The ratio of two sums over batches, and its standard error."""
     total, count = sum(tokens), len(found)
     value = sum(found) / max(total, 1e-300)

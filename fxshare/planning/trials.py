@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,9 +29,11 @@ class Trial:
     """Whether types that read one activation may share a basis."""
     loss_aware: bool = True
     """Whether the gradient statistics are used; without them errors of activations count."""
-    others: Literal["may", "none", "all"] = "may"
-    """Whether candidates of other kinds than the basis compete, are left out, or are taken wherever
-    there are some: far from dense a prediction may favour the wrong kind."""
+    without: tuple[str, ...] = ()
+    """Kinds beside the basis whose candidates are left out: far from dense a prediction may favour
+    the wrong kind, so every set of kinds is tried that has one fewer, and bases alone."""
+    insists: bool = False
+    """Whether candidates of other kinds are taken wherever there are some."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,26 @@ class Tried:
     after: AfterRefining | None = None
 
 
-def trials(effort: Effort, *, mergeable: bool, mixed: bool = False) -> list[Trial]:
-    """The trials of each effort; the first is the plain optimum of the quadratic model. ``mixed``
-    says that there are candidates of several kinds: then some trials do without one or the other.
-    """
+def trials(effort: Effort, *, mergeable: bool, kinds: Sequence[str] = ()) -> list[Trial]:
+    """The trials of each effort; the first is the plain optimum of the quadratic model. ``kinds``
+    compete with bases: then some trials do without one of them, or without all."""
     found = _trials(effort, mergeable=mergeable)
-    if not mixed or effort == "off":
+    if not kinds or effort == "off":
         return found
     first = [t for t in found if t.strategy != "separate"]
-    plain = [replace(t, others="none") for t in found if t.strategy == "separate"]
+    plain = [replace(t, without=tuple(kinds)) for t in found if t.strategy == "separate"]
     some = [t for t in found if t.name in ("planned", "blend 0.5")]
-    alone = [replace(t, name=f"{t.name}, bases alone", others="none") for t in some]
-    every = [replace(t, name=f"{t.name}, others wherever they fit", others="all") for t in some]
-    return first + alone + every + plain
+    fewer = [
+        replace(t, name=f"{t.name}, without {kind}", without=(kind,))
+        for kind in (kinds if len(kinds) > 1 else ())
+        for t in some
+    ]
+    alone = [replace(t, name=f"{t.name}, bases alone", without=tuple(kinds)) for t in some]
+    every = [
+        replace(t, name=f"{t.name}, others wherever they fit", insists=True)
+        for t in (*some, *fewer)
+    ]
+    return first + alone + fewer + every + plain
 
 
 _OUTDONE = 4.0
@@ -85,6 +94,23 @@ def is_outdone(trial: Trial, predicted: Mapping[Trial, float]) -> bool:
         return False
     by_loss = [one for one in predicted if replace(one, name=trial.name, loss_aware=False) == trial]
     return any(predicted[one] > _OUTDONE * min(predicted.values()) for one in by_loss)
+
+
+def again(todo: Sequence[Trial], tried: Sequence[Tried]) -> list[Trial]:
+    """The trials on statistics that are measured again. Which is best on those near the plan, the
+    first round does not say; but ranks by activation error, which need spectra of their own, are
+    chosen again only where they were in its better half, and of other sets of kinds those that were
+    not far worse."""
+    ranked = sorted(tried, key=lambda one: one.measured)
+    better = {one.trial for one in ranked[: -(-len(ranked) // 2)]}
+    least = ranked[0].measured if ranked else 0.0
+    behind = {one.trial for one in ranked if one.measured > _OUTDONE * least > 0}
+    return [
+        trial
+        for trial in todo
+        if (trial.loss_aware or trial.name in better)
+        and not ((trial.without or trial.insists) and trial.name in behind)
+    ]
 
 
 def _trials(effort: Effort, *, mergeable: bool) -> list[Trial]:

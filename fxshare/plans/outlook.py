@@ -24,6 +24,17 @@ class TrialResult(Frozen):
     refined_steps: int = 0
 
 
+class KindOutlook(Frozen):
+    """What the entries of one kind lose by themselves, all else dense: ``predicted``, and
+    ``measured`` on the held-back calibration data."""
+
+    kind: str
+    """``basis``, ``bits`` for dense slices in few, or what an entry of ``units`` says."""
+    entries: int
+    predicted: float
+    measured: float | None = None
+
+
 class Outlook(Frozen):
     """What a plan is expected to lose, per token, above the dense model.
 
@@ -58,5 +69,7 @@ class Outlook(Frozen):
     trial: str
     refit: bool
     trials: tuple[TrialResult, ...] = ()
+    kinds: tuple[KindOutlook, ...] = ()
+    """Of a plan of several kinds that was searched for."""
     held_back_tokens: int = 0
     seconds: float = 0.0

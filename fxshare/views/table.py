@@ -235,6 +235,9 @@ def outlook_lines(plan: Plan, cfg: ShareConfig | None = None) -> list[str]:
         lines.append(
             f"measured {o.measured:.4g} per token on {o.held_back_tokens:,} held-back tokens"
         )
+    for one in o.kinds:
+        measured = "not finite" if one.measured is None else f"measured {one.measured:.4g}"
+        lines.append(f"{one.kind} alone ({one.entries}): predicted {one.predicted:.4g}, {measured}")
     effort = "" if cfg is None else f"{cfg.planner.search}, "
     count = len(o.trials)
     lines.append(

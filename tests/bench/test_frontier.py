@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from fxshare.bench.demo import CONFIG
-from fxshare.bench.frontier import EVERYTHING, Frontier, Row, bench_frontier, table
+from fxshare.bench.frontier import (
+    EVERYTHING,
+    Frontier,
+    Row,
+    Texts,
+    bench_frontier,
+    speed_table,
+    table_of,
+)
+from fxshare.bench.frontier_plot import curves
 from fxshare.bench.quality import Case
 from fxshare.embedded.model import GPT, GPTConfig
+from fxshare.proposing.propose import init
 
 
 def row(method: str, size: float | None, kept: float, increase: float) -> Row:
@@ -38,10 +49,10 @@ def test_every_method_at_one_size_within_its_bytes() -> None:
         assert math.isfinite(one.increase)
         assert one.second is not None
         assert 0 < one.kept <= (one.size or 0.6) + 5e-3
-    (cells,) = table(found, (0.6,))[1]
+    (cells,) = table_of(found, (0.6,))[1]
     best = found.best("small", 0.6)
     assert best is not None
-    assert cells[-1] == best.method
+    assert cells[-2] == best.method
     assert found.to_dict()["rows"][0]["method"] == methods[0]
 
 
@@ -58,7 +69,49 @@ def test_the_least_is_of_what_fits() -> None:
     assert found.best("small", 0.5, alone=True) == rows[1]
     assert found.best("small", 0.6) == rows[0]
     assert found.best("small", 0.1) is None
-    header, cells = table(found, (0.5, 0.6))
-    assert header == ["model", "bytes kept", "bases", EVERYTHING, "dense in bits", "least"]
-    assert cells[0] == ["small", "0.50", "2.0000", "0.5000", "–", EVERYTHING]
-    assert cells[1] == ["small", "0.60", "1.0000", "0.2000", "0.1000", "dense, 8 bits, nearest"]
+    header, cells = table_of(found, (0.5, 0.6))
+    assert header == [
+        "model",
+        "bytes kept",
+        "bases",
+        EVERYTHING,
+        "dense in bits",
+        "least",
+        "everything / best single",
+    ]
+    assert cells[0] == ["small", "0.50", "2.0000", "0.5000", "–", EVERYTHING, "0.25"]
+    assert cells[1] == [
+        "small",
+        "0.60",
+        "1.0000",
+        "0.2000",
+        "0.1000",
+        "dense, 8 bits, nearest",
+        "2.00",
+    ]
+
+
+def test_a_second_corpus_and_speeds_have_tables_of_their_own() -> None:
+    alone = Row("small", "bases", 0.5, 0.5, 1.0, 3.0, None, 0.0, prompt=1.5, one=0.5)
+    found = Frontier({}, 0, "off", {"small": 1.0, "other": 1.0}, (alone,), 0.0)
+    assert table_of(found, (0.5,), second=True)[1] == [
+        ["small", "0.50", "3.0000", "–", "bases", "–"]
+    ]
+    assert speed_table(found)[1] == [["small", "0.500", "bases", "1.50", "0.50"]]
+    assert curves(found, "small") == {"bases": [(0.5, 1.0)]}
+
+
+def test_embeddings_of_an_encoder_turn_with_fewer_bytes() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
+    sizes = transformers.BertConfig(vocab_size=32, intermediate_size=64, **small)
+    bert = transformers.BertModel(sizes).eval()
+    ids = torch.randint(1, 32, (4, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    types = init(bert).model_dump(include={"weight_types", "block_pattern"})
+    case = Texts("bert", bert, types, [batch, batch], [batch])
+    found = bench_frontier([case], sizes=(0.6,))
+    assert found.dense_loss["bert"] == pytest.approx(0.0, abs=1e-6)
+    lost = {one.method: one.increase for one in found.rows}
+    assert -1e-6 < lost["dense, 8 bits, nearest"] < lost["dense, 4 bits, nearest"] < 1

@@ -79,8 +79,12 @@ def test_a_search_tries_each_kind_alone_and_all_together() -> None:
     assert "uniform" in names
     assert any(name.endswith("remeasured") for name in names)
     alone = [t.name for t in trials("quick", mergeable=False)]
-    assert alone == [t.name for t in trials("quick", mergeable=False, mixed=False)]
-    assert len(trials("off", mergeable=True, mixed=True)) == 1
+    assert not any("alone" in name or "without" in name for name in alone)
+    assert len(trials("off", mergeable=True, kinds=["units"])) == 1
+    assert {t.without for t in trials("quick", mergeable=False, kinds=["units"])} == {
+        (),
+        ("units",),
+    }
 
 
 def test_what_the_search_measures_is_what_the_result_loses() -> None:

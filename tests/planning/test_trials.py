@@ -105,9 +105,9 @@ def test_floors_price_no_group_that_was_not_priced_without(
     options, dense = Options(), layers * width * width
     found = search.Search((), {}, {}, options, 0.6 * dense, judge=None)
     spectra = Spectra(slices)
-    solve(found._problem(spectra, options, "grown", "may"), 0.6 * dense, strategy="grown")
+    solve(found._problem(spectra, options, "grown"), 0.6 * dense, strategy="grown")
     before, floored = spectra.computed, replace(options, floor=0.3)
-    problem = found._problem(spectra, floored, "grown", "may")
+    problem = found._problem(spectra, floored, "grown")
     assert solve(problem, 0.6 * dense, strategy="grown").priced <= before
     assert spectra.computed == before
     # which the same trial would do by itself
