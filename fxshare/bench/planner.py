@@ -163,7 +163,7 @@ def synthetic_problem(
     )
     budget = Budget(params_kept=0.5) if tuple(bits) == (16,) else Budget(bytes_kept=0.5)
     options = options_for(budget, planner, element_size=2)
-    rounding = RoundingShares(spectra)
+    rounding = RoundingShares(spectra, nodes)
     problem = make_problem(nodes, spectra, options, rounding=rounding)
     scene = Scene(_parts(sites), nodes, spectra, options, rounding)
     return replace(problem, others=others_of(kinds_named(kinds), scene))

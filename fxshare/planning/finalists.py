@@ -72,7 +72,10 @@ def decided(
     tokens, taken = list(held_back.tokens), 0
     while True:
         leader = min(range(len(plans)), key=lambda at: sum(losses[at]))
-        behind = [_behind(one, losses[leader], tokens) for one in losses]
+        behind = [
+            0.0 if at == leader else _behind(one, losses[leader], tokens)
+            for at, one in enumerate(losses)
+        ]
         close = [at for at, one in enumerate(behind) if one <= _TOLD]
         if len(close) == 1 or taken == len(fit.tokens):
             break

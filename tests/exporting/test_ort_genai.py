@@ -99,6 +99,35 @@ def test_the_folder_and_its_certificate(exported: tuple[Any, Path]) -> None:
     assert changes_since(path, certificate) == []
 
 
+def test_what_is_padding_elsewhere_is_no_part_of_the_prompts(exported: tuple[Any, Path]) -> None:
+    """GenAI masks the padding token wherever it is; with an end and no padding that is the end."""
+    gm, path = exported
+    assert gm.config.pad_token_id is None
+    end = gm.config.eos_token_id
+    assert all(end not in prompt for prompt in read_certificate(path).prompts)
+    config = json.loads((path / "genai_config.json").read_text())
+    assert config["model"]["pad_token_id"] == end
+
+
+def test_where_nothing_is_padding_nothing_is_masked(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    gm, path = exported
+    config = gm.config.__class__(**{**gm.config.to_dict(), "eos_token_id": None})
+    sizes = target._Sizes(**dict.fromkeys(target._Sizes.__dataclass_fields__, 1))
+    written = target._genai_config(config, sizes, True)["model"]
+    assert (written["pad_token_id"], written["eos_token_id"]) == (-1, 0)
+    # and GenAI runs it so
+    for file in path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    other = json.loads((path / "genai_config.json").read_text())
+    other["model"]["pad_token_id"] = -1
+    (tmp_path / "genai_config.json").unlink()
+    (tmp_path / "genai_config.json").write_text(json.dumps(other))
+    prompt = [1, 2, gm.config.eos_token_id, 3, gm.config.eos_token_id]
+    assert say(tmp_path, prompt, NEW) == greedy(gm, prompt, NEW)
+
+
 def test_verify_runs_it(exported: tuple[Any, Path]) -> None:
     row = matrix.row_of("ort-genai", exported[1])
     assert (row.state, row.version) == ("equal", genai.__version__), row

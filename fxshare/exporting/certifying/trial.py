@@ -117,6 +117,7 @@ def trial_of(subject: Subject, written: Written, seed: int) -> Trial | None:
     low, high = int(example.min()), int(example.max())
     vocabulary = vocabulary_of(subject.model) or high + 1
     texts = torch.randint(min(low, 3), vocabulary, (len(lengths), width), generator=generator)
+    _leave_out(_padding_of(subject.model), texts, vocabulary)
 
     def run(ids: Tensor) -> Tensor:
         return _in_rows(ids, rows, lambda part: _logits(subject.run(call(part))))
@@ -131,6 +132,21 @@ def trial_of(subject: Subject, written: Written, seed: int) -> Trial | None:
         ].argmax(-1)
         ends = ends + 1
     return Trial(texts, lengths, new, run(texts), call, rows)
+
+
+def _padding_of(model: object) -> set[int]:
+    """The tokens that an engine may take for padding, and mask wherever they are in a prompt."""
+    config = getattr(model, "config", None)
+    named = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
+    ids = {i for one in named for i in (one if isinstance(one, list) else [one])}
+    return {i for i in ids if isinstance(i, int)}
+
+
+def _leave_out(tokens: set[int], texts: Tensor, vocabulary: int) -> None:
+    """Put the next other token in the place of each of ``tokens``, where there is one."""
+    if len(tokens) < vocabulary:
+        while (found := torch.isin(texts, torch.tensor(sorted(tokens), dtype=texts.dtype))).any():
+            texts[found] = (texts[found] + 1) % vocabulary
 
 
 def _ids_of(inputs: Call) -> str | None:

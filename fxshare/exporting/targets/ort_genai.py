@@ -274,14 +274,15 @@ def _genai_config(config: Any, sizes: _Sizes, positions: bool) -> dict[str, Any]
         "present_value_names": "present.%d.value",
     }
     end = config.eos_token_id
-    known = [token for token in (config.pad_token_id, end, 0) if token is not None]
-    first = known[0][0] if isinstance(known[0], list) else known[0]
+    last = end[0] if isinstance(end, list) else end
+    known = [token for token in (config.pad_token_id, last) if token is not None]
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else first,
-            "eos_token_id": end if end is not None else first,
-            "pad_token_id": first,
+            "bos_token_id": next((t for t in (config.bos_token_id, *known) if t is not None), 0),
+            "eos_token_id": end if end is not None else (*known, 0)[0],
+            # GenAI masks this token wherever it is in a prompt: none, where the model has none
+            "pad_token_id": (*known, -1)[0],
             "context_length": sizes.context,
             "vocab_size": sizes.vocabulary,
             "decoder": {
