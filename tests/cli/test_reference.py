@@ -65,8 +65,8 @@ def test_the_reference_has_every_command_and_option() -> None:
 @pytest.mark.parametrize(
     ("written", "instead", "fault"),
     [
-        ("| `--max-bytes N` |", "| `--most-bytes N` |", "plan: --max-bytes is missing"),
-        ("| `--max-bytes N` |", "| `--most-bytes N` |", "plan: there is no --most-bytes"),
+        ("| `--max-bytes SIZE` |", "| `--most-bytes SIZE` |", "plan: --max-bytes is missing"),
+        ("| `--max-bytes SIZE` |", "| `--most-bytes SIZE` |", "plan: there is no --most-bytes"),
         ("## export\n", "## exports\n", "export: no section"),
         ("### bench generate\n", "### bench\n", "bench generate: no section"),
     ],

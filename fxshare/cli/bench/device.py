@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fxshare
-from fxshare.cli.options import AsJson, Debug, Device, Dtype, Quiet, Threads, Verbose
+from fxshare.cli.options import AllowMissing, AsJson, Debug, Device, Dtype, Quiet, Threads, Verbose
 from fxshare.cli.output import Result, table
 
 
@@ -35,6 +35,7 @@ def device(
         bool, typer.Option("--compiled/--no-compiled", help="Measure under torch.compile too.")
     ] = True,
     threads: Threads = 0,
+    allow_missing: AllowMissing = False,
     as_json: AsJson = False,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -64,7 +65,7 @@ def device(
         raise fxshare.errors.ConfigError(
             "--shape: makes a model of its own, found MODEL beside it; give one"
         )
-    named = None if model is None else load_model(model).model
+    named = None if model is None else load_model(model, allow_missing=allow_missing).model
     if shape is not None:
         named = random_gpt(GPTShape.parse(shape), context=prompt, vocabulary=256, seed=0)
     with using(threads):
