@@ -99,13 +99,13 @@ def as_kept(value: object) -> float | None:
 
 
 def as_budget(value: object) -> float | None:
-    """A fraction of parameters kept that is a limit: above 0 and at most 1."""
+    """A fraction kept that is a limit, of numbers or of bytes: above 0 and at most 1."""
     kept = as_kept(value)
     if kept is not None and kept > 1:
         percent = f"; {kept:g} % is {kept / 100:g}" if kept <= 100 else ""
         raise ValueError(
-            "expected the fraction of parameters kept, above 0 and at most 1 (0.8 keeps 80 % of "
-            f"the parameters); found {shown(value)}{percent}"
+            "expected the fraction kept, above 0 and at most 1 (0.8 keeps 80 %); found "
+            f"{shown(value)}{percent}"
         )
     return kept
 

@@ -31,9 +31,9 @@ class LayOut(Pass):
 
     The longer dimension is the contiguous one, on CPUs in float32. A product of one row with
     ``(O, R)`` by rows is O dot products of length R, which short rows end before they reach the
-    memory's speed: (1024, 256) is read at 8.5 GB/s by rows and at 14.4 by columns, (4096, 409) at
-    11.3 and 19.6, of 512 rows at a time in the same time. In bfloat16 and float16 columns took 7
-    to 14 times as long, and with float64 32 rows a fifth longer, so these stay by rows.
+    memory's speed; ``fxshare bench run --separate`` shows what it is for. In half precision
+    columns are far slower on processors without instructions for it, and in float64 they gain
+    nothing, so these stay by rows.
 
     Only factors of shared bases: dense slices are views of the original weight, which it would
     double. The graph's text stays; the count is of tensors.

@@ -32,7 +32,11 @@ def test_a_budget_plans() -> None:
         ({"params_kept": 0.8, "max_bytes": 9}, "found params_kept, max_bytes"),
         ({"max_loss_increase": 0.1, "max_bytes": 9}, "found max_bytes, max_loss_increase"),
         ({"params_kept": 0}, "budget.params_kept: expected the fraction of parameters kept"),
-        ({"params_kept": 1.5}, "above 0 and at most 1 (0.8 keeps 80 % of the parameters); found 1"),
+        (
+            {"params_kept": 1.5},
+            "the fraction kept, above 0 and at most 1 (0.8 keeps 80 %); found 1.5",
+        ),
+        ({"bytes_kept": 2}, "the fraction kept, above 0 and at most 1 (0.8 keeps 80 %); found 2"),
         ({"params_kept": 80}, "found 80; 80 % is 0.8"),
         ({"params_kept": True}, "found true (a boolean)"),
         ({"params_kept": math.nan}, "which is not finite"),
