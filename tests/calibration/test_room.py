@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,18 @@ EMBEDDED = {
 
 def prepared(model: nn.Module, cfg: Any = MANY) -> tuple[Captured, tuple[Site, ...], list[Tensor]]:
     data = batches(4, rows=2, length=6)
-    return capture(model, data[0]), match(model, load_config(cfg)).sites, data
+    return _captured(model), match(model, load_config(cfg)).sites, data
+
+
+@functools.cache
+def _captured(model: nn.Module) -> Captured:
+    return capture(model, batches(4, rows=2, length=6)[0])
+
+
+@functools.cache
+def usual() -> nn.Module:
+    """Captured once for all tests that gather its statistics: not to be changed."""
+    return llama(dtype=torch.float64)
 
 
 def gathered(model: nn.Module, keeping: Keeping, cfg: Any = MANY, **keys: Any) -> Statistics:
@@ -72,7 +84,7 @@ def assert_equal(one: Statistics, other: Statistics) -> None:
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_blocks_and_files_change_nothing(blocks: int, on_disk: bool, tmp_path: Path) -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     whole = gathered(model, Keeping())
     captured, sites, _ = prepared(model)
     needed = bytes_needed(captured, sites, gradients=True)
@@ -97,7 +109,7 @@ def test_what_is_looked_up_goes_with_the_first_block(tmp_path: Path) -> None:
 
 
 def test_all_passes_see_the_same_tokens(tmp_path: Path) -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     limit = {"max_tokens": 20}
     whole = gathered(model, Keeping(), **limit)
     assert whole.batches == 2
@@ -112,7 +124,7 @@ def test_all_passes_see_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_not_gathered_again(tmp_path: Path) -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     keeping = Keeping(0, tmp_path / "kept")
     first = gathered(model, keeping)
     # of another seed every label and so every sum would be another
@@ -120,7 +132,7 @@ def test_what_is_written_is_not_gathered_again(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_under_another_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     whole = gathered(model, Keeping())
 
     def killed(folder: Path, part: Any) -> Any:
@@ -138,7 +150,7 @@ def test_a_run_goes_on_under_another_limit(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index", "elsewhere"])
 def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     keeping = Keeping(None, tmp_path / "kept")
     gathered(model, keeping)
     part = tmp_path / "kept" / "part-0"
@@ -171,7 +183,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_activations_in_a_file_change_nothing() -> None:
-    model = llama(dtype=torch.float64)
+    model = usual()
     assert_equal(gathered(model, Keeping()), gathered(model, Keeping(offload=True)))
 
 
@@ -179,7 +191,7 @@ def test_every_saved_activation_passes_through_the_file(monkeypatch: pytest.Monk
     from fxshare.calibration import offload
 
     monkeypatch.setattr(offload, "_SMALL", 1)
-    model = llama(dtype=torch.float64)
+    model = usual()
     assert_equal(gathered(model, Keeping()), gathered(model, Keeping(offload=True)))
 
 

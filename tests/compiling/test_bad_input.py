@@ -311,7 +311,7 @@ def anything(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(anything(), st.booleans())
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_any_configuration_gives_a_model_or_an_error_of_ours(cfg: Any, calibrated: bool) -> None:
     model = gpt(**vars(Sizes(n_layer=2, n_head=2, head_dim=4, hidden=6)))
     data = BATCHES[:2] if calibrated else None

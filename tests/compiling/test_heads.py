@@ -47,6 +47,12 @@ def plan_of(original: nn.Module, front_end: str = "fx") -> Plan:
 
 
 @functools.cache
+def plan_text(family: str) -> str:
+    """The plan file of a family."""
+    return plan_of(model(family)).to_json()
+
+
+@functools.cache
 def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
     """A model, and it compiled with a plan from a file; tests must not change them."""
     original = model(family)
@@ -262,7 +268,7 @@ def test_verify_notices_stale_tensors(change: str) -> None:
     ],
 )
 def test_a_plan_file_with_a_wrong_entry_says_which(change: Any, reason: str) -> None:
-    plain = json.loads(plan_of(model("llama")).to_json())
+    plain = json.loads(plan_text("llama"))
     change(plain["units"][1])
     with pytest.raises(PlanError, match=r"unit.*'heads_1'.*") as caught:
         Plan.from_json(json.dumps(plain))
