@@ -4,8 +4,8 @@
 
     python -m tests.engines.vllm_environment DIR
 
-It takes 3.5 GB and some minutes, has this fxshare as a plugin, installs nothing for CUDA, and prints what to set so that
-``python -m pytest -m vllm`` serves small models in it.
+It takes 3.5 GB and some minutes, has this fxshare as a plugin, installs nothing for CUDA, and
+prints what to set so that ``python -m pytest -m vllm`` serves small models in it.
 """
 
 from __future__ import annotations
