@@ -13,11 +13,10 @@ from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
-    NarrowedHeads,
+    Narrower,
     Pass,
     PivotedGroup,
     Rows,
-    SelectedUnits,
     SharedGroup,
     SplitSite,
     StoreCodes,
@@ -36,7 +35,7 @@ def rewrite(
     extra: Sequence[Pass] = (),
     *,
     pivots: Sequence[PivotedGroup] = (),
-    units: Sequence[SelectedUnits | NarrowedHeads] = (),
+    units: Sequence[Narrower] = (),
     codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:
