@@ -320,9 +320,7 @@ def _rewritten(
     if structure.model.config.is_encoder_decoder:
         plan = part_of_plan(plan, captured.graph)
     groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
-    kept = {
-        units.name: units.kept for place in slices_of(gm).values() if (units := place.unit_rows)
-    }
+    kept = {rows.name: rows.kept for x in slices_of(gm).values() if (rows := x.unit_rows)}
     units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"), kept)
     codes = empty_codes(plan, lambda _: dtype_of(gm), torch.device("meta"))
     rewritten, _ = rewrite(

@@ -106,8 +106,8 @@ class Plan(Frozen):
     sites: tuple[Site, ...]
     groups: tuple[Group, ...] = ()
     units: tuple[Entry, ...] = ()
-    """Of which MLPs hidden units go, and which heads, or their queries and keys, are narrower; planned
-    mode only."""
+    """Of which MLPs hidden units go, and which heads, or their queries and keys, are narrower;
+    planned mode only."""
     rounded: tuple[Rounded, ...] = ()
     """Dense slices in few bits; planned mode only."""
     skipped: tuple[Skipped, ...] = ()

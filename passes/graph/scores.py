@@ -133,8 +133,8 @@ def calls_by_slices(gm: fx.GraphModule, leaf: Leaf) -> dict[tuple[str, ...], lis
                 layouts = [moved.layout(end) for end in operands_of(call)]
             except Unknown:
                 continue
-            starts = torch.cat([layout.rows.flatten() for layout in layouts]).unique()
-            names = [n for n, at in moved.starts.items() if bool((starts == at).any())]
+            rows = {row for layout in layouts for row in layout.rows.flatten().tolist()}
+            names = [name for name, start in moved.starts.items() if start in rows]
             found.setdefault(tuple(sorted(names)), []).append(call)
     return found
 

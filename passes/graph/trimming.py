@@ -6,6 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class _Trimming:
     def along(self, layout: Layout) -> list[Tensor]:
         """Which entries of each labelled dimension stay; they must do so independently."""
         stays = self.stays[self.found.places(layout.rows)]
+        if not stays.numel():  # nothing is left beside what is turned
+            return [torch.ones(size, dtype=torch.bool, device="cpu") for size in stays.shape]
         found = []
         whole = torch.ones((), dtype=torch.bool, device="cpu")
         for dim in range(stays.ndim):
@@ -130,7 +133,7 @@ class _Trimming:
             if read not in self.found.between and is_repeated(self.found.turned, read):
                 dims = self.found.turned.layout(read).dims
                 own = [-1 if d is None else abs(d) for d in dims]
-                edits.append(lambda read=read, own=own: _with_dims(read, own))
+                edits.append(partial(_with_args, read, (read.args[0], tuple(own))))
         for read, dim in reads:
             if not isinstance(dim, int) or (layout.open and dim >= 0):
                 continue
@@ -138,7 +141,7 @@ class _Trimming:
             size = layout.dims[axis]
             if size is None or size < 0 or bool(along[layout.labelled(axis)].all()):
                 continue
-            edits.append(lambda read=read, size=size: _make_number(read, size))
+            edits.append(partial(_make_number, read, size))
         return edits
 
     def _view(self, node: fx.Node, name: str, layout: Layout, along: list[Tensor]) -> list[Edit]:
@@ -155,7 +158,7 @@ class _Trimming:
             dims = [-1 if d is None else abs(d) for d in layout.dims]
             for at, size in changed.items():
                 dims[at] = size
-            return [lambda: _with_dims(node, dims)]
+            return [partial(_with_args, node, (node.args[0], tuple(dims)))]
         changed = {at: size for at, size in changed.items() if sizes[at] != -1}
         return [lambda: with_sizes(node, changed)] if changed else []
 
@@ -222,7 +225,7 @@ class _Trimming:
         if not isinstance(named, (int, list, tuple)):
             raise Unknown(f"cuts a head in pieces of sizes that cannot be told, in {split.name!r}")
         sizes = [named] * (len(stays) // named) if isinstance(named, int) else list(named)
-        counts = [int(piece.sum()) for piece in stays.split(sizes)]
+        counts = [int(piece.sum()) for piece in torch.split(stays, sizes)]
         if name == "chunk":
             if len(set(counts)) > 1:
                 raise Unknown(f"cuts a head in equal pieces, in {split.name!r}")
@@ -267,10 +270,10 @@ def _some_of(table: fx.Node, runs: Sequence[tuple[int, int]]) -> fx.Node:
     while after.op in ("placeholder", "get_attr"):
         after = after.next
     with graph.inserting_before(after):
-        parts = [
-            graph.call_function(operator.getitem, (table, (Ellipsis, slice(low, high))))
-            for low, high in runs
-        ]
+        parts = []
+        for low, high in runs:
+            index: Any = (Ellipsis, slice(low, high))
+            parts.append(graph.call_function(operator.getitem, (table, index)))
         if len(parts) == 1:
             return parts[0]
         return graph.call_function(torch.cat, (parts,), {"dim": -1})
@@ -322,10 +325,6 @@ def _make_number(read: fx.Node, size: int) -> None:
     for reader in list(read.users):
         reader.args = fx.node.map_arg(reader.args, number)
         reader.kwargs = fx.node.map_arg(reader.kwargs, number)
-
-
-def _with_dims(node: fx.Node, dims: Sequence[int]) -> None:
-    node.args, node.kwargs = (node.args[0], *dims), {}
 
 
 def _with_index(node: fx.Node, index: Any) -> None:

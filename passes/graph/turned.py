@@ -183,8 +183,8 @@ def width_of(gm: fx.GraphModule, operand: Any) -> int | None:
     if isinstance(value, Tensor):
         last = value.shape[-1] if value.ndim else 0
         return last if isinstance(last, int) else None
-    last = operand.meta.get("last")
-    return last if isinstance(last, int) else None
+    noted = operand.meta.get("last")
+    return noted if isinstance(noted, int) else None
 
 
 __all__ = ["Turned", "width_of"]
