@@ -52,6 +52,8 @@ class Turned(Moved):
             return self.layout(tensor_of(node))
         if name in _SCALED | _ADDED:
             return self._combined(node, name)
+        if node.target is getattr and node.args[1] == "mT":
+            return self.layout(tensor_of(node)).swapped(-1, -2)
         if name == "stack":
             return self._stacked(node)
         return super()._other(node, name)
