@@ -201,7 +201,9 @@ class _Trimming:
             return []
         ends = slice(given(node, 2, "start"), given(node, 3, "end"), given(node, 4, "step", 1))
         part = _part(ends, stays, node)
-        return [lambda: _with_args(node, (node.args[0], dim, part.start, part.stop, part.step))]
+        return [
+            lambda: _with_args(node, (node.args[0], dim, part.start, part.stop, part.step or 1))
+        ]
 
     def _selected(self, node: fx.Node, dim: int) -> None:
         before = self.found.turned.layout(tensor_of(node))

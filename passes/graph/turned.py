@@ -71,8 +71,8 @@ class Turned(Moved):
         at = 0 if first is not None else 1
         known = found[at]
         if known is None:
-            faults = [self.unknown[x] for x in operands if x in self.unknown]
-            raise next((x for x in faults if "as a norm of" in str(x)), _moves_none(node))
+            nodes = [x for x in operands if isinstance(x, fx.Node) and x.op != "get_attr"]
+            raise next((self.unknown[x] for x in nodes if x in self.unknown), _moves_none(node))
         if at == 1 and name in ("div", "truediv", "true_divide"):
             raise _moves_none(node)
         self._with_table(node, operands[1 - at], known, 1 - at, name)
