@@ -179,7 +179,7 @@ def inputs_before(query: fx.Node, products: Mapping[fx.Node, fx.Node]) -> set[fx
 def _trace(moved: Moved, found: Heads, rows: frozenset[int], consumers: set[fx.Node]) -> None:
     """Sort the nodes after the leaves: those that hold values alone, and those that take a slice
     out of a product of several. Raise where something else reads either."""
-    stack = [node for node, layout in moved.layouts.items() if is_mixture(layout, rows)]
+    stack = [node for node, layout in moved.layouts.items() if _is_mixture(layout, rows)]
     while stack:
         node = stack.pop()
         found.products[node] = None
@@ -192,14 +192,14 @@ def _trace(moved: Moved, found: Heads, rows: frozenset[int], consumers: set[fx.N
                 continue
             for part in parts_of(user):
                 own = moved.layout(part)
-                if not is_mixture(own, rows):
+                if not _is_mixture(own, rows):
                     found.taken[part] = in_order(moved, own)
                 elif part not in found.products:
                     stack.append(part)
     for node, names in found.taken.items():
         if leading(moved.layout(node)) is None:
             raise Unknown(f"reads {names[0]!r}, taken out of a weight in a way that is not known")
-    own_nodes = {n for n, layout in moved.layouts.items() if has_only(layout, rows)}
+    own_nodes = {n for n, layout in moved.layouts.items() if _has_only(layout, rows)}
     found.between = {node: moved.layouts[node] for node in own_nodes}
     for node in own_nodes:
         _check_users(moved, node, own_nodes | set(found.products), consumers)
@@ -212,11 +212,11 @@ def parts_of(user: fx.Node) -> list[fx.Node]:
     return [user]
 
 
-def has_only(layout: Layout, rows: frozenset[int]) -> bool:
+def _has_only(layout: Layout, rows: frozenset[int]) -> bool:
     return set(layout.rows.flatten().tolist()) <= rows
 
 
-def is_mixture(layout: Layout, rows: frozenset[int]) -> bool:
+def _is_mixture(layout: Layout, rows: frozenset[int]) -> bool:
     own = set(layout.rows.flatten().tolist())
     return bool(own & rows) and not own <= rows
 
@@ -249,6 +249,7 @@ def leading(layout: Layout) -> bool | None:
 
 
 def reads_dtype(user: fx.Node, of: fx.Node) -> bool:
+    """Whether a node reads a dtype or a number of dimensions, and none of a tensor's numbers."""
     if user.target is getattr:
         return user.args[1] in _OF_DTYPE
     if user.op not in ("call_method", "call_function"):
@@ -281,6 +282,7 @@ def is_free_size(moved: Moved, user: fx.Node, of: fx.Node) -> bool:
 
 
 def is_free(layout: Layout, dim: object, read: fx.Node | None = None) -> bool:
+    """Whether a dimension, or several in front, are of batch and positions."""
     if read is not None and not read.users:
         return True
     if isinstance(dim, slice):
@@ -349,12 +351,10 @@ __all__ = [
     "Heads",
     "NotHeads",
     "attention_heads",
-    "has_only",
     "in_order",
     "inputs_before",
     "is_free",
     "is_free_size",
-    "is_mixture",
     "leading",
     "linears_before",
     "parts_of",
