@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fxshare.calibration.gradients import is_projected
 from fxshare.factors.keys import (
     Groups,
     KeyFactors,
@@ -44,8 +45,8 @@ class AttentionKeys:
 
     def candidates(self, scene: Scene) -> Sequence[Other]:
         """One for every attention that keeps no layer dense and cuts no tie; none where all numbers
-        are to have few bits, and none whose queries have more rows than their gradients were kept
-        of."""
+        are to have few bits, and none whose queries are so many that the moment of their gradients
+        was not kept itself."""
         kept = scene.options.keep_dense
         found = []
         # what they leave is in the model's dtype
@@ -54,7 +55,7 @@ class AttentionKeys:
             cut = any(tied & slices and not tied <= slices for tied in scene.options.tie)
             if cut or any(site.layer in kept for site in one.sites.values()) or one.width < 2:
                 continue
-            if any(scene.slices[s.name].is_projected for _, s in one.queries if scene.slices):
+            if any(is_projected(site, s) for site, s in one.queries):
                 continue
             found.append(Other(one.consumer.name, slices, self._curve(scene, one), self.name, one))
         return found
