@@ -28,7 +28,6 @@ from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
 from passes.graph.scores import (
     NotScores,
-    Rotary,
     attention_scores,
     calls_by_slices,
     operands_of,
@@ -52,7 +51,7 @@ from passes.packing.merge_gathers import MergeGathers
 from passes.packing.merge_slices import MergeSlices
 from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
-from passes.pipeline import Narrower, default_passes, lowering_passes
+from passes.pipeline import default_passes, lowering_passes
 from passes.runner import Applied, equal_outputs, run
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
@@ -91,7 +90,6 @@ __all__ = [
     "NarrowKeys",
     "NarrowedHeads",
     "NarrowedKeys",
-    "Narrower",
     "NotHeads",
     "NotHidden",
     "NotScores",
@@ -105,7 +103,6 @@ __all__ = [
     "PivotedGroup",
     "RequiresError",
     "ReuseBasis",
-    "Rotary",
     "Rows",
     "SelectUnits",
     "SelectedUnits",

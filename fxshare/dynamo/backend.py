@@ -32,7 +32,6 @@ from fxshare.sites.site import Site
 from passes import (
     NarrowedHeads,
     NarrowedKeys,
-    Narrower,
     PivotedGroup,
     Rows,
     SharedGroup,
@@ -45,6 +44,7 @@ from passes import (
 )
 from passes.errors import FxShareError
 from passes.graph.slices import basis_matrix, rows_of
+from passes.pipeline import Narrower
 
 Inner = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 

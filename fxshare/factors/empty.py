@@ -11,7 +11,8 @@ from fxshare.plans.heads import Heads
 from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
-from passes import NarrowedHeads, NarrowedKeys, Narrower, PivotedGroup, SelectedUnits, SharedGroup
+from passes import NarrowedHeads, NarrowedKeys, PivotedGroup, SelectedUnits, SharedGroup
+from passes.pipeline import Narrower
 
 
 def empty_factors(

@@ -88,11 +88,11 @@ class KeyFactors(UnitFactors):
 @dataclass(frozen=True, eq=False)
 class QueryMoments:
     """The moments of the queries of one attention, in float64: ``queries_nn`` is C, ``metric_nn``
-    A, and ``keys_nn`` what the keys' own are, in the place of each query that reads them."""
+    A, and ``keys_nn`` those of the keys that each query reads, where they are to choose by."""
 
     queries_nn: Tensor
     metric_nn: Tensor
-    keys_nn: Tensor
+    keys_nn: Tensor | None = None
 
     def lost(self, whole_nn: Tensor) -> float:
         """What the queries ``whole q`` lose."""
@@ -102,21 +102,24 @@ class QueryMoments:
 
 @torch.no_grad()
 def moments_of(
-    queries: Sequence[SliceStatistics],
-    keys: Sequence[SliceStatistics],
-    width: int,
+    queries: Sequence[SliceStatistics], keys: Sequence[SliceStatistics] = (), width: int = 1
 ) -> QueryMoments:
-    """The moments of the queries and keys of some slices.
+    """The moments of the queries of some slices, and of keys with heads of that width where they
+    are given.
 
     Raises :class:`FactoriseError` for numbers that are not finite.
     """
     own_nn = diagonal(*(_second_moment(one, centred=False) for one in queries))
     metric_nn = diagonal(*(_metric(one) for one in queries))
-    blocks = [own_blocks(_second_moment(x, centred=True), len(x.weight_OI) // width) for x in keys]
-    of_keys = torch.cat(blocks)
-    group = len(own_nn) // width // len(of_keys)
-    keys_nn = diagonal(*of_keys.repeat_interleave(group, 0))
-    if not bool((own_nn.sum() + metric_nn.sum() + keys_nn.sum()).isfinite()):
+    keys_nn = None
+    if keys:
+        of_keys = torch.cat(
+            [own_blocks(_second_moment(x, centred=True), len(x.weight_OI) // width) for x in keys]
+        )
+        group = len(own_nn) // width // len(of_keys)
+        keys_nn = diagonal(*of_keys.repeat_interleave(group, 0))
+    total = own_nn.sum() + metric_nn.sum()
+    if not bool(total.isfinite()):
         raise FactoriseError("queries and keys: expected finite moments, found NaN or infinity")
     return QueryMoments(own_nn, metric_nn, keys_nn)
 
@@ -135,8 +138,9 @@ def _metric(one: SliceStatistics) -> Tensor:
 
 
 def _second_moment(one: SliceStatistics, *, centred: bool) -> Tensor:
-    """``E[y yᵀ]`` ``(O, O)`` of what a slice computes. The mean of keys adds the same to all scores
-    of a query, which softmax does not see."""
+    """``E[y yᵀ]`` ``(O, O)`` of what a slice computes; where the mean of its input is not kept, a
+    bias counts by itself. The mean of keys adds the same to all scores of a query, which softmax
+    does not see."""
     weight_OI = one.weight_OI.double()
     found_OO: Tensor = weight_OI @ one.gram_II @ weight_OI.T
     if not centred:
@@ -195,6 +199,7 @@ def key_order(
 def _scores_of(moments: QueryMoments, heads: int, groups: Groups) -> Tensor:
     """``Σ ‖C_p^½‖ ‖K_p^½‖`` of every group over the heads."""
     sizes = []
+    assert moments.keys_nn is not None, "the moments of the keys were given"
     for moment in (moments.queries_nn, moments.keys_nn):
         by_head = moment.diagonal().reshape(heads, -1)
         sizes.append(torch.stack([by_head[:, list(g)].sum(1).clamp(min=0) for g in groups]).sqrt())
@@ -252,14 +257,20 @@ def _whole_of(moments: QueryMoments, heads: int, kv_heads: int, kept: int, by_ke
 
 
 def _turned(
-    moments: QueryMoments, heads: int, kv_heads: int, kept: int, by_keys: bool
+    moments: QueryMoments,
+    heads: int,
+    kv_heads: int,
+    kept: int,
+    by_keys: bool,
+    relative_floor: float = 1e-8,
 ) -> tuple[Tensor, Tensor]:
     """The turns ``(kv heads, d, d)``, and ``Xᵀ`` ``(n, J)`` of the turned queries."""
     metric_nn = moments.keys_nn if by_keys else moments.metric_nn
+    assert metric_nn is not None, "the moments of the keys were given"
     turns = turns_of(metric_nn, moments.queries_nn, heads, kv_heads)
     turned_nn = turned_moment(metric_nn, turns, heads)
     there = torch.arange(len(metric_nn)).reshape(heads, -1)[:, :kept].flatten()
-    return turns, mixing_of(turned_nn, tuple(there.tolist()), 1e-8)
+    return turns, mixing_of(turned_nn, tuple(there.tolist()), relative_floor)
 
 
 @part("keys")
@@ -271,6 +282,7 @@ def key_factors(
     order: Order,
     *,
     by_keys: bool = False,
+    relative_floor: float = 1e-8,
 ) -> KeyFactors:
     """What carries an entry out. All of the width kept is the identity, whatever the moments
     are."""
@@ -286,7 +298,8 @@ def key_factors(
     if kept == width:
         return made
     if entry.rotary == "none":
-        turns, mixing_nJ = _turned(moments, heads, entry.kv_heads, kept, by_keys)
+        how = by_keys, relative_floor
+        turns, mixing_nJ = _turned(moments, heads, entry.kv_heads, kept, *how)
         every = diagonal(*turns.repeat_interleave(heads // entry.kv_heads, 0))
         made.turns, made.kept = turns[:, :kept], tuple(range(kept))
         combined_Jn = mixing_nJ.T @ every
@@ -297,7 +310,7 @@ def key_factors(
             eye = torch.eye(heads * width, dtype=torch.float64)
             combined_Jn = eye[list(there)].to(moments.metric_nn.device)
         else:
-            combined_Jn = mixing_of(moments.metric_nn, there, 1e-8).T
+            combined_Jn = mixing_of(moments.metric_nn, there, relative_floor).T
     first = 0
     for name, one in queries.items():
         # queries of one slice make up for those of that slice alone

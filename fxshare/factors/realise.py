@@ -29,7 +29,8 @@ from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.plans.plan import Group, Plan
-from passes import KeptUnits, Narrower, PivotedGroup, SharedGroup
+from passes import KeptUnits, PivotedGroup, SharedGroup
+from passes.pipeline import Narrower
 
 
 @dataclass

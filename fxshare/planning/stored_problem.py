@@ -27,7 +27,7 @@ from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
 from fxshare.sites.scores import Scores
 from fxshare.sites.site import Frozen, Site, Skipped
-from passes import Rotary
+from passes.graph.scores import Rotary
 
 _FILE = "problem.json"
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from fxshare.plans.units import Units, Words
 from fxshare.sites.scores import Scores
 from fxshare.sites.site import ModulePath, Site
-from passes import Rotary, together
+from passes.graph.scores import Rotary, together
 
 
 class Keys(Units):

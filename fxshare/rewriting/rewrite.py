@@ -13,7 +13,6 @@ from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
-    Narrower,
     Pass,
     PivotedGroup,
     Rows,
@@ -23,6 +22,7 @@ from passes import (
     default_passes,
     run,
 )
+from passes.pipeline import Narrower
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from fxshare.sites.site import Site, SliceSpec
 from passes import (
     LinearCall,
     NotScores,
-    Rotary,
     attention_scores,
     calls_by_slices,
     linear_calls,
@@ -23,6 +22,7 @@ from passes import (
 from passes.graph.heads import inputs_before, linears_before
 from passes.graph.layouts import Unknown
 from passes.graph.moved import Leaf
+from passes.graph.scores import Rotary
 from passes.graph.scores import Scores as Found
 from passes.graph.turned import Turned
 

@@ -75,7 +75,9 @@ class Turned(Moved):
             raise next((self.unknown[x] for x in nodes if x in self.unknown), _moves_none(node))
         if at == 1 and name in ("div", "truediv", "true_divide"):
             raise _moves_none(node)
-        self._with_table(node, operands[1 - at], known, 1 - at, name)
+        if name in _ADDED:
+            raise Unknown(f"reads {node.name!r}, which adds something else to rows")
+        self._with_table(node, operands[1 - at], known, 1 - at)
         return known
 
     def _tried(self, operand: Any) -> Layout | None:
@@ -92,10 +94,10 @@ class Turned(Moved):
         self.pairs.append((first.rows, second.rows))
         return first
 
-    def _with_table(self, node: fx.Node, table: Any, known: Layout, at: int, name: str) -> None:
+    def _with_table(self, node: fx.Node, table: Any, known: Layout, at: int) -> None:
         """Note an operand that is no rows: a number for all, or one for each row."""
         width = width_of(self.gm, table)
-        if name in _SCALED and width == 0:
+        if width == 0:
             return
         if width == 1 < known.last:
             raise Unknown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor, fx, nn
@@ -97,19 +98,18 @@ class NarrowKeys(Pass):
                         f"{self.name}: {name!r} has {linear.out_features} rows of heads of "
                         f"{one.of} and gets a weight {tuple(weight.shape)}; expected {expected}"
                     )
-            self._between(gm, one)
+        products = _Products(gm) if self.selections else None
+        for one in self.selections:
+            assert products is not None
+            self._between(gm, one, products)
 
-    def _between(self, gm: fx.GraphModule, one: NarrowedKeys) -> Callable[[], None]:
+    def _between(
+        self, gm: fx.GraphModule, one: NarrowedKeys, products: _Products
+    ) -> Callable[[], None]:
         """What changes everything between the linears and their product."""
-        calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
-        made = {n: name for name, at in slices(gm).items() for n in calls.get(at.module, [])}
-
-        def leaf(node: fx.Node) -> dict[str, int] | None:
-            name = made.get(node)
-            return None if name is None else {name: linear_at(gm, name).out_features}
-
         own = tuple(sorted(one.weights))
-        nodes = calls_by_slices(gm, leaf).get(own, [])
+        made, leaf = products.made, products.leaf
+        nodes = products.by_slices.get(own, [])
         if not nodes:
             raise RequiresError(
                 f"{self.name}: no product in the graph has the queries {list(one.queries)[:4]} and "
@@ -142,10 +142,11 @@ class NarrowKeys(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         count = 0
-        for one in self.selections:
-            if len(one.kept) == one.of:
-                continue  # as it is
-            apply = self._between(gm, one)
+        narrower = [one for one in self.selections if len(one.kept) < one.of]
+        products = _Products(gm) if narrower else None  # those of other attentions stay
+        for one in narrower:
+            assert products is not None
+            apply = self._between(gm, one, products)
             for name, weight in one.weights.items():
                 put_weight(gm, name, weight, one.biases.get(name))
                 units = KeptUnits(one.name, one.of, one.kept, len(weight) // len(one.kept))
@@ -163,6 +164,29 @@ class NarrowKeys(Pass):
                     raise EnsuresError(
                         f"{self.name}: {name!r} has {found} rows, expected heads of {len(one.kept)}"
                     )
+
+
+@dataclass(eq=False)
+class _Products:
+    """The linears of a graph, and the products of queries and keys that come from them."""
+
+    gm: fx.GraphModule
+
+    @cached_property
+    def made(self) -> dict[fx.Node, str]:
+        """The slice that each call of a linear computes."""
+        calls = calls_by_target(self.gm, lambda module: isinstance(module, nn.Linear))
+        return {n: name for name, at in slices(self.gm).items() for n in calls.get(at.module, [])}
+
+    @cached_property
+    def by_slices(self) -> dict[tuple[str, ...], list[fx.Node]]:
+        """Of each set of slices."""
+        return calls_by_slices(self.gm, self.leaf)
+
+    def leaf(self, node: fx.Node) -> dict[str, int] | None:
+        """What a node computes."""
+        name = self.made.get(node)
+        return None if name is None else {name: linear_at(self.gm, name).out_features}
 
 
 __all__ = ["NarrowKeys", "NarrowedKeys"]

@@ -15,7 +15,7 @@ from fxshare.errors import FactoriseError
 from fxshare.factors.keys import KeyFactors, key_factors, key_order, moments_of, stored_keys
 from fxshare.factors.metric import SliceStatistics
 from fxshare.plans.keys import Keys
-from passes import Rotary
+from passes.graph.scores import Rotary
 from tests.factors.test_units import moment
 
 seeds = st.integers(0, 1000)

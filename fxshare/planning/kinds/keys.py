@@ -74,19 +74,22 @@ class AttentionKeys:
         """What goes into keys and queries."""
         assert isinstance(entry, Keys)
         queries = {name: consumer[name] for name in entry.queries}
-        keys = [spectra.slices[name] for name in entry.keys]
+        keys = [spectra.slices[name] for name in entry.keys if self.by_keys]
         moments = moments_of(list(queries.values()), keys, entry.of)
         groups = None if entry.rotary == "none" else entry.together
         heads = entry.heads, entry.kv_heads
         order = self._known(spectra, entry.queries, lambda: (moments, *heads, groups))
-        return key_factors(entry, queries, moments, order, by_keys=self.by_keys)
+        floor = spectra.relative_floor
+        return key_factors(
+            entry, queries, moments, order, by_keys=self.by_keys, relative_floor=floor
+        )
 
     def _curve(self, scene: Scene, one: Scores) -> Curve:
         entry = keys_of(one, kept=one.width)
 
         def made() -> tuple[QueryMoments, int, int, Groups | None]:
             queries = [scene.slices[name] for name in entry.queries]
-            keys = [scene.slices[name] for name in entry.keys]
+            keys = [scene.slices[name] for name in entry.keys if self.by_keys]
             moments = moments_of(queries, keys, one.width)
             groups = None if one.rotary == "none" else entry.together
             return moments, one.heads, one.kv_heads, groups

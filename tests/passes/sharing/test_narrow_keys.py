@@ -147,6 +147,13 @@ def three_turned(m: Attention, x: Tensor) -> Tensor:
     return attend(m, q, k, v)
 
 
+def lifted(m: Attention, x: Tensor) -> Tensor:
+    """Numbers that are added would still be multiplied where rows are zeros."""
+    q, k, v = heads_of(m, x)
+    cos, _ = tables(x)
+    return attend(m, q + cos, k + cos, v)
+
+
 def read_twice(m: Attention, x: Tensor) -> Tensor:
     q, k, v = heads_of(m, x)
     return attend(m, q, k, v) * q.sum()
@@ -154,7 +161,8 @@ def read_twice(m: Attention, x: Tensor) -> Tensor:
 
 LEFT: dict[str, tuple[Callable[[Attention, Tensor], Tensor], str]] = {
     "norm": (normed, "no product in the graph has the queries"),
-    "other pairs": (other_pairs, "computes what goes to 'flip' as well"),
+    "other pairs": (other_pairs, "no product in the graph has the queries"),
+    "something added": (lifted, "no product in the graph has the queries"),
     "three together": (three_turned, "neither halves nor neighbours"),
     "read twice": (read_twice, "computes what goes to 'sum_1' as well"),
 }
