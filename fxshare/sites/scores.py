@@ -18,12 +18,14 @@ from passes import (
     linear_calls,
     operands_of,
     score_calls,
+    together,
 )
 from passes.graph.heads import inputs_before, linears_before
 from passes.graph.layouts import Unknown
 from passes.graph.moved import Leaf
 from passes.graph.scores import Rotary
 from passes.graph.scores import Scores as Found
+from passes.graph.trimming import trim
 from passes.graph.turned import Turned
 
 Owned = tuple[Site, SliceSpec]
@@ -109,7 +111,7 @@ def all_scores(
         seen.update(nodes)
         queries = _source(gm, nodes[0], leaf, made)
         try:
-            found.append(_scores(attention_scores(gm, nodes, leaf), calls, made, products))
+            found.append(_scores(gm, attention_scores(gm, nodes, leaf), calls, made, products))
         except NotScores as fault:
             reasons.setdefault(queries, str(fault))
     for node in score_calls(gm):
@@ -146,6 +148,7 @@ def _add_reason(
 
 
 def _scores(
+    gm: fx.GraphModule,
     found: Found,
     calls: Mapping[str, Sequence[LinearCall]],
     made: Mapping[fx.Node, Site],
@@ -158,6 +161,10 @@ def _scores(
                 "has keys of other tokens than its queries are (cross-attention): they are "
                 "computed once and kept, by graphs that do not have both"
             )
+    # what lies between must do with fewer numbers of a head, whichever these are
+    numbers = together(found.rotary, found.rotated, found.width)
+    for gone in (numbers[0], numbers[-1]) if len(numbers) > 1 else ():
+        trim(gm, found, [n for group in numbers for n in group if n not in gone])
     sites = dict.fromkeys(made[node] for node in found.leaves)
     slices = {s.name: (site, s) for site in sites for s in site.slices}
     queries, keys = (

@@ -86,6 +86,9 @@ class _Trimming:
         stays = self.stays[self.found.places(layout.rows)]
         if not stays.numel():  # nothing is left beside what is turned
             return [torch.ones(size, dtype=torch.bool, device="cpu") for size in stays.shape]
+        if not stays.any():  # nothing of what is turned
+            all_ = [torch.ones(size, dtype=torch.bool, device="cpu") for size in stays.shape]
+            return [*all_[:-1], ~all_[-1]]
         found = []
         whole = torch.ones((), dtype=torch.bool, device="cpu")
         for dim in range(stays.ndim):
@@ -235,21 +238,19 @@ class _Trimming:
         return [lambda: _with_pieces(split, counts)]
 
     def _table(self, node: fx.Node, along: list[Tensor]) -> list[Edit]:
-        at, table = self.found.turned.tables[node]
+        table = self.found.turned.tables[node]
         if not all(bool(one.all()) for one in along[:-1]):
             raise Unknown(f"multiplies numbers of a head by a table in {node.name!r}")
         stays = along[-1]
         if bool(stays.all()):
             return []
-        runs = _runs(stays)
+        runs = _runs(stays) or ((0, 0),)
 
         def edit() -> None:
             key = table, runs
             if key not in self.tables:
                 self.tables[key] = _some_of(table, runs)
-            arguments = list(node.args)
-            arguments[at] = self.tables[key]
-            node.args = tuple(arguments)
+            node.replace_input_with(table, self.tables[key])
 
         return [edit]
 

@@ -27,8 +27,8 @@ class Turned(Moved):
 
     pairs: list[tuple[Rows, Rows]] = field(default_factory=list)
     """Rows that were added up."""
-    tables: dict[fx.Node, tuple[int, Any]] = field(default_factory=dict)
-    """Operations with a table that has as many numbers as rows: which operand that is, and it."""
+    tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Operations with a table that has as many numbers as rows, and it."""
     unknown: dict[fx.Node, Unknown] = field(default_factory=dict)
     _depth: int = 0
 
@@ -77,7 +77,7 @@ class Turned(Moved):
             raise _moves_none(node)
         if name in _ADDED:
             raise Unknown(f"reads {node.name!r}, which adds something else to rows")
-        self._with_table(node, operands[1 - at], known, 1 - at)
+        self._with_table(node, operands[1 - at], known)
         return known
 
     def _tried(self, operand: Any) -> Layout | None:
@@ -94,7 +94,7 @@ class Turned(Moved):
         self.pairs.append((first.rows, second.rows))
         return first
 
-    def _with_table(self, node: fx.Node, table: Any, known: Layout, at: int) -> None:
+    def _with_table(self, node: fx.Node, table: Any, known: Layout) -> None:
         """Note an operand that is no rows: a number for all, or one for each row."""
         width = width_of(self.gm, table)
         if width == 0:
@@ -109,7 +109,7 @@ class Turned(Moved):
                 f"reads {node.name!r}, which combines {known.last} rows with "
                 f"{'numbers that cannot be counted' if width is None else width}"
             )
-        self.tables[node] = at, table
+        self.tables[node] = table
 
     def _stacked(self, node: fx.Node) -> Layout:
         parts: Any = given(node, 0, "tensors")

@@ -267,6 +267,16 @@ def test_narrower_keys_are_keys_with_zeros_at_the_scale_that_it_was(name: str) -
     assert (structure.rotary, structure.rotated) == (rotary, rotated)
 
 
+@pytest.mark.parametrize("kept", [(4, 6), (0, 1, 2, 3), (1, 3)])
+def test_all_or_nothing_of_what_is_turned_may_go(kept: tuple[int, ...]) -> None:
+    way, heads, kv, fused, _ = FOUND["partly"]
+    gm = graph(way, heads, kv, fused).eval()
+    one = selection(gm, heads, kv, kept)
+    found, _ = run(gm, [NarrowKeys(selections=(one,))])
+    whole = expected(way, one, inputs(), heads, kv, fused)
+    torch.testing.assert_close(found(inputs()), whole, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["plain", "halves", "in thirds"])
 def test_the_whole_width_is_the_graph_as_it_was(name: str) -> None:
     way, heads, kv, fused, _ = FOUND[name]
