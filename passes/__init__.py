@@ -26,6 +26,14 @@ from passes.graph.heads import Heads, NotHeads, attention_heads, reads_own
 from passes.graph.hidden import Hidden, NotHidden, hidden_units
 from passes.graph.lookups import Lookup, is_embedding, lookup_refusal, lookups
 from passes.graph.origins import Origin, forget_origins, original, origins
+from passes.graph.scores import (
+    NotScores,
+    attention_scores,
+    calls_by_slices,
+    operands_of,
+    score_calls,
+    together,
+)
 from passes.graph.slices import KeptUnits, Slice, slice_weight, slices
 from passes.graph.stacks import stacks
 from passes.graph.uses import other_readers, used_nodes
@@ -47,6 +55,7 @@ from passes.pipeline import default_passes, lowering_passes
 from passes.runner import Applied, equal_outputs, run
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
+from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
 from passes.sharing.pivot_basis import PivotBasis, PivotedGroup, derive_gathers, derived_buffers
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
@@ -78,9 +87,12 @@ __all__ = [
     "MergeSlices",
     "NameFault",
     "NarrowHeads",
+    "NarrowKeys",
     "NarrowedHeads",
+    "NarrowedKeys",
     "NotHeads",
     "NotHidden",
+    "NotScores",
     "ObserveGradients",
     "ObserveInputs",
     "ObserveLookups",
@@ -105,6 +117,8 @@ __all__ = [
     "UnstackExperts",
     "WriteOutPivots",
     "attention_heads",
+    "attention_scores",
+    "calls_by_slices",
     "default_passes",
     "derive_gathers",
     "derived_buffers",
@@ -120,6 +134,7 @@ __all__ = [
     "new_linear",
     "observed",
     "observed_lookups",
+    "operands_of",
     "original",
     "origins",
     "other_reader",
@@ -127,11 +142,13 @@ __all__ = [
     "put_module",
     "reads_own",
     "run",
+    "score_calls",
     "slice_weight",
     "slices",
     "stacks",
     "structure_copy",
     "tapped",
+    "together",
     "unstacked_as",
     "used_nodes",
     "weight_and_bias",

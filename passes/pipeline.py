@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from passes.base import Pass
 from passes.packing.clean_up import CleanUp
@@ -19,12 +19,15 @@ from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
 from passes.sharing.look_up_rows import LookedUp, LookUpRows
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
+from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
 from passes.sharing.reuse_basis import ReuseBasis
 from passes.sharing.select_units import SelectedUnits, SelectUnits
 from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import SplitLinear, SplitSite
 from passes.sharing.store_codes import StoreCodes
 
+Narrower: TypeAlias = "SelectedUnits | NarrowedHeads | NarrowedKeys"
+"""Linears that become smaller together."""
 Prefer = Literal["memory", "speed"]
 """What a lowered graph is to be: no larger than the readable one, or fast at any size."""
 
@@ -37,7 +40,7 @@ def default_passes(
     fuse: bool = True,
     extra: Sequence[Pass] = (),
     looked_up: Sequence[LookedUp] = (),
-    units: Sequence[SelectedUnits | NarrowedHeads] = (),
+    units: Sequence[Narrower] = (),
     codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[Pass, ...]:
@@ -46,13 +49,15 @@ def default_passes(
     Without ``groups`` this is exact mode: slices over the original weights, left visible.
     ``storing`` are the passes that change how the bases of ``groups`` are stored.
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
-    ``units`` are the hidden units that stay where some go, and heads that become narrower;
+    ``units`` are the hidden units that stay where some go, and heads, or their queries and keys,
+    that become narrower;
     ``apart`` says that the graph has its linears side by side, each for itself. ``codes`` are the
     weights that are quantised.
     """
     coded = () if codes is None or not codes.weights else (codes,)
     selected = tuple(one for one in units if isinstance(one, SelectedUnits))
     narrowed = tuple(one for one in units if isinstance(one, NarrowedHeads))
+    keys = tuple(one for one in units if isinstance(one, NarrowedKeys))
     return (
         # before the linears are split: one that is tied to an embedding reads the embedding's
         *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
@@ -62,6 +67,8 @@ def default_passes(
         *((SelectUnits(selections=selected, apart=apart),) if selected else ()),
         # likewise
         *((NarrowHeads(selections=narrowed, apart=apart),) if narrowed else ()),
+        # likewise; either may be first
+        *((NarrowKeys(selections=keys, apart=apart),) if keys else ()),
         *(
             (
                 # needs the slices; leaves one basis product per coefficient

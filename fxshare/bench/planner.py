@@ -38,6 +38,7 @@ from fxshare.planning.stored_problem import StoredSpectra
 from fxshare.plans.storage import Ints, Storage
 from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
+from fxshare.sites.scores import Scores
 from fxshare.sites.site import Site, SliceSpec
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class PowerLaws(StoredSpectra):
 
     def order(self, kind: str, names: tuple[str, ...]) -> Order:
         """Units by what they are worth to a kind."""
-        units = WIDTH if kind == "heads" else LLAMA["down"][0]
+        units = WIDTH if kind in ("heads", "keys") else LLAMA["down"][0]
         spectrum = self.spectra[names[0]][:units]
         lost = np.append(np.cumsum(spectrum[::-1])[::-1] / 2, 0.0)
         return Order(torch.arange(units), torch.from_numpy(lost))
@@ -170,11 +171,12 @@ def synthetic_problem(
 
 
 def _parts(sites: Sequence[Site]) -> tuple[FoundPart, ...]:
-    """The MLP and the attention of every layer."""
+    """The MLP, the attention, and its queries and keys, of every layer."""
     found: list[FoundPart] = []
     for at in range(0, len(sites), len(LLAMA)):
-        _, _, v, o, gate, up, down = sites[at : at + len(LLAMA)]
+        q, k, v, o, gate, up, down = sites[at : at + len(LLAMA)]
         found += [Mlp((gate, up), down), Attention(((v, v.slices[0]),), o, WIDTH)]
+        found.append(Scores(((q, q.slices[0]),), ((k, k.slices[0]),), WIDTH))
     return tuple(found)
 
 

@@ -182,7 +182,7 @@ def _plan_and_factors(
     with stage("factorise", _LOG):
         if made is None:
             assert statistics is not None
-            made = again = remade_factors(plan, weights, statistics, cfg)
+            made = again = remade_factors(plan, weights, biases, statistics, cfg)
             if plan.rounded:
                 coded = CodedSlices(plan.dense_bits, again.spectra, cfg.planner.bias)
             units = carried_out(plan, again, kinds_named(cfg.planner.kinds))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxshare.capture import Captured
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, FactoriseError, PlanError
-from fxshare.planning.structure import fault_in_graph
+from fxshare.planning.structure import Structure
 from fxshare.plans.plan import Plan
 from fxshare.sites.site import Site
 from passes import Pass
@@ -71,7 +71,8 @@ def check_plan_units(plan: Plan, captured: Captured) -> None:
     """Raise :class:`PlanError` for units of a given plan that are none in the captured graph."""
     if not plan.units:
         return
+    structure = Structure(captured.graph, plan.sites, captured.side_by_side)
     for one in plan.units:
-        fault = fault_in_graph(one, captured.graph, plan.sites, side_by_side=captured.side_by_side)
+        fault = structure.fault(one)
         if fault is not None:
             raise PlanError(f"units {one.name!r}: {fault}")

@@ -37,8 +37,8 @@ class Planner(Section):
     kinds: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] = Field(
         default=("basis",),
         description="Kinds of candidates that compete: basis (slices that share a basis), units "
-        "(hidden units of an MLP go), heads (values of an attention become narrower), or one of "
-        "your own as package.module:Name.",
+        "(hidden units of an MLP go), heads (values of an attention become narrower), keys (its "
+        "queries and keys do), or one of your own as package.module:Name.",
     )
     bits: Annotated[tuple[int, ...], BeforeValidator(as_bits)] = Field(
         default=(16,),

@@ -19,6 +19,7 @@ from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
 from fxshare.errors import GuardError, MatchError
 from fxshare.factors.empty import selected
 from fxshare.plans.heads import Heads
+from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PIVOTED
 from fxshare.plans.units import Units
@@ -26,12 +27,13 @@ from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product, slices_of
 from fxshare.sites.attention import attentions
 from fxshare.sites.mlps import mlps
+from fxshare.sites.scores import all_scores
 from fxshare.sites.site import Site
 from passes import (
     NarrowedHeads,
+    NarrowedKeys,
     PivotedGroup,
     Rows,
-    SelectedUnits,
     SharedGroup,
     SplitSite,
     default_passes,
@@ -42,6 +44,7 @@ from passes import (
 )
 from passes.errors import FxShareError
 from passes.graph.slices import basis_matrix, rows_of
+from passes.pipeline import Narrower
 
 Inner = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -248,13 +251,18 @@ class Backend:
         if isinstance(one, Heads):
             heads = attentions(gm, called).of(one.consumer)
             return heads is not None and [s.name for _, s in heads.values] == list(one.values)
+        if isinstance(one, Keys):
+            found = all_scores(gm, called).of(one.queries)
+            return found is not None and [s.name for _, s in found.keys] == list(one.keys)
         mlp = mlps(gm, called).of(one.consumer)
         return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
 
-    def _units(self, one: Units) -> SelectedUnits | NarrowedHeads:
+    def _units(self, one: Units) -> Narrower:
         """What stays, with the compiled module's weights."""
         if isinstance(one, Heads):
             return self._heads(one)
+        if isinstance(one, Keys):
+            return self._keys(one)
         places = slices_of(self.compiled)
         weights = {}
         kept = tuple(range(one.of))
@@ -265,7 +273,8 @@ class Backend:
             kept = kept if place.unit_columns is None else place.unit_columns.kept
         return selected(self._plan, one, kept, weights)
 
-    def _heads(self, one: Heads) -> NarrowedHeads:
+    def _whole(self, one: Heads | Keys) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights and biases of the slices that an entry takes, as they are stored."""
         places = slices_of(self.compiled)
         weights, biases = {}, {}
         for name in one.slices_among(self._plan.sites):
@@ -274,8 +283,19 @@ class Backend:
             weights[name] = rows_of(self.compiled, place, weight.detach())
             if bias is not None:
                 biases[name] = rows_of(self.compiled, place, bias.detach())
+        return weights, biases
+
+    def _heads(self, one: Heads) -> NarrowedHeads:
+        weights, biases = self._whole(one)
         values = {name: weights.pop(name) for name in one.values}
         return NarrowedHeads(one.name, one.kept, one.of, values, weights, biases)
+
+    def _keys(self, one: Keys) -> NarrowedKeys:
+        weights, biases = self._whole(one)
+        units = slices_of(self.compiled)[one.queries[0]].unit_rows
+        kept = tuple(range(one.of)) if units is None else units.kept
+        queries = {name: weights.pop(name) for name in one.queries}
+        return NarrowedKeys(one.name, kept, one.of, queries, weights, biases)
 
     @property
     def _plan(self) -> Plan:

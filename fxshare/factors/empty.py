@@ -8,9 +8,11 @@ import torch
 
 from fxshare.base.quantised import Quantised
 from fxshare.plans.heads import Heads
+from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
-from passes import NarrowedHeads, PivotedGroup, SelectedUnits, SharedGroup
+from passes import NarrowedHeads, NarrowedKeys, PivotedGroup, SelectedUnits, SharedGroup
+from passes.pipeline import Narrower
 
 
 def empty_factors(
@@ -41,13 +43,17 @@ def empty_units(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
     kept: Mapping[str, Sequence[int]] | None = None,
-) -> list[SelectedUnits | NarrowedHeads]:
+) -> list[Narrower]:
     """As :func:`empty_factors`, of the MLPs whose units go; ``kept`` are those that stay where they
     are known, else the first ones."""
-    found: list[SelectedUnits | NarrowedHeads] = []
+    found: list[Narrower] = []
     for one in plan.units:
         if isinstance(one, Heads):
             found.append(_empty_heads(plan, one, dtype_of, device))
+            continue
+        stay = tuple((kept or {}).get(one.name, range(one.kept)))
+        if isinstance(one, Keys):
+            found.append(_empty_keys(plan, one, stay, dtype_of, device))
             continue
         weights = {
             s.name: torch.empty(
@@ -57,9 +63,7 @@ def empty_units(
             if site.name == one.consumer
             for s in site.slices
         }
-        found.append(
-            selected(plan, one, tuple((kept or {}).get(one.name, range(one.kept))), weights)
-        )
+        found.append(selected(plan, one, stay, weights))
     return found
 
 
@@ -117,6 +121,28 @@ def _empty_heads(
         if is_value and site.bias:
             biases[name] = weight.new_empty(shape[0])
     return NarrowedHeads(one.name, one.kept, one.of, values, consumers, biases)
+
+
+def _empty_keys(
+    plan: Plan,
+    one: Keys,
+    kept: tuple[int, ...],
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+) -> NarrowedKeys:
+    """Of the queries and keys of one attention."""
+    sites = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    weights, biases = {}, {}
+    for name in one.slices_among(plan.sites):
+        site, s = sites[name]
+        rows = s.out_features // one.of * one.kept
+        weights[name] = torch.empty(
+            rows, site.in_features, dtype=dtype_of(site.name), device=device
+        )
+        if site.bias:
+            biases[name] = weights[name].new_empty(rows)
+    queries = {name: weights.pop(name) for name in one.queries}
+    return NarrowedKeys(one.name, kept, one.of, queries, weights, biases)
 
 
 def selected(

@@ -32,7 +32,7 @@ from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, UnitFactors, metric_of, mixing_of
 from fxshare.plans.heads import Heads
-from passes import KeptUnits, NarrowedHeads
+from passes import KeptUnits, NarrowedHeads, NarrowedKeys
 
 
 @dataclass(eq=False)
@@ -70,8 +70,8 @@ def turns_of(gram_nn: Tensor, metric_nn: Tensor, heads: int, kv_heads: int) -> T
     Raises :class:`FactoriseError` for numbers that are not finite.
     """
     width, group = len(gram_nn) // heads, heads // kv_heads
-    grams = _own_blocks(gram_nn.double(), heads).reshape(kv_heads, group, width, width).mean(1)
-    metrics = _own_blocks(metric_nn.double(), heads).reshape(kv_heads, group, width, width).sum(1)
+    grams = own_blocks(gram_nn.double(), heads).reshape(kv_heads, group, width, width).mean(1)
+    metrics = own_blocks(metric_nn.double(), heads).reshape(kv_heads, group, width, width).sum(1)
     if not bool((grams.sum() + metrics.sum()).isfinite()):
         raise FactoriseError("heads: expected finite moments, found NaN or infinity")
     values, vectors = torch.linalg.eigh((grams + grams.mT) / 2)
@@ -85,7 +85,7 @@ def turns_of(gram_nn: Tensor, metric_nn: Tensor, heads: int, kv_heads: int) -> T
     return turns.contiguous()
 
 
-def _own_blocks(moment_nn: Tensor, heads: int) -> Tensor:
+def own_blocks(moment_nn: Tensor, heads: int) -> Tensor:
     """The blocks ``(heads, d, d)`` on the diagonal."""
     width = len(moment_nn) // heads
     by_head = moment_nn.reshape(heads, width, heads, width)
@@ -104,8 +104,8 @@ def widths_of(gram_nn: Tensor, metric_nn: Tensor, heads: int, kv_heads: int) -> 
     """
     width = len(gram_nn) // heads
     turns = turns_of(gram_nn, metric_nn, heads, kv_heads)
-    turned = _turned(gram_nn.double(), turns, heads)
-    metric = _turned(metric_nn.double(), turns, heads)
+    turned = turned_moment(gram_nn.double(), turns, heads)
+    metric = turned_moment(metric_nn.double(), turns, heads)
     order = torch.arange(heads * width, device=gram_nn.device).reshape(heads, width).T.flatten()
     turned = turned.index_select(0, order).index_select(1, order)
     metric = metric.index_select(0, order).index_select(1, order)
@@ -115,7 +115,7 @@ def widths_of(gram_nn: Tensor, metric_nn: Tensor, heads: int, kv_heads: int) -> 
     return Order(torch.arange(width), 0.5 * torch.cat([tails, tails.new_zeros(1)]))
 
 
-def _turned(moment_nn: Tensor, turns: Tensor, heads: int) -> Tensor:
+def turned_moment(moment_nn: Tensor, turns: Tensor, heads: int) -> Tensor:
     """A moment of the values in the turned ones' terms."""
     width = turns.shape[-1]
     turns = turns.repeat_interleave(heads // len(turns), 0)
@@ -166,7 +166,7 @@ def head_factors(
     if kept == width:
         return made
     turns = turns_of(first.gram_II, metric_of(slices), heads, entry.kv_heads)
-    turned = _turned(first.gram_II.double(), turns, heads)
+    turned = turned_moment(first.gram_II.double(), turns, heads)
     there = torch.arange(heads * width).reshape(heads, width)[:, :kept].flatten()
     mixing_nK = mixing_of(turned, tuple(there.tolist()), relative_floor)
     every = turns.repeat_interleave(heads // entry.kv_heads, 0)
@@ -186,7 +186,7 @@ class Stored:
     """What the pass takes, and how far each slice and bias of it is from the dense one, with zeros
     where the width ends."""
 
-    narrowed: NarrowedHeads
+    narrowed: NarrowedHeads | NarrowedKeys
     slice_errors: dict[str, float]
     bias_shifts: dict[str, float]
 
@@ -222,4 +222,13 @@ def stored_heads(
     return Stored(one, errors, shifts)
 
 
-__all__ = ["HeadFactors", "Stored", "head_factors", "stored_heads", "turns_of", "widths_of"]
+__all__ = [
+    "HeadFactors",
+    "Stored",
+    "head_factors",
+    "own_blocks",
+    "stored_heads",
+    "turned_moment",
+    "turns_of",
+    "widths_of",
+]

@@ -23,6 +23,7 @@ def slice_statistics(
     weights: Mapping[str, Tensor],
     statistics: Statistics,
     *,
+    biases: Mapping[str, Tensor] | None = None,
     centred: bool = True,
     most_bytes: int = 1 << 28,
 ) -> dict[str, SliceStatistics]:
@@ -42,7 +43,9 @@ def slice_statistics(
         mean = statistics.mean(site.name) if biased else None
         for s in site.slices:
             rows_OI = weights[site.name][s.start : s.stop]
-            found[s.name] = _Measured(statistics, site.name, s.name, rows_OI, mean, kept)
+            bias = (biases or {}).get(site.name)
+            own = mean, None if bias is None else bias[s.start : s.stop]
+            found[s.name] = _Measured(statistics, site.name, s.name, rows_OI, own, kept)
     return found
 
 
@@ -52,7 +55,8 @@ class SliceStatistics:
 
     ``gram_II`` is shared by slices of the same input. ``moment_OO`` is ``A``, or ``(O,)`` its
     diagonal; None means the identity (activation error alone), unless ``Wᵀ A W`` was kept instead
-    of it, which is ``product_II`` then, with the ``trace`` of ``A``.
+    of it, which is ``product_II`` then, with the ``trace`` of ``A``. ``bias_O`` is its part of a
+    bias, where it is given.
     """
 
     weight_OI: Tensor
@@ -62,6 +66,7 @@ class SliceStatistics:
     mean_I: Tensor | None = None
     product_II: Tensor | None = None
     trace: float = 0.0
+    bias_O: Tensor | None = None
 
     @property
     def is_projected(self) -> bool:
@@ -110,13 +115,15 @@ class _Measured(SliceStatistics):
         site: str,
         name: str,
         weight_OI: Tensor,
-        mean_I: Tensor | None,
+        mean_and_bias: tuple[Tensor | None, Tensor | None],
         kept: Kept[Tensor],
         weighted: bool = True,
     ) -> None:
         set_ = object.__setattr__  # the fields of a frozen dataclass
         set_(self, "weight_OI", weight_OI)
+        mean_I, bias_O = mean_and_bias
         set_(self, "mean_I", mean_I)
+        set_(self, "bias_O", bias_O)
         set_(self, "input", (statistics.key([site]), mean_I is not None))
         set_(self, "_of", (statistics, site, name))
         set_(self, "_kept", kept)
@@ -192,7 +199,8 @@ class _Measured(SliceStatistics):
 
     def unweighted(self) -> SliceStatistics:
         """The same slice by its activation error alone."""
-        return _Measured(*self._of, self.weight_OI, self.mean_I, self._kept, weighted=False)
+        own = self.mean_I, self.bias_O
+        return _Measured(*self._of, self.weight_OI, own, self._kept, weighted=False)
 
 
 def _solved(weight_OI: Tensor, gap_OI: Tensor) -> Tensor:

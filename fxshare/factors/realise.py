@@ -23,12 +23,14 @@ from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
 from fxshare.factors.group import GroupFactors
 from fxshare.factors.heads import HeadFactors, stored_heads
+from fxshare.factors.keys import KeyFactors, stored_keys
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.plans.plan import Group, Plan
-from passes import KeptUnits, NarrowedHeads, PivotedGroup, SelectedUnits, SharedGroup
+from passes import KeptUnits, PivotedGroup, SharedGroup
+from passes.pipeline import Narrower
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Factorised:
 
     groups: list[SharedGroup] = field(default_factory=list)
     pivots: list[PivotedGroup] = field(default_factory=list)
-    units: list[SelectedUnits | NarrowedHeads] = field(default_factory=list)
+    units: list[Narrower] = field(default_factory=list)
     codes: dict[str, Quantised] = field(default_factory=dict)
     """What is stored in few bits: bases by the names of their groups, all else by slices."""
     code_biases: dict[str, Tensor] = field(default_factory=dict)
@@ -109,10 +111,13 @@ class Factorised:
         sites = {site.name: site for site in plan.sites}
         rows = _rows(plan, weights)
         self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
-        if isinstance(made, HeadFactors):
+        if isinstance(made, (HeadFactors, KeyFactors)):
             own = (s for x in sites.values() if x.bias for s in x.slices)
-            heads = stored_heads(
-                made, rows, {s.name: _bias_rows(plan, s.name, biases) for s in own}
+            known = {s.name: _bias_rows(plan, s.name, biases) for s in own}
+            heads = (
+                stored_heads(made, rows, known)
+                if isinstance(made, HeadFactors)
+                else stored_keys(made, rows, known)
             )
             self.units.append(heads.narrowed)
             self.slice_errors.update(heads.slice_errors)
@@ -221,12 +226,17 @@ def planned_factors(
 
 
 def remade_factors(
-    plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics, cfg: ShareConfig
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    statistics: Statistics,
+    cfg: ShareConfig,
 ) -> Factored:
     """Factors of a planned plan that was read from a file, from fresh statistics."""
     if not statistics.gradients:
         raise PlanError("a planned plan needs gradient statistics to be carried out")
-    slices = slice_statistics(plan.sites, weights, statistics, centred=cfg.planner.bias)
+    centred = cfg.planner.bias
+    slices = slice_statistics(plan.sites, weights, statistics, biases=biases, centred=centred)
     spectra = Spectra(slices, relative_floor=cfg.calibration.relative_floor)
     refit = cfg.planner.refit
     if refit is None:

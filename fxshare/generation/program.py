@@ -25,6 +25,7 @@ from fxshare.generation.encoder_decoder import part_of_plan, source_like, warm_s
 from fxshare.generation.step import CACHE, Kind, Values, arguments_of, nested
 from fxshare.models.structure import Structure, structure_of, tensors_by_name
 from fxshare.result.module import ShareModule, record_of
+from fxshare.result.products import slices_of
 from fxshare.result.record import Record
 from fxshare.rewriting.lowering import replay
 from fxshare.rewriting.rewrite import rewrite
@@ -198,7 +199,7 @@ def _traced(
     _keep_lengths(graph)
     for node in graph.nodes:
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _of_python)
-        node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
+        node.meta = {key: value for key, value in node.meta.items() if key in ("ndim", "last")}
     graph._tracer_cls = None
     made = {name: t for name, t in _named_tensors(root) if name not in before}
     # passes look at weights, and fake ones answer only to their own mode
@@ -319,7 +320,8 @@ def _rewritten(
     if structure.model.config.is_encoder_decoder:
         plan = part_of_plan(plan, captured.graph)
     groups, pivots = empty_factors(plan, lambda _: dtype_of(gm), torch.device("meta"))
-    units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"))
+    kept = {rows.name: rows.kept for x in slices_of(gm).values() if (rows := x.unit_rows)}
+    units = empty_units(plan, lambda _: dtype_of(gm), torch.device("meta"), kept)
     codes = empty_codes(plan, lambda _: dtype_of(gm), torch.device("meta"))
     rewritten, _ = rewrite(
         captured.graph,

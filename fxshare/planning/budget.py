@@ -104,11 +104,16 @@ def plan_within_budget(
     room = _room(captured, sites, weights, data.fit[0], cfg, work)
     gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
     statistics = gather(captured, 0)
-    most_bytes = room.kept // 4
+    most_bytes, biases = room.kept // 4, site_biases(model, sites)
 
     def in_metric(statistics: Statistics) -> Mapping[str, SliceStatistics]:
         return slice_statistics(
-            sites, weights, statistics, centred=planner.bias, most_bytes=most_bytes
+            sites,
+            weights,
+            statistics,
+            biases=biases,
+            centred=planner.bias,
+            most_bytes=most_bytes,
         )
 
     slices = in_metric(statistics)

@@ -49,12 +49,15 @@ class CarriedOut(Mapping[str, UnitFactors]):
 
     def consumer(self, entry: Units) -> dict[str, SliceStatistics]:
         """The slices that read the units of an entry."""
-        slices = self.sites[entry.consumer].slices
-        return {s.name: self.spectra.slices[s.name] for s in slices}
+        names = entry.read_by(self.sites[entry.consumer])
+        return {name: self.spectra.slices[name] for name in names}
 
     def shifts(self, entry: Units) -> bool:
-        """Whether the bias of the consumer takes up a mean."""
-        means = [one.mean_I is not None for one in self.consumer(entry).values()]
+        """Whether the bias of the consumer takes up a mean, or is combined as its rows are."""
+        slices = self.consumer(entry).values()
+        if entry.turns_biases:
+            return any(x.bias_O is not None for x in slices) and entry.kept < entry.of
+        means = [one.mean_I is not None for one in slices]
         return self.bias and any(means) and entry.kept < entry.of
 
     @property
@@ -148,7 +151,9 @@ def dense(
     shifted = [x.name for x in grouped.values() if any(moves(s.name) for s in x.slices)]
     if units is not None:
         shifted += [one.consumer for one in units.units if units.shifts(one)]
-    return Lazily(tuple({**grouped, **readers, **computing}), weight), Lazily(tuple(shifted), bias)
+    return Lazily(tuple({**grouped, **readers, **computing}), weight), Lazily(
+        tuple(dict.fromkeys(shifted)), bias
+    )
 
 
 __all__ = ["CarriedOut", "dense", "stored_in"]

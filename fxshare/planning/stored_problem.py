@@ -25,7 +25,9 @@ from fxshare.planning.options import bytes_of
 from fxshare.planning.work import Work
 from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
+from fxshare.sites.scores import Scores
 from fxshare.sites.site import Frozen, Site, Skipped
+from passes.graph.scores import Rotary
 
 _FILE = "problem.json"
 
@@ -45,6 +47,9 @@ class Stored(Frozen):
     """Producers and consumer of every MLP, by the names of their sites."""
     attentions: tuple[tuple[tuple[str, ...], str, int], ...] = ()
     """Slices of the values, consumer and width of the heads of every attention."""
+    scores: tuple[tuple[tuple[str, ...], tuple[str, ...], int, Rotary, int], ...] = ()
+    """Slices of the queries and of the keys of every attention, the width of its heads, and what of
+    it is turned."""
     element_size: int
     """Bytes of a number."""
     whole_bytes: int
@@ -60,7 +65,7 @@ class Stored(Frozen):
         slices: Mapping[str, SliceStatistics],
         statistics: Statistics,
         cfg: ShareConfig,
-        parts: Sequence[Mlp | Attention] = (),
+        parts: Sequence[Mlp | Attention | Scores] = (),
     ) -> Stored:
         """The problem of a model and its statistics."""
         return Stored(
@@ -78,6 +83,17 @@ class Stored(Frozen):
                 for one in parts
                 if isinstance(one, Attention)
             ),
+            scores=tuple(
+                (
+                    tuple(s.name for _, s in one.queries),
+                    tuple(s.name for _, s in one.keys),
+                    one.width,
+                    one.rotary,
+                    one.rotated,
+                )
+                for one in parts
+                if isinstance(one, Scores)
+            ),
             element_size=dtype_of(model).itemsize,
             whole_bytes=bytes_of(model),
             loss_name=statistics.loss,
@@ -85,17 +101,21 @@ class Stored(Frozen):
         )
 
 
-def parts_in(stored: Stored) -> tuple[Mlp | Attention, ...]:
-    """The MLPs and attention calls of a stored problem."""
+def parts_in(stored: Stored) -> tuple[Mlp | Attention | Scores, ...]:
+    """The MLPs, attention calls, queries and keys of a stored problem."""
     known = {site.name: site for site in stored.sites}
     slices = {s.name: (site, s) for site in stored.sites for s in site.slices}
-    found: list[Mlp | Attention] = []
+    found: list[Mlp | Attention | Scores] = []
     for some, last in stored.mlps:
         if all(name in known for name in (*some, last)):
             found.append(Mlp(tuple(known[n] for n in some), known[last]))
     for values, last, width in stored.attentions:
         if last in known and all(name in slices for name in values) and width > 0:
             found.append(Attention(tuple(slices[n] for n in values), known[last], width))
+    for queries, keys, width, rotary, rotated in stored.scores:
+        if queries and keys and all(n in slices for n in (*queries, *keys)) and width > 0:
+            own = tuple(slices[n] for n in queries), tuple(slices[n] for n in keys)
+            found.append(Scores(*own, width, rotary, rotated))
     return tuple(found)
 
 

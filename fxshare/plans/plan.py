@@ -27,6 +27,7 @@ from fxshare.plans.bits import (
     without_none,
 )
 from fxshare.plans.heads import Heads
+from fxshare.plans.keys import Keys
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.plans.units import Units
@@ -84,12 +85,15 @@ class Group(Frozen):
 
 def _which(given: Any) -> str:
     """Which class an entry is of."""
-    has_values = "values" in given if isinstance(given, dict) else isinstance(given, Heads)
-    return "heads" if has_values else "units"
+    for name, own, kind in (("values", Heads, "heads"), ("queries", Keys, "keys")):
+        if name in given if isinstance(given, dict) else isinstance(given, own):
+            return kind
+    return "units"
 
 
 Entry: TypeAlias = Annotated[
-    Annotated[Heads, Tag("heads")] | Annotated[Units, Tag("units")], Discriminator(_which)
+    Annotated[Heads, Tag("heads")] | Annotated[Keys, Tag("keys")] | Annotated[Units, Tag("units")],
+    Discriminator(_which),
 ]
 """What a kind beside the basis leaves in a plan."""
 
@@ -102,7 +106,8 @@ class Plan(Frozen):
     sites: tuple[Site, ...]
     groups: tuple[Group, ...] = ()
     units: tuple[Entry, ...] = ()
-    """Of which MLPs hidden units go, and which heads are narrower; planned mode only."""
+    """Of which MLPs hidden units go, and which heads, or their queries and keys, are narrower;
+    planned mode only."""
     rounded: tuple[Rounded, ...] = ()
     """Dense slices in few bits; planned mode only."""
     skipped: tuple[Skipped, ...] = ()

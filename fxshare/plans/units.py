@@ -89,6 +89,16 @@ class Units(Frozen):
             for s in site.slices
         }
 
+    def read_by(self, consumer: Site) -> tuple[str, ...]:
+        """The slices of the consumer that make up for what goes."""
+        return tuple(s.name for s in consumer.slices)
+
+    @property
+    def turns_biases(self) -> bool:
+        """Whether the biases of those slices are combined as their rows are; else they take up what
+        the mean of the units loses."""
+        return False
+
     def is_within(self, sites: Iterable[Site]) -> bool:
         """Whether all its sites are among some."""
         return set(self.sites) <= {site.name for site in sites}

@@ -13,17 +13,16 @@ from fxshare.plans.storage import PIVOTED
 from passes import (
     Applied,
     LookedUp,
-    NarrowedHeads,
     Pass,
     PivotedGroup,
     Rows,
-    SelectedUnits,
     SharedGroup,
     SplitSite,
     StoreCodes,
     default_passes,
     run,
 )
+from passes.pipeline import Narrower
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def rewrite(
     extra: Sequence[Pass] = (),
     *,
     pivots: Sequence[PivotedGroup] = (),
-    units: Sequence[SelectedUnits | NarrowedHeads] = (),
+    units: Sequence[Narrower] = (),
     codes: StoreCodes | None = None,
     apart: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Applied, ...]]:

@@ -53,11 +53,12 @@ def _runs(text: str) -> list[tuple[int, int]]:
 
 
 def kept_units(places: Mapping[str, Slice]) -> dict[str, str]:
-    """Of a compiled model, by the name of the MLP."""
+    """Of a compiled model, by the name of the entry."""
     found = {}
     for place in places.values():
-        if place.unit_columns is not None:
-            found[place.unit_columns.name] = packed(place.unit_columns.kept)
+        for units in (place.unit_rows, place.unit_columns):
+            if units is not None:
+                found[units.name] = packed(units.kept)
     return found
 
 

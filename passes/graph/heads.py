@@ -9,7 +9,7 @@ classes are: see ``moved`` for what may lie between.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -149,26 +149,31 @@ def reads_own(found: Heads, products: Mapping[fx.Node, fx.Node]) -> bool:
     sources = {products[node] for node in found.leaves}
     for node in found.moved.mixed:
         query = given(node, 0, "query" if name_of(node) == ATTENTION else "input")
-        if isinstance(query, fx.Node) and not _nearest(query, products) & sources:
+        if isinstance(query, fx.Node) and not inputs_before(query, products) & sources:
             return False
     return True
 
 
-def _nearest(query: fx.Node, products: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The inputs of the linears that a node is computed from without another between."""
+def linears_before(node: fx.Node, known: Container[fx.Node]) -> list[fx.Node]:
+    """The nodes among some that a node is computed from without another of them between."""
     seen: set[fx.Node] = set()
-    found: set[fx.Node] = set()
-    stack = [query]
+    found: list[fx.Node] = []
+    stack = [node]
     while stack:
-        node = stack.pop()
-        if node in seen:
+        one = stack.pop()
+        if one in seen:
             continue
-        seen.add(node)
-        if node in products:
-            found.add(products[node])
+        seen.add(one)
+        if one in known:
+            found.append(one)
         else:
-            stack += node.all_input_nodes
+            stack += one.all_input_nodes
     return found
+
+
+def inputs_before(query: fx.Node, products: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The inputs of the linears that a node is computed from without another between."""
+    return {products[node] for node in linears_before(query, products)}
 
 
 def _trace(moved: Moved, found: Heads, rows: frozenset[int], consumers: set[fx.Node]) -> None:
@@ -179,16 +184,16 @@ def _trace(moved: Moved, found: Heads, rows: frozenset[int], consumers: set[fx.N
         node = stack.pop()
         found.products[node] = None
         for user in node.users:
-            if _reads_dtype(user, node):
+            if reads_dtype(user, node):
                 continue
-            if _is_free_size(moved, user, node):
+            if is_free_size(moved, user, node):
                 if not moved.layout(node).is_flat and any(read.users for read in user.users):
                     raise Unknown(f"reads a product of several slices whose size {user.name!r} is")
                 continue
-            for part in _parts_of(user):
+            for part in parts_of(user):
                 own = moved.layout(part)
                 if not _is_mixture(own, rows):
-                    found.taken[part] = _in_order(moved, own)
+                    found.taken[part] = in_order(moved, own)
                 elif part not in found.products:
                     stack.append(part)
     for node, names in found.taken.items():
@@ -200,7 +205,7 @@ def _trace(moved: Moved, found: Heads, rows: frozenset[int], consumers: set[fx.N
         _check_users(moved, node, own_nodes | set(found.products), consumers)
 
 
-def _parts_of(user: fx.Node) -> list[fx.Node]:
+def parts_of(user: fx.Node) -> list[fx.Node]:
     """A node, or what is taken from its result where that is several."""
     if name_of(user) in ("split", "split_with_sizes", "chunk", "unbind"):
         return list(user.users)
@@ -216,7 +221,7 @@ def _is_mixture(layout: Layout, rows: frozenset[int]) -> bool:
     return bool(own & rows) and not own <= rows
 
 
-def _in_order(moved: Moved, layout: Layout) -> tuple[str, ...]:
+def in_order(moved: Moved, layout: Layout) -> tuple[str, ...]:
     """The slices, whole, that a node takes, in their order in it."""
     flat: Rows = layout.rows.flatten()
     names, at = [], 0
@@ -243,7 +248,8 @@ def leading(layout: Layout) -> bool | None:
     return False if labelled == sorted(labelled) else None
 
 
-def _reads_dtype(user: fx.Node, of: fx.Node) -> bool:
+def reads_dtype(user: fx.Node, of: fx.Node) -> bool:
+    """Whether a node reads a dtype or a number of dimensions, and none of a tensor's numbers."""
     if user.target is getattr:
         return user.args[1] in _OF_DTYPE
     if user.op not in ("call_method", "call_function"):
@@ -263,19 +269,20 @@ def reads_size(user: fx.Node) -> bool:
     )
 
 
-def _is_free_size(moved: Moved, user: fx.Node, of: fx.Node) -> bool:
+def is_free_size(moved: Moved, user: fx.Node, of: fx.Node) -> bool:
     """Whether a node reads sizes, and none that is one of rows."""
     if not reads_size(user):
         return False
     if user.target is not getattr and given(user, 1, "dim") is not None:
-        return _is_free(moved.layout(of), given(user, 1, "dim"))
+        return is_free(moved.layout(of), given(user, 1, "dim"))
     return all(
-        read.target is operator.getitem and _is_free(moved.layout(of), read.args[1], read)
+        read.target is operator.getitem and is_free(moved.layout(of), read.args[1], read)
         for read in user.users
     )
 
 
-def _is_free(layout: Layout, dim: object, read: fx.Node | None = None) -> bool:
+def is_free(layout: Layout, dim: object, read: fx.Node | None = None) -> bool:
+    """Whether a dimension, or several in front, are of batch and positions."""
     if read is not None and not read.users:
         return True
     if isinstance(dim, slice):
@@ -296,9 +303,9 @@ def _check_users(moved: Moved, node: fx.Node, own: set[fx.Node], consumers: set[
     for user in node.users:
         if user in moved.mixed and not _is_value_alone(user, node):
             raise Unknown(f"reads values that are queries or keys of {user.name!r} as well")
-        if user in own or user in consumers or _reads_dtype(user, node):
+        if user in own or user in consumers or reads_dtype(user, node):
             continue
-        if _is_free_size(moved, user, node) or _is_size_of(layout, user, own):
+        if is_free_size(moved, user, node) or _is_size_of(layout, user, own):
             continue
         if name_of(user) == "update" and user.op == "call_method":
             items = [item for item in user.users if item.args[1:] == (1,)]
@@ -330,7 +337,7 @@ def _is_size_of(layout: Layout, user: fx.Node, own: set[fx.Node]) -> bool:
                 return False
             reads.append((read.args[1], read))
     for dim, read in reads:
-        stays = _is_free(layout, dim, read) or (
+        stays = is_free(layout, dim, read) or (
             isinstance(dim, int)
             and not layout.open
             and dim % len(layout.dims) != len(layout.dims) - 1
@@ -340,4 +347,18 @@ def _is_size_of(layout: Layout, user: fx.Node, own: set[fx.Node]) -> bool:
     return True
 
 
-__all__ = ["Heads", "NotHeads", "attention_heads", "leading", "reads_own", "reads_size"]
+__all__ = [
+    "Heads",
+    "NotHeads",
+    "attention_heads",
+    "in_order",
+    "inputs_before",
+    "is_free",
+    "is_free_size",
+    "leading",
+    "linears_before",
+    "parts_of",
+    "reads_dtype",
+    "reads_own",
+    "reads_size",
+]

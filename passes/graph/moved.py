@@ -17,7 +17,7 @@ from passes.graph.modes import crossing
 
 # fmt: off
 _SAME = frozenset({
-    "bfloat16", "clone", "contiguous", "detach", "double", "float", "half", "to", "type",
+    "alias", "bfloat16", "clone", "contiguous", "detach", "double", "float", "half", "to", "type",
     "type_as", "_to_copy",
 })
 # fmt: on

@@ -14,7 +14,7 @@ from passes.graph.hidden import name_of
 from passes.graph.layouts import Layout
 from passes.graph.moved import Moved, given, sizes_of, tensor_of, with_sizes
 
-_SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "broadcast_to", "unflatten"})
+SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "broadcast_to", "unflatten"})
 
 
 def narrow(gm: fx.GraphModule, found: Heads, kept: int) -> None:
@@ -29,18 +29,18 @@ def narrow(gm: fx.GraphModule, found: Heads, kept: int) -> None:
     for node, names in found.taken.items():
         own = set(names) <= set(found.slices)
         new = kept if own else found.width
-        _take(moved, node, [calls[name] for name in names], (found.width, new))
+        take(moved, node, [calls[name] for name in names], (found.width, new))
     for node in found.products:
         reads = [u for u in node.users if reads_size(u)]
         if reads and moved.layout(node).is_flat:
             with gm.graph.inserting_before(reads[0]):
-                alone = _as_in(moved, calls[next(iter(found.slices))], node)
+                alone = as_in(moved, calls[next(iter(found.slices))], node)
             for user in reads:
                 user.replace_input_with(node, alone)
-    _erase(gm.graph, found)
+    erase_products(gm.graph, found)
 
 
-def _erase(graph: fx.Graph, found: Heads) -> None:
+def erase_products(graph: fx.Graph, found: Heads) -> None:
     """Erase what took slices from a product of several, and the product."""
     old = {*found.taken, *found.products} - {*found.leaves}
     old |= {user for node in found.products for user in node.users}
@@ -53,7 +53,7 @@ def _resize(moved: Moved, node: fx.Node, layout: Layout, found: Heads, kept: int
         return
     name = name_of(node)
     last = layout.dims[-1]
-    if name not in _SIZED or last is None:
+    if name not in SIZED or last is None:
         return
     size = last // found.width * kept
     sizes = given(node, 2, "sizes") if name == "unflatten" else sizes_of(node)[1]
@@ -80,13 +80,13 @@ def _reads(moved: Moved, size: fx.Node, found: Heads) -> bool:
     return bool(inputs) and all(_reads(moved, one, found) for one in inputs)
 
 
-def _as_in(moved: Moved, new: fx.Node, node: fx.Node) -> fx.Node:
+def as_in(moved: Moved, new: fx.Node, node: fx.Node) -> fx.Node:
     """A product with batch and positions as a node has them, which was made of another one: by the
     same views, with the rows for what is left."""
     views: list[fx.Node] = []
     while node not in moved.leaves and name_of(node) != "cat":
         before = moved.layouts.get(tensor_of(node))
-        if name_of(node) in _SIZED and moved.layout(node).is_flat and before is not None:
+        if name_of(node) in SIZED and moved.layout(node).is_flat and before is not None:
             views += [node] if before.is_flat else []
         node = tensor_of(node)
     for view in reversed(views):
@@ -97,7 +97,7 @@ def _as_in(moved: Moved, new: fx.Node, node: fx.Node) -> fx.Node:
     return new
 
 
-def _take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, int]) -> None:
+def take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, int]) -> None:
     """Put a node that takes slices out of a product of several in terms of their own linears."""
     graph, (old, kept), layout = node.graph, widths, moved.layout(node)
     sizes = [d for d in layout.dims if d is not None]
@@ -107,7 +107,7 @@ def _take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, 
         if len(calls) > 1:
             new = graph.call_function(torch.cat, (list(calls),), {"dim": -1})
             new.meta.update(calls[0].meta)
-        new = _as_in(moved, new, node)
+        new = as_in(moved, new, node)
         if len(sizes) > 1:
             whole = graph.call_method("size", (new,))
             front = graph.call_function(operator.getitem, (whole, slice(None, -1)))
@@ -119,4 +119,4 @@ def _take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, 
     node.replace_all_uses_with(new)
 
 
-__all__ = ["narrow"]
+__all__ = ["SIZED", "as_in", "erase_products", "narrow", "take"]

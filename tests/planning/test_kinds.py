@@ -210,7 +210,7 @@ def test_a_kind_of_ones_own_competes_and_is_named_in_the_plan() -> None:
     [
         (
             ["basis", "layer"],
-            "expected basis, units, heads or 'package.module:Name'; found 'layer'",
+            "expected basis, units, heads, keys or 'package.module:Name'; found 'layer'",
         ),
         (["tests.nowhere:Kind"], "cannot import 'tests.nowhere:Kind'"),
         (["tests.planning.own_kind:Missing"], "cannot import 'tests.planning.own_kind:Missing'"),

@@ -95,7 +95,7 @@ def trace(
         notes.insert(0, f"{switches} constants follow train/eval through switches")
     give_signature(graph, contract, shapes.base)
     for node in graph.nodes:
-        node.meta = {key: value for key, value in node.meta.items() if key == "ndim"}
+        node.meta = {key: value for key, value in node.meta.items() if key in ("ndim", "last")}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
     checked_names(graph, model)
     gm = SteeredGraph(root, graph, type(model).__name__)

@@ -280,7 +280,8 @@ class ValueTracer(fx.Tracer):
                 self._computing = was
             if isinstance(proxy._known, Tensor):
                 # dim=2 may be the last one: passes cannot tell from an untyped graph
-                proxy.node.meta["ndim"] = proxy._known.ndim
+                shape = proxy._known.shape
+                proxy.node.meta |= {"ndim": len(shape), "last": (0, *shape)[-1]}
             proxy.node.meta[FLOATING] = may_have_gradients(proxy._known)
         return proxy
 

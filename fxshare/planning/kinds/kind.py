@@ -25,12 +25,13 @@ from fxshare.plans.storage import PLAIN
 from fxshare.plans.units import Units
 from fxshare.sites.attention import Attention
 from fxshare.sites.mlps import Mlp
+from fxshare.sites.scores import Scores
 
 BASIS = "basis"
 """The name of the first kind, groups that share a basis."""
 
 
-FoundPart: TypeAlias = "Mlp | Attention"
+FoundPart: TypeAlias = "Mlp | Attention | Scores"
 """A part of a graph that was found by its structure."""
 
 
@@ -54,6 +55,11 @@ class Scene:
     def attentions(self) -> tuple[Attention, ...]:
         """Its attention calls."""
         return tuple(one for one in self.parts if isinstance(one, Attention))
+
+    @property
+    def scores(self) -> tuple[Scores, ...]:
+        """The queries and keys of its attention calls."""
+        return tuple(one for one in self.parts if isinstance(one, Scores))
 
     @property
     def slices(self) -> Mapping[str, SliceStatistics]:

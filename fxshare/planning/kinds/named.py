@@ -13,6 +13,7 @@ from fxshare.factors.codes import units_in_bits
 from fxshare.factors.factored import Factored
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.kinds.heads import AttentionHeads
+from fxshare.planning.kinds.keys import AttentionKeys
 from fxshare.planning.kinds.kind import BASIS, FoundPart, Kind, Scene
 from fxshare.planning.kinds.units import HiddenUnits
 from fxshare.planning.rules import named_apart
@@ -22,6 +23,7 @@ from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
 from fxshare.sites.attention import attentions
 from fxshare.sites.mlps import mlps
+from fxshare.sites.scores import all_scores
 from fxshare.sites.site import Site
 
 _METHODS = ("candidates", "entry", "carry_out")
@@ -47,14 +49,15 @@ def kinds_named(names: Sequence[str]) -> tuple[Kind, ...]:
 
 def _own() -> tuple[Kind, ...]:
     """Those that come with this package."""
-    return HiddenUnits(), AttentionHeads()
+    return HiddenUnits(), AttentionHeads(), AttentionKeys()
 
 
 def _imported(name: str) -> Kind:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"planner.kinds: expected basis, units, heads or 'package.module:Name'; found {name!r}"
+            "planner.kinds: expected basis, units, heads, keys or 'package.module:Name'; found "
+            f"{name!r}"
         )
     try:
         made = getattr(importlib.import_module(module), attribute)
@@ -87,12 +90,15 @@ def kinds_and_parts(
     side_by_side = captured.side_by_side
     own = mlps(captured.graph, sites, side_by_side=side_by_side)
     heads = attentions(captured.graph, sites, side_by_side=side_by_side)
+    scores = all_scores(captured.graph, sites, side_by_side=side_by_side)
     names = [kind.name for kind in kinds]
     missing = []
-    if not own.found and names != ["heads"]:
+    if not own.found and set(names) - {"heads", "keys"}:
         missing.append(("MLP", own.reasons))
     if not heads.found and "heads" in names:
         missing.append(("attention", heads.reasons))
+    if not scores.found and "keys" in names:
+        missing.append(("queries and keys that may be narrower", scores.reasons))
     for what, reasons in missing:
         site, reason = next(iter(reasons.items()), ("the model", "has no linears"))
         warnings.warn(
@@ -101,7 +107,7 @@ def kinds_and_parts(
             FxShareWarning,
             stacklevel=2,
         )
-    return kinds, (*own.found, *heads.found)
+    return kinds, (*own.found, *heads.found, *scores.found)
 
 
 def others_of(kinds: Sequence[Kind], scene: Scene) -> dict[Part, Other]:
@@ -136,7 +142,7 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
                 f"planner.kinds as 'package.module:Name'. Known: {', '.join(by_name)}"
             )
         slices = factors.spectra.slices
-        consumer = {s.name: slices[s.name] for s in sites[entry.consumer].slices}
+        consumer = {name: slices[name] for name in entry.read_by(sites[entry.consumer])}
         kind = by_name[entry.kind]
         made = kind.carry_out(entry, consumer, factors.spectra, bias=factors.bias)
         found[entry.name] = units_in_bits(made, sites, slices)
