@@ -17,6 +17,7 @@ a pivoted basis multiplies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 
@@ -132,14 +133,16 @@ class _Feedback:
             self._round(left_IO, codes_IO, scale_GO, middle, last)
             return
         low, high = _LIMITS[self.bits]
+        # a scale of zero is that of zeros
+        divisor_GO = scale_GO.masked_fill(scale_GO == 0, math.inf)
         groups = (self.order[first:last] // group_of(self.bits, len(left_IO))).tolist()
         steps = self.factor_II[first:last, first:last]
         pivots = steps.diagonal().tolist()
         for at, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
-            column, scale = left_IO[first + at], scale_GO[group]
-            code = _codes(column, scale, low, high)
+            column = left_IO[first + at]
+            code = (column / divisor_GO[group]).round_().clamp_(low, high)
             codes_IO[first + at] = code
-            column.addcmul_(code, scale, value=-1).div_(pivot)
+            column.addcmul_(code, scale_GO[group], value=-1).div_(pivot)
             left_IO[first + at + 1 : last].addr_(steps[at, at + 1 :], column, alpha=-1)
 
 
