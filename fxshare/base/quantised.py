@@ -339,6 +339,15 @@ def _moved_to(func: Any, one: Any, **kwargs: Any) -> Any:
     return one._like(stored, scale, dtype)
 
 
+def _looked_up(func: Any, one: Any, ids: Any, *_: Any, **__: Any) -> Any:
+    """Rows by their numbers ``(..., I)``: of those that are read codes are gathered, and values
+    made after."""
+    if not isinstance(one, Quantised):
+        return NotImplemented
+    rows = one.with_rows(lambda t: t.index_select(0, ids.reshape(-1)))
+    return rows.values().reshape(*ids.shape, one.shape[1])
+
+
 def _empty_like(func: Any, one: Any, **kwargs: Any) -> Any:
     if not isinstance(one, Quantised) or kwargs.get("dtype") not in (None, one.dtype):
         return NotImplemented
@@ -358,6 +367,7 @@ _MOVES: dict[Any, Callable[..., Any]] = {
     _aten.split_with_sizes.default: _split,
     _aten.cat.default: _joined,
     _aten._to_copy.default: _moved_to,
+    _aten.embedding.default: _looked_up,
     _aten.empty_like.default: _empty_like,
 }
 

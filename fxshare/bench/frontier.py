@@ -250,7 +250,7 @@ def _rows(bench: _Bench, sizes: Sequence[float], search: str) -> Iterator[Row]:
 def _nearest(model: nn.Module, gm: nn.Module, bits: int) -> nn.Module:
     """The model with the nearest codes' values for its matched weights."""
     copy = structure_copy(model)
-    sites = tuple(site for site in record_of(gm).plan.sites if not site.lookups)
+    sites = record_of(gm).plan.sites
     weights = dense_weights(model, sites)
     values = {
         name: nearest(weight.double(), bits, weight.dtype).values(torch.float64)

@@ -102,10 +102,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _proposed(model: nn.Module, wanted: Wanted) -> ShareConfig:
-    from fxshare.config import load_config
-    from fxshare.proposing.propose import init
+    from fxshare.proposing.propose import propose
 
-    cfg = load_config(init(model), overrides=wanted.overrides)
+    cfg = wanted.proposed(propose(model))
     smaller = "" if cfg.mode != "exact" else "; exact mode, --keep 0.8 makes it smaller"
     say(
         f"no -c: the configuration that 'fxshare init' finds in the model, "

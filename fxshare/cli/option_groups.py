@@ -18,6 +18,7 @@ from fxshare.cli.options import (
     BytesKept,
     Calibration,
     Configs,
+    Embeddings,
     Keep,
     Length,
     MaxBytes,
@@ -102,6 +103,7 @@ class Wanted:
     bytes_kept: BytesKept = None
     max_loss: MaxLoss = None
     bits: Bits = None
+    embeddings: Embeddings = False
     max_memory: MaxMemory = None
 
     @property
@@ -132,15 +134,35 @@ class Wanted:
         """The configuration, where files of it were given."""
         from fxshare.config import load_config
 
-        return load_config(self.config, overrides=self.overrides) if self.config else None
+        if not self.config:
+            return None
+        self.refuse_embeddings(f"{self.config[0]} says what is matched")
+        return load_config(self.config, overrides=self.overrides)
+
+    def refuse_embeddings(self, why: str) -> None:
+        """A ``ConfigError`` for ``--embeddings`` where the weights are told already."""
+        if self.embeddings:
+            raise fxshare.errors.ConfigError(
+                f"--embeddings: takes what 'fxshare init' offers, and {why}; leave the option out, "
+                "or -c, or give a weight type `embedding: true` in the file"
+            )
+
+    def proposed(self, found: Proposal) -> ShareConfig:
+        """The configuration of a proposal, with the overrides."""
+        from fxshare.config import load_config
+
+        if self.embeddings and not found.optional:
+            raise fxshare.errors.ConfigError(
+                f"--embeddings: {found.model} has no embedding and no head worth rewriting beside "
+                "its layers; leave the option out"
+            )
+        config = found.with_optional if self.embeddings else found.config
+        return load_config(config, overrides=self.overrides)
 
     def from_model(self, loaded: LoadedModel, name: str) -> ShareConfig:
         """What ``fxshare init`` proposes for the model, with the overrides; says so on stderr."""
-        from fxshare.config import load_config
-
         refuse_compiled(name)
-        found = propose_for(loaded, name)
-        cfg = load_config(found.config, overrides=self.overrides)
+        cfg = self.proposed(propose_for(loaded, name))
         smaller = "" if cfg.mode != "exact" else "; exact mode, --keep 0.8 makes it smaller"
         say(
             f"no -c: the configuration that 'fxshare init' finds in the model, "

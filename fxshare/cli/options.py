@@ -71,6 +71,14 @@ Bits = Annotated[
         "planner.bits=[BITS]. Several need a budget in bytes.",
     ),
 ]
+Embeddings = Annotated[
+    bool,
+    typer.Option(
+        "--embeddings",
+        help="Without -c: take the embeddings and heads as well that 'fxshare init' offers and "
+        "leaves off.",
+    ),
+]
 MaxLoss = Annotated[
     float | None,
     typer.Option(

@@ -183,6 +183,7 @@ def _replanned(work: Path | None, wanted: Wanted, shares: Sequence[float]) -> _M
             "expected MODEL, or with --work DIR a folder of an earlier run to plan from; found "
             "neither"
         )
+    wanted.refuse_embeddings(f"{work} has the weights of the run that wrote it")
     found = replan(work, wanted.config, overrides=wanted.overrides, shares=shares)
     size = read_problem(work).element_size
     text = plan_text(found.plan, None, element_size=size, alternatives=found.alternatives)

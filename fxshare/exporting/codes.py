@@ -2,24 +2,27 @@
 
 A tensor that holds codes is one of Python's; a program has integer tensors, and the operations that
 make values of them. For ONNX those are operators, since the exporter computes arithmetic on
-constants beforehand: of 8 bits ``DequantizeLinear``, of 4 bits ``MatMulNBits`` of onnxruntime.
+constants beforehand: of 8 bits ``DequantizeLinear``, of 4 bits ``MatMulNBits`` of onnxruntime. Rows
+that are looked up are codes, and made values of after: an embedding and the head that is tied to it
+read one table.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxshare.base.quantised import GROUP, Quantised
 from fxshare.capture.modules import BorrowedBasis
 from fxshare.errors import ExportError
-from passes.graph.graph import structure_copy
+from passes.graph.graph import erase_dead, structure_copy
+from passes.graph.lookups import lookups
 
 
 class Coded(nn.Module):
     """In the place of a module with a quantised weight: codes and scales, from which ``weight`` is
-    made anew at each read; called, it is a linear."""
+    made anew at each read; called, it is a linear, or looks rows up."""
 
     codes: Tensor
     scale: Tensor
@@ -31,7 +34,9 @@ class Coded(nn.Module):
         self.dtype = weight.dtype
         packs = onnx and weight.bits == 4
         self.register_buffer("codes", _in_blocks(weight) if packs else weight.stored)
-        self.register_buffer("scale", weight.scale.to(weight.dtype) if onnx else weight.scale)
+        scale = weight.scale.to(weight.dtype) if onnx else weight.scale
+        # the operator for 8 bits takes one number a row
+        self.register_buffer("scale", scale[:, 0] if onnx and weight.bits == 8 else scale)
         self.bias = module._parameters.get("bias")
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
@@ -39,21 +44,29 @@ class Coded(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The values ``(O, I)``."""
-        codes, scale = self.codes, self.scale.to(self.dtype)
-        if self.onnx:
-            return self._dequantised()
-        if self.bits == 4:
-            both = torch.cat([codes & 15, codes >> 4], 1)[:, : self.width]
-            values = both.to(self.dtype) - 8
-        else:
-            values = codes.to(self.dtype)
+        return self._dequantised() if self.onnx else self._values(self.codes, self.scale)
+
+    def _values(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """What rows of codes stand for, with their scales."""
+        scale = scale.to(self.dtype)
+        if self.bits == 8:
+            return codes.to(self.dtype) * scale.reshape(-1, 1)
+        if self.onnx:  # what torch.onnx writes for a shift of bytes, onnxruntime refuses
+            codes = codes.int()
+        halves = codes & 15, codes >> 4
+        both = torch.stack(halves, -1).flatten(1) if self.onnx else torch.cat(halves, 1)
+        values = both[:, : self.width].to(self.dtype) - 8
         if scale.shape[1] == 1:
             return values * scale
         places = torch.arange(self.width, device=scale.device) // self.group
         return values * scale.index_select(1, places)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x Wᵀ + b``."""
+    def forward(self, x: Tensor, *, look_up: bool = False) -> Tensor:
+        """``x Wᵀ + b``, or with ``look_up`` the rows ``(..., I)`` of the numbers ``x``."""
+        if look_up:
+            at = x.reshape(-1)
+            found = self._values(self.codes.index_select(0, at), self.scale.index_select(0, at))
+            return found.reshape(*x.shape, self.width)
         if not self.onnx or self.bits == 8:
             return F.linear(x, self.weight, self.bias)
         rows = len(self.codes)
@@ -84,7 +97,7 @@ class Coded(nn.Module):
             )
         made: Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (self.codes, self.scale[:, 0]),
+            (self.codes, self.scale),
             {"axis": 0},
             dtype=self.dtype,
             shape=self.codes.shape,
@@ -126,6 +139,9 @@ def with_plain_tensors(model: nn.Module, *, onnx: bool = False) -> nn.Module:
     if not has_codes(model):
         return model
     result = structure_copy(model)
+    for module in result.modules():
+        if isinstance(module, fx.GraphModule):
+            _look_up_codes(module)
     made: dict[int, nn.Module] = {}
     for name, module in list(result.named_modules(remove_duplicate=False)):
         weight = module._parameters.get("weight")
@@ -138,6 +154,22 @@ def with_plain_tensors(model: nn.Module, *, onnx: bool = False) -> nn.Module:
             owner = module.__dict__["_owner"]
             module.__dict__["_owner"] = made.get(id(owner), owner)
     return result
+
+
+def _look_up_codes(gm: fx.GraphModule) -> None:
+    """Let lookups of codes call the modules that will be there, which gather before they make
+    values."""
+    found = [one for one in lookups(gm) if isinstance(one.weight_VI, Quantised)]
+    for one in found:
+        weight = one.node.args[1]
+        assert isinstance(weight, fx.Node)
+        with gm.graph.inserting_before(one.node):
+            rows = gm.graph.call_module(one.name, (one.ids,), {"look_up": True})
+        rows.meta.update(one.node.meta)
+        one.node.replace_all_uses_with(rows)
+        erase_dead(gm.graph, [weight, one.node])
+    if found:
+        gm.recompile()
 
 
 __all__ = ["Coded", "has_codes", "refuse_codes", "with_plain_tensors"]

@@ -84,6 +84,8 @@ def pack(path: Path, codes: Mapping[str, Quantised], linears: Iterable[str]) -> 
 def _fault(site: Site, widths: set[Any], names: Original, model: nn.Module) -> str | None:
     if len(widths) > 1:
         return f"parts of {site.name!r} differ in their bits"
+    if site.lookups:
+        return f"rows of {site.name!r} are looked up, and compressed-tensors has linears"
     call = site.calls[0]
     one = site.calls == site.readers == (call,) and stored_at(site, names.state) is None
     if not one or names.state.get(f"{call}.weight") != f"{call}.weight":

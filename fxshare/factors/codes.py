@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxshare.base.quantised import Quantised
+from fxshare.factors.elimination import Elimination
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.rounding import better_codes, lost_of_gap, rounded, shift_of
 from fxshare.factors.spectra import Spectra
@@ -31,7 +32,8 @@ class CodedSlices(Mapping[str, Quantised]):
         one, bits = self.spectra.slices[name], self.bits[name]
 
         def make() -> Quantised:
-            return rounded(one, bits, dtype=self.dtype)
+            elimination = self.spectra.pooled((name,)).elimination
+            return rounded(one, bits, dtype=self.dtype, elimination=elimination)
 
         key = "dense", name, bits, self.dtype
         made: Quantised = self.spectra.made.get(key, make, one.weight_OI.numel())
@@ -76,6 +78,7 @@ def units_in_bits(
         quantised[name] = better_codes(weight_OK, gram_KK, bits, one.weight_OI.dtype)
         values[name] = quantised[name].values(torch.float64)
         lost += lost_of_gap(one, values[name] - weight_OK, gram_II=gram_KK)
+    eliminations: dict[Hashable, Elimination] = {}
     for producer in entry.producers:
         site = sites[producer]
         for s in site.slices:
@@ -84,7 +87,11 @@ def units_in_bits(
             rows = KeptUnits(entry.name, entry.of, made.kept, parts).places()
             rows = rows.to(one.weight_OI.device)
             weight_KI = one.weight_OI.double().index_select(0, rows)
-            quantised[s.name] = better_codes(weight_KI, one.gram_II, bits, one.weight_OI.dtype)
+            if one.input not in eliminations:
+                eliminations[one.input] = Elimination.of(one.gram_II)
+            quantised[s.name] = better_codes(
+                weight_KI, one.gram_II, bits, one.weight_OI.dtype, eliminations[one.input]
+            )
             gap = quantised[s.name].values(torch.float64) - weight_KI
             lost += lost_of_gap(one, gap, rows=rows)
     shifts = {}

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxshare.factors.elimination import Elimination
+
 # up to here all eigenvalues take no longer than an iteration's calls
 _FEW = 256
 _STEPS = 40
@@ -59,6 +61,11 @@ class Damping:
         if self.moment.ndim == 1:
             return int((self.moment < self.floor).sum())
         return _negative(_shifted(self.moment, -self.floor))
+
+    @cached_property
+    def elimination(self) -> Elimination:
+        """What error feedback asks of the moment."""
+        return Elimination.of(self.moment)
 
     @cached_property
     def root(self) -> Tensor:

@@ -15,10 +15,28 @@ from fxshare.base.cache import read_entry, write_entry
 from fxshare.factors.decompose import Decomposition
 from fxshare.factors.metric import SliceStatistics
 
+_EXACT = "priced-exactly"
+
 
 def options_key(name: str, relative_floor: float, sketch: int | None, seed: int = 0) -> str:
     """See :attr:`Spectra.key_of_options`."""
     return f"{name} {relative_floor} {sketch} {seed}"
+
+
+def priced_exactly(folder: Path) -> bool:
+    """Whether groups were priced in float64 there although their weights are no finer than
+    float32."""
+    return read_entry(folder, _EXACT) is not None
+
+
+def note_exact(folder: Path) -> None:
+    """Say so."""
+    write_entry(folder, _EXACT, b"")
+
+
+def spectra_name(number: int, aware: bool, bias: bool, exact: bool) -> str:
+    """What tells the statistics of a round, a metric and a precision from others of a folder."""
+    return f"{number} {aware} {bias}{' exact' if exact else ''}"
 
 
 def entry_of(options: str, names: tuple[str, ...]) -> str:

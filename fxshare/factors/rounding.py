@@ -4,9 +4,9 @@ What rounding loses is priced like all else (:mod:`fxshare.factors.metric`): of 
 Ŵ it is ``½ tr(A (W − Ŵ) G (W − Ŵ)ᵀ)``. Scales are symmetric, one a row with 8 bits and one for 32
 columns with 4 (of a few shrunk ones the best); the codes are nearest ones, or with feedback: a
 column is rounded, and what that does to the outputs is made up for by the columns that are still to
-come (GPTQ, arXiv 2210.17323: the column order by the moment's diagonal, the inverse's Cholesky
-factor, blocks). Feedback takes A for a multiple of the identity; where A says that it did worse
-than the nearest codes, those are kept.
+come (GPTQ, arXiv 2210.17323: the column order by the moment's diagonal, lazy batches of updates).
+Feedback takes A for a multiple of the identity; where A says that it did worse than the nearest
+codes, those are kept.
 
 Of a group the basis is rounded first, the coefficients are fitted to what it is then, and rounded
 in the moment of what the basis computes.
@@ -17,22 +17,24 @@ a pivoted basis multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fxshare.base.quantised import GROUP, Quantised, scale_count, scale_dtype
+from fxshare.base.quantised import GROUP, Quantised, group_of, scale_count, scale_dtype
 from fxshare.base.spent import part
-from fxshare.errors import FactoriseError
+from fxshare.factors.elimination import Elimination
 from fxshare.factors.group import GroupFactors, fitted_to, shifts_of
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.pivots import Pivoted, complement
 
-_BLOCK = 128
-_DAMPING = 0.01
-"""Of the mean of the moment's diagonal, added to it: the inverse of a singular one says little."""
+_ROWS = 4096
+"""Rows that are rounded together: each by itself, so that what is read again stays in a cache."""
+_AT_ONCE = 32
+"""Columns up to which an error is subtracted from each of the others as soon as it is there."""
 _SHRINK = (1.0, 0.95, 0.9, 7 / 8, 0.85, 0.8, 0.75, 0.7)
 """Of 15 codes the outer ones are few: a smaller scale may lose less, although it clips."""
 _LIMITS = {8: (-127, 127), 4: (-8, 7)}
@@ -83,55 +85,65 @@ def nearest(
 
 @part("round")
 @torch.no_grad()
-def with_feedback(weight_OI: Tensor, gram_II: Tensor, bits: int, dtype: torch.dtype) -> Quantised:
-    """Codes of a weight that make up for one another's errors under a moment of its inputs; the
-    arithmetic is done in the weight's dtype."""
+def with_feedback(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    elimination: Elimination | None = None,
+) -> Quantised:
+    """Codes of a weight that make up for one another's errors under a moment of its inputs, whose
+    ``elimination`` may be given; the arithmetic is done in the weight's dtype."""
     if not weight_OI.numel():
         return nearest(weight_OI, bits, dtype)
-    diagonal_I = gram_II.diagonal().clamp(min=0.0)
-    scale_OG = scales_for(weight_OI, bits, dtype, diagonal_I)
-    factor_II, order = _elimination(gram_II, diagonal_I)
-    factor_II = factor_II.to(weight_OI)
-    low, high = _LIMITS[bits]
-    width = weight_OI.shape[1]
-    scale_OI = _spread(scale_OG, bits, width).to(weight_OI)[:, order]
-    left_OI = weight_OI[:, order].clone()
-    codes_OI = torch.empty_like(left_OI)
-    for first in range(0, width, _BLOCK):
-        last = min(first + _BLOCK, width)
-        block, steps = left_OI[:, first:last].clone(), factor_II[first:last, first:last]
-        errors = torch.empty_like(block)
-        for at in range(last - first):
-            column, scale = block[:, at], scale_OI[:, first + at]
-            code = _codes(column, scale, low, high)
-            error = (column - code * scale) / steps[at, at]
-            block[:, at + 1 :].addr_(error, steps[at, at + 1 :], alpha=-1)
-            codes_OI[:, first + at], errors[:, at] = code, error
-        left_OI[:, last:].addmm_(errors, factor_II[first:last, last:], alpha=-1)
-    back = order.argsort()
-    return Quantised.of(codes_OI[:, back].to(torch.int8), scale_OG, bits, dtype)
+    found = elimination or Elimination.of(gram_II)
+    scale_OG = scales_for(weight_OI, bits, dtype, gram_II.diagonal().clamp(min=0.0))
+    fed = _Feedback(found.factor_II.to(weight_OI), found.order, bits)
+    rows = zip(torch.split(weight_OI, _ROWS), torch.split(scale_OG, _ROWS), strict=True)
+    codes_OI = torch.cat([fed.codes(*both) for both in rows])
+    return Quantised.of(codes_OI, scale_OG, bits, dtype)
 
 
-def _elimination(gram_II: Tensor, diagonal_I: Tensor) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the damped moment's inverse, and the order of columns that it
-    is in: those first that count most.
+@dataclass(frozen=True, eq=False)
+class _Feedback:
+    """Columns are rounded one after the other, of matrices that have them as rows. What an error
+    asks of others is subtracted at once from a few columns, and from all others in products: the
+    lazy batches of GPTQ, by halves."""
 
-    Raises :class:`FactoriseError` for a moment that is not finite.
-    """
-    if not bool(gram_II.isfinite().all()):
-        raise FactoriseError("bits: expected finite moments of the inputs, found NaN or infinity")
-    order = diagonal_I.argsort(descending=True, stable=True)
-    damped = gram_II.double()[order][:, order].clone()
-    mean = float(diagonal_I.double().mean())
-    share = _DAMPING
-    while True:
-        damped.diagonal().add_(share * mean if mean > 0 else 1.0)
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            break
-        share *= 10
-    inverse = torch.cholesky_inverse(root)
-    return torch.linalg.cholesky(inverse, upper=True), order
+    factor_II: Tensor
+    order: Tensor
+    bits: int
+
+    def codes(self, weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+        """The codes ``(O, I)`` int8 of some rows."""
+        left_IO = weight_OI.t().index_select(0, self.order)
+        codes_IO = torch.empty(left_IO.shape, dtype=torch.int8, device=left_IO.device)
+        self._round(left_IO, codes_IO, scale_OG.t().to(left_IO).contiguous(), 0, len(left_IO))
+        return codes_IO.index_select(0, self.order.argsort()).t().contiguous()
+
+    def _round(
+        self, left_IO: Tensor, codes_IO: Tensor, scale_GO: Tensor, first: int, last: int
+    ) -> None:
+        """Round some columns, whose errors then stand in their place."""
+        if last - first > _AT_ONCE:
+            middle = (first + last) // 2
+            self._round(left_IO, codes_IO, scale_GO, first, middle)
+            asked = self.factor_II[first:middle, middle:last].t()
+            left_IO[middle:last].addmm_(asked, left_IO[first:middle], alpha=-1)
+            self._round(left_IO, codes_IO, scale_GO, middle, last)
+            return
+        low, high = _LIMITS[self.bits]
+        # a scale of zero is that of zeros
+        divisor_GO = scale_GO.masked_fill(scale_GO == 0, math.inf)
+        groups = (self.order[first:last] // group_of(self.bits, len(left_IO))).tolist()
+        steps = self.factor_II[first:last, first:last]
+        pivots = steps.diagonal().tolist()
+        for at, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
+            column = left_IO[first + at]
+            code = (column / divisor_GO[group]).round_().clamp_(low, high)
+            codes_IO[first + at] = code
+            column.addcmul_(code, scale_GO[group], value=-1).div_(pivot)
+            left_IO[first + at + 1 : last].addr_(steps[at, at + 1 :], column, alpha=-1)
 
 
 @torch.no_grad()
@@ -167,15 +179,20 @@ def lost_of_gap(
 
 @torch.no_grad()
 def rounded(
-    one: SliceStatistics, bits: int, *, feedback: bool = True, dtype: torch.dtype = torch.float64
+    one: SliceStatistics,
+    bits: int,
+    *,
+    feedback: bool = True,
+    dtype: torch.dtype = torch.float64,
+    elimination: Elimination | None = None,
 ) -> Quantised:
     """A slice's own weight in so many bits, by nearest codes or, where that loses less, with
-    feedback; ``dtype`` is that of the arithmetic."""
+    feedback; ``dtype`` is that of the arithmetic, ``elimination`` that of its inputs' moment."""
     weight_OI, gram_II = one.weight_OI.to(dtype), one.gram_II
     plain = nearest(weight_OI, bits, one.weight_OI.dtype, gram_II.diagonal())
     if not feedback:
         return plain
-    other = with_feedback(weight_OI, gram_II, bits, one.weight_OI.dtype)
+    other = with_feedback(weight_OI, gram_II, bits, one.weight_OI.dtype, elimination)
     return min(plain, other, key=lambda codes: lost_by(one, codes.values(dtype)))
 
 
@@ -197,7 +214,7 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
     pivoted = made.pivoted
     if pivoted is None:
         basis_RI, coefficients = _balanced(made, pooled.moment)
-        table = better_codes(basis_RI, pooled.moment, bits, stored)
+        table = better_codes(basis_RI, pooled.moment, bits, stored, pooled.elimination)
         whole_RI, kept = table.values(work), None
     else:
         coefficients = {
@@ -213,12 +230,16 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
         )
     quantised = {"": table}
     values = {}
+    inner: dict[Hashable, tuple[Tensor, Elimination]] = {}  # of what the basis computes of an input
     for name, one in members.items():
         fitted = fitted_to(one, whole_RI, coefficients[name], pooled.floor)
-        moment = one.times_gram(whole_RI.double()) @ whole_RI.double().T
+        if one.input not in inner:
+            moment = one.times_gram(whole_RI.double()) @ whole_RI.double().T
+            inner[one.input] = moment, Elimination.of(moment)
+        moment, elimination = inner[one.input]
         candidates = (
             nearest(fitted, bits, stored, moment.diagonal()),
-            with_feedback(fitted, moment, bits, stored),
+            with_feedback(fitted, moment, bits, stored, elimination),
         )
         losses = [lost_by(one, codes.values(work) @ whole_RI) for codes in candidates]
         quantised[name] = candidates[losses.index(min(losses))]
@@ -236,11 +257,18 @@ def rounded_group(made: GroupFactors, bits: int, *, bias: bool = True) -> GroupF
 
 
 @torch.no_grad()
-def better_codes(matrix: Tensor, moment: Tensor, bits: int, stored: torch.dtype) -> Quantised:
-    """Of nearest codes and those with feedback the ones that lose less under a moment."""
+def better_codes(
+    matrix: Tensor,
+    moment: Tensor,
+    bits: int,
+    stored: torch.dtype,
+    elimination: Elimination | None = None,
+) -> Quantised:
+    """Of nearest codes and those with feedback the ones that lose less under a moment, whose
+    ``elimination`` may be given."""
     found = (
         nearest(matrix, bits, stored, moment.diagonal()),
-        with_feedback(matrix, moment, bits, stored),
+        with_feedback(matrix, moment, bits, stored, elimination),
     )
 
     def lost(codes: Quantised) -> float:

@@ -139,7 +139,7 @@ class Spectra:
 
     def pooled(self, names: Sequence[str]) -> Damping:
         """The members' pooled Gram, the mean over distinct inputs, and its damping."""
-        size = 16 * self.slices[names[0]].weight_OI.shape[1] ** 2
+        size = 24 * self.slices[names[0]].weight_OI.shape[1] ** 2
 
         def make() -> Damping:
             return Damping(pooled_moment(self.slices, names), self.relative_floor)

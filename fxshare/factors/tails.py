@@ -36,4 +36,10 @@ def tails_of(
     return found
 
 
-__all__ = ["tails_of"]
+def unsure_by(tails: NDArray[np.float64], dtype: torch.dtype) -> float:
+    """By how much tails are uncertain of eigenvalues that were computed in ``dtype``: below it they
+    are 0."""
+    return 0.5 * rounding(torch.from_numpy(-2 * np.diff(tails)), dtype)
+
+
+__all__ = ["tails_of", "unsure_by"]

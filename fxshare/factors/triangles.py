@@ -33,6 +33,21 @@ def congruent(symmetric_II: Tensor, root_II: Tensor) -> Tensor:
     return add_lower_product(torch.zeros_like(symmetric_II), root_II, half_II)
 
 
+def inverse_of_lower(root_NN: Tensor) -> Tensor:
+    """The inverse of a lower triangular root, by halves: a third of the arithmetic of solving for
+    every column of the identity."""
+    if len(root_NN) <= _STRIP:
+        identity = torch.eye(len(root_NN), dtype=root_NN.dtype, device=root_NN.device)
+        solved: Tensor = torch.linalg.solve_triangular(root_NN, identity, upper=False)
+        return solved
+    half = len(root_NN) // 2
+    first, last = inverse_of_lower(root_NN[:half, :half]), inverse_of_lower(root_NN[half:, half:])
+    result_NN = torch.zeros_like(root_NN)
+    result_NN[:half, :half], result_NN[half:, half:] = first, last
+    torch.mm(last @ root_NN[half:, :half], -first, out=result_NN[half:, :half])
+    return result_NN
+
+
 def mirrored(lower_NN: Tensor) -> Tensor:
     """The symmetric matrix of a lower triangle."""
     return lower_NN.tril() + lower_NN.tril(-1).T

@@ -29,19 +29,16 @@ from fxshare.planning.finalists import Calls
 from fxshare.planning.held_back import Judged, Parts, hold_back
 from fxshare.planning.judge import Judge, Remembered
 from fxshare.planning.kinds.apart import by_kind
-from fxshare.planning.kinds.basis import make_problem
 from fxshare.planning.kinds.kind import FoundPart, Kind
 from fxshare.planning.kinds.named import kinds_and_parts
 from fxshare.planning.loss_limit import within_loss
-from fxshare.planning.nodes import nodes_of
 from fxshare.planning.offered import Choose, choice, plan_of
-from fxshare.planning.options import Options, bytes_of, limit_of, options_of
+from fxshare.planning.options import Options, options_of
 from fxshare.planning.planned import Planned
-from fxshare.planning.rounding_price import RoundingPrice
+from fxshare.planning.priced import priced
 from fxshare.planning.rules import check_layers
 from fxshare.planning.search import Found, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
-from fxshare.planning.solver.solve import least_cost
 from fxshare.planning.stored_problem import Stored, write_problem
 from fxshare.planning.trials import Trial, again, trials
 from fxshare.planning.work import Work
@@ -126,8 +123,8 @@ def plan_within_budget(
         judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
     search = _search(model, sites, weights, options, cfg, judge, work)
     search = replace(search, room=room.kept - most_bytes, kinds=kinds, parts=parts)
-    spectra = search.spectra(slices)
-    search = replace(search, budget=_budget_in_unit(model, cfg, search, spectra[True]))
+    first = _trials(planner, options, kinds if parts else ())[0]
+    search, spectra = priced(search, slices, model, cfg, first)
     fit = _fit(captured, search, data, statistics, loss, work)
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
@@ -262,19 +259,6 @@ def _gathering(
         )
 
     return gather
-
-
-def _budget_in_unit(model: nn.Module, cfg: ShareConfig, search: Search, spectra: Spectra) -> float:
-    """The budget in the options' unit; for a limit of the loss the least cost predicted to keep it,
-    from which the search starts."""
-    assert cfg.budget is not None
-    budget = limit_of(bytes_of(model), cfg.budget, search.sites, search.options)
-    if cfg.budget.max_loss_increase is None:
-        return budget
-    nodes = nodes_of(search.sites, spectra.slices)
-    problem = make_problem(nodes, spectra, search.options, rounding=RoundingPrice(spectra, nodes))
-    limit = cfg.budget.max_loss_increase
-    return float(least_cost(problem, limit, strategy=cfg.planner.strategy).cost)
 
 
 def _searched(

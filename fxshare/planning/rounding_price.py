@@ -20,6 +20,7 @@ from torch import Tensor
 from fxshare.base.cache import read_entry, write_entry
 from fxshare.base.spent import part as spent
 from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.elimination import Elimination
 from fxshare.factors.entries import entry_of
 from fxshare.factors.pivots import complement, pivot
 from fxshare.factors.rounding import better_codes, lost_by, lost_of_gap, nearest, rounded
@@ -77,7 +78,9 @@ class RoundingPrice:
 
         def lost() -> Floats:
             one, work = self._live.slices[name], self._live.dtype
-            return np.array([lost_by(one, rounded(one, bits, dtype=work).values(work))])
+            elimination = self._live.pooled((name,)).elimination
+            codes = rounded(one, bits, dtype=work, elimination=elimination)
+            return np.array([lost_by(one, codes.values(work))])
 
         if key not in self._dense:
             kept = self._kept(f"dense {bits}", frozenset({name}), lost)
@@ -122,11 +125,13 @@ class RoundingPrice:
             pivoted = pivot(made.basis_RI) if storage.keeps_inputs else None
         except FactoriseError:  # a rank that the weights do not have
             return 0.0
-        moment = spectra.pooled(names).moment
+        pooled, elimination = spectra.pooled(names), None
+        moment = pooled.moment
         stored = spectra.slices[names[0]].weight_OI.dtype
         if pivoted is None:
             whole, kept, table = made.basis_RI, None, made.basis_RI
             scales = made.coefficients
+            elimination = pooled.elimination if feedback else None
         else:
             kept, table = pivoted.kept_J, pivoted.table_RT.to(work)
             rest = complement(kept, moment.shape[0])
@@ -134,14 +139,14 @@ class RoundingPrice:
             scales = tuple(c @ pivoted.block_RR.to(work) for c in made.coefficients)
             moment = moment[rest][:, rest]
 
-        def codes(matrix: Tensor, under: Tensor) -> Tensor:
+        def codes(matrix: Tensor, under: Tensor, known: Elimination | None = None) -> Tensor:
             if feedback:
-                return better_codes(matrix, under, bits, stored).values(work)
+                return better_codes(matrix, under, bits, stored, known).values(work)
             return nearest(matrix, bits, stored, under.diagonal()).values(work)
 
-        coded = codes(table, moment)
+        coded = codes(table, moment, elimination)
         coarse = storage.whole_basis(coded, kept)
-        inner: Tensor = whole.double() @ spectra.pooled(names).moment @ whole.double().T
+        inner: Tensor = whole.double() @ pooled.moment @ whole.double().T
         lost = 0.0
         for name, coefficient in zip(names, scales, strict=True):
             gap = coefficient @ whole - codes(coefficient, inner) @ coarse

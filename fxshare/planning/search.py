@@ -22,13 +22,21 @@ from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError, PlanError
+from fxshare.factors.entries import spectra_name
 from fxshare.factors.factored import Factored
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
+from fxshare.factors.tails import unsure_by
 from fxshare.planning.blend import blend
 from fxshare.planning.finalists import Calls, best_of_each, decided, finalists
 from fxshare.planning.judge import Candidate, Judge, Lost
-from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of, surely_priced
+from fxshare.planning.kinds.basis import (
+    BasisOption,
+    groups_of,
+    make_problem,
+    rounded_of,
+    surely_priced,
+)
 from fxshare.planning.kinds.kind import FoundPart, Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
 from fxshare.planning.made import CarriedOut, dense, stored_in
@@ -52,6 +60,8 @@ from fxshare.planning.work import Work
 from fxshare.sites.site import Site
 
 _LOG = logging.getLogger(__name__)
+_UNSURE = 0.1
+"""Of what a plan is predicted to lose, how much float32 may leave untold."""
 
 
 Among = tuple[tuple[str, ...], bool]
@@ -89,6 +99,8 @@ class Search:
     parts: tuple[FoundPart, ...] = ()
     room: int = 1 << 30
     """Bytes for what is computed and may be asked for again."""
+    exact: bool = False
+    """Whether groups are priced in float64 although their weights are no finer than float32."""
     problems: dict[tuple[int, str, bool, Among], Problem | None] = field(
         default_factory=dict, repr=False
     )
@@ -213,15 +225,16 @@ class Search:
         """Spectra of the statistics of a round, to give to every :meth:`run` on them: they keep
         what they have computed, which is most of what planning costs."""
         plain = {name: one.unweighted() for name, one in slices.items()}
+        how = self.bias, self.exact
         both = {
             aware: Spectra(
                 slices if aware else plain,
                 relative_floor=self.relative_floor,
                 cache=self.cache if self.work is None else self.work.spectra(number),
-                name="" if self.work is None else f"{number} {aware} {self.bias}",
+                name="" if self.work is None else spectra_name(number, aware, *how),
                 sketch=self.sketch,
                 filed=None if self._dtype == torch.float64 else Filed(),
-                dtype=self._dtype,
+                dtype=torch.float64 if self.exact else self._dtype,
                 stored=stored_in(self.weights),
                 # plans by activation error are one or two of a search
                 room=self.room * 3 // 4 if aware else self.room // 4,
@@ -230,6 +243,20 @@ class Search:
         }
         both[False].share_inputs(both[True])
         return both
+
+    def tells(self, trial: Trial, spectra: Spectra) -> bool:
+        """Whether what the groups of a plan lose is told in the dtype that they are priced in: near
+        dense it may be less than float32 leaves of a spectrum's largest eigenvalue, and ranks
+        that lose differently then have one price, nothing."""
+        if spectra.dtype == torch.float64:
+            return True
+        try:
+            solution = self._plan(trial, spectra).solution
+        except (PlanError, FactoriseError):  # which the search says of every trial
+            return True
+        groups = (one for one in solution.choices if isinstance(one.meaning, BasisOption))
+        tails = (spectra.tails(one.candidate.slices) for one in groups)
+        return sum(unsure_by(one, spectra.dtype) for one in tails) <= _UNSURE * solution.loss
 
     @part("solve")
     def _plan(self, trial: Trial, spectra: Spectra) -> Planned:

@@ -18,7 +18,13 @@ from fxshare.calibration.statistics import Statistics
 from fxshare.capture import dtype_of
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, PlanError, StoreError
-from fxshare.factors.entries import entry_of, options_key, read_tails
+from fxshare.factors.entries import (
+    entry_of,
+    options_key,
+    priced_exactly,
+    read_tails,
+    spectra_name,
+)
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, stored_order
 from fxshare.planning.options import bytes_of
@@ -155,8 +161,9 @@ class StoredSpectra:
         """Those that a search under this configuration asks for."""
         planner = cfg.planner
         floor = cfg.calibration.relative_floor
-        key = options_key(f"0 True {planner.bias}", floor, planner.sketch)
-        return StoredSpectra(folder / "spectra", key)
+        spectra = folder / "spectra"
+        name = spectra_name(0, True, planner.bias, priced_exactly(spectra))
+        return StoredSpectra(spectra, options_key(name, floor, planner.sketch))
 
     def tails(self, part: frozenset[str]) -> NDArray[np.float64]:
         """The loss of a group at every rank from 0."""

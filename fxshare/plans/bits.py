@@ -89,11 +89,6 @@ def fault_of(
                     f"rounded: {name!r} is in a group or an MLP that is made smaller; give that "
                     "the bits"
                 )
-            if known[name].lookups:
-                return (
-                    f"rounded: the rows of {name!r} are looked up, and codes are multiplied by "
-                    "only; leave it out"
-                )
     return None
 
 

@@ -146,11 +146,6 @@ class Plan(Frozen):
             raise ValueError(f"two groups are named {names.most_common(1)[0][0]!r}")
         for group in self.groups:
             looked_up = [name for name in group.slices if known[name].lookups]
-            if looked_up and group.bits is not None:
-                raise ValueError(
-                    f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and codes "
-                    f"are multiplied by only; found bits {group.bits}"
-                )
             if looked_up and not group.stored_as.looks_rows_up:
                 raise ValueError(
                     f"group {group.name!r}: the rows of {looked_up[0]!r} are looked up, and its "

@@ -58,6 +58,12 @@ class Proposal:
     """Embeddings and heads: off unless asked for."""
 
     @property
+    def with_optional(self) -> ShareConfig:
+        """The configuration with what is off unless asked for."""
+        types = self.config.weight_types | {one.name: one.spec for one in self.optional}
+        return self.config.model_copy(update={"weight_types": types})
+
+    @property
     def text(self) -> str:
         """The commented YAML file."""
         return "\n".join(_lines(self)) + "\n"

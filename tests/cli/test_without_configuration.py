@@ -93,3 +93,33 @@ def test_a_sweep_needs_a_budget_also_of_a_found_configuration(fxshare: Run) -> N
     ran = fxshare("plan", "cli_toy:make", "--sweep", "-", *DATA)
     assert (ran.code, ran.out) == (2, "")
     assert "the exact mode has none; give one, such as --keep 0.8" in ran.err
+
+
+def test_embeddings_are_taken_where_they_are_asked_for(fxshare: Run) -> None:
+    budget = ("--bits", "16,8", "--bytes-kept", "0.4", "--set", "planner.search=off")
+    command = ("plan", "cli_toy:make", *DATA, *budget, "--json")
+    apart, together = fxshare(*command), fxshare(*command, "--embeddings")
+    assert together.code == 0, together.err
+    names = [
+        {site["name"]: site["lookups"] for site in ran.json["sites"]} for ran in (apart, together)
+    ]
+    assert set(names[1]) - set(names[0]) == {"embed", "head"}
+    assert names[1]["embed"] == ["embed"]
+    rounded = [name for one in together.json["rounded"] for name in one["slices"]]
+    assert {"embed", "head"} & set(rounded)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("plan", "cli_toy:make", "-c", "sharing.yaml"), "sharing.yaml says what is matched"),
+        (("estimate", "cli_toy:wide"), "has no embedding and no head"),
+        (("plan", "--work", "nowhere"), "nowhere has the weights of the run that wrote it"),
+    ],
+)
+def test_embeddings_that_nothing_offers_are_refused(
+    fxshare: Run, given: tuple[str, ...], reason: str
+) -> None:
+    ran = fxshare(*given, "--embeddings")
+    assert ran.code == 2
+    assert reason in ran.err

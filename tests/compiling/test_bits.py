@@ -32,12 +32,7 @@ def in_bits(plan: Plan, bits: int) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(plan.to_json())
     for one in (*plain["groups"], *plain.get("units", ())):
         one["bits"] = bits
-    dense = [
-        s.name
-        for site in plan.sites
-        for s in site.slices
-        if s.name not in plan.rewritten and not site.lookups
-    ]
+    dense = [s.name for site in plan.sites for s in site.slices if s.name not in plan.rewritten]
     plain["rounded"] = [{"bits": bits, "slices": dense}] if dense else []
     return plain
 
@@ -169,14 +164,6 @@ def test_a_plan_without_bits_says_nothing_of_them_and_all_bits_come_back() -> No
         (
             lambda p: p.update(mode="exact", groups=[], units=[]),
             "mode 'exact': weights are rounded in planned mode only",
-        ),
-        (
-            lambda p: [
-                site.update(lookups=["wte"])
-                for site in p["sites"]
-                if site["slices"][0]["name"] == p["rounded"][0]["slices"][0]
-            ],
-            "are looked up, and codes are multiplied by only; leave it out",
         ),
     ],
 )

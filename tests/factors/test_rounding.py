@@ -79,13 +79,14 @@ def test_feedback_is_far_better_where_inputs_tell_one_another() -> None:
     assert lost_by(one, fed.values()) < 0.5 * lost_by(one, plain.values())
 
 
-def test_feedback_is_that_of_the_definition() -> None:
+@pytest.mark.parametrize("width", [20, 75])
+def test_feedback_is_that_of_the_definition(width: int) -> None:
     """Column by column, with the inverse of what is left each time."""
-    one = correlated(5, width=20)
+    one = correlated(5, width=width)
     weight, moment = one.weight_OI, one.gram_II
     found = with_feedback(weight, moment, 8, torch.float64)
     order = moment.diagonal().argsort(descending=True, stable=True).tolist()
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     left, done = weight.clone(), torch.zeros_like(weight)
     for at, column in enumerate(order):
         scale = found.scale[:, 0]

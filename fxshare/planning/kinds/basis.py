@@ -97,8 +97,7 @@ def make_problem(
             assert rounding is not None
             loss[at] = rounding.dense(part, bits)
         storages = usable(options.storages, looked_up=bool(shape.lookups))
-        widths = widths_of(shape, options)
-        means = meanings(shape.full_rank, storages, widths)
+        means = meanings(shape.full_rank, storages, options.bits)
         return Curve(found.cost, loss[found.kept], found.label, found.side, means)
 
     return Problem(
@@ -150,11 +149,6 @@ class _Axes:
     kept: NDArray[np.int64]
 
 
-def widths_of(shape: Shape, options: Options) -> tuple[Bits | None, ...]:
-    """The widths that numbers of a shape may have: what is looked up has no codes."""
-    return (None,) if shape.lookups else options.bits
-
-
 def _axes(shape: Shape, options: Options, side: Side, *, untouched: bool) -> _Axes:
     """Of a shape; ``untouched`` only as it is, which no bits change either."""
     rank = ranks(shape, options.rank_multiple)
@@ -162,7 +156,7 @@ def _axes(shape: Shape, options: Options, side: Side, *, untouched: bool) -> _Ax
     costs, taken, labels, sides, blocks = [], [], [], [], []
     storages = usable(options.storages, looked_up=bool(shape.lookups))
     whole = untouched or not options.shares_bases
-    widths = (None,) if untouched else widths_of(shape, options)
+    widths = (None,) if untouched else options.bits
     first = 0
     forms = [(bits, storage) for bits in widths for storage in storages]
     for at, (bits, storage) in enumerate(() if whole else forms):
