@@ -181,7 +181,7 @@ def _owner(gm: fx.GraphModule, lookup: Lookup) -> str:
     of a head which is tied to it, or of a new one."""
     for name, module in gm.named_modules():
         if module is not gm and module._parameters.get("weight") is lookup.weight_VI:
-            return name
+            return str(name)
     name = f"{lookup.name.replace('.', '_')}_rows"
     holder = nn.Module()
     holder.register_parameter("weight", nn.Parameter(lookup.weight_VI, requires_grad=False))
