@@ -17,7 +17,7 @@ from fxshare.base.quantised import GROUP, Quantised
 from fxshare.capture.modules import BorrowedBasis
 from fxshare.errors import ExportError
 from passes.graph.graph import erase_dead, structure_copy
-from passes.graph.lookups import lookups
+from passes.graph.lookups import Lookup, lookups
 
 
 class Coded(nn.Module):
@@ -163,13 +163,30 @@ def _look_up_codes(gm: fx.GraphModule) -> None:
     for one in found:
         weight = one.node.args[1]
         assert isinstance(weight, fx.Node)
+        owner = _owner(gm, one)
         with gm.graph.inserting_before(one.node):
-            rows = gm.graph.call_module(one.name, (one.ids,), {"look_up": True})
+            rows = gm.graph.call_module(owner, (one.ids,), {"look_up": True})
         rows.meta.update(one.node.meta)
         one.node.replace_all_uses_with(rows)
         erase_dead(gm.graph, [weight, one.node])
+        read = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
+        if weight.target in gm._parameters and weight.target not in read:
+            delattr(gm, str(weight.target))
     if found:
         gm.recompile()
+
+
+def _owner(gm: fx.GraphModule, lookup: Lookup) -> str:
+    """The name of a module that holds what is looked up; of a parameter of the graph itself that
+    of a head which is tied to it, or of a new one."""
+    for name, module in gm.named_modules():
+        if module is not gm and module._parameters.get("weight") is lookup.weight_VI:
+            return str(name)
+    name = f"{lookup.name.replace('.', '_')}_rows"
+    holder = nn.Module()
+    holder.register_parameter("weight", nn.Parameter(lookup.weight_VI, requires_grad=False))
+    gm.add_module(name, holder)
+    return name
 
 
 __all__ = ["Coded", "has_codes", "refuse_codes", "with_plain_tensors"]

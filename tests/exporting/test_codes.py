@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxshare
 from fxshare.base.quantised import BITS, Quantised
 from fxshare.errors import ExportError
 from fxshare.exporting.codes import _in_blocks, with_plain_tensors
+from fxshare.factors.rounding import nearest
+from passes.graph.lookups import look_up
 from tests.compiling.test_bits import outputs, pair
 from tests.exporting.test_packed import rounded
 
@@ -104,3 +106,26 @@ def test_four_bits_that_are_read_otherwise_are_refused_with_the_way_out() -> Non
     plain: Any = with_plain_tensors(nn.Sequential(linear), onnx=True)
     with pytest.raises(ExportError, match=r"2×4 of 4 bits is read otherwise .*--bits 16,8"):
         _ = plain[0].weight
+
+
+@pytest.mark.parametrize("onnx", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_the_graph_itself_holds_is_looked_up_in_codes(tied: bool, onnx: bool) -> None:
+    table, other = (
+        nn.Parameter(nearest(torch.randn(50, 40), 4, torch.float32), requires_grad=False)
+        for _ in range(2)
+    )
+    root = nn.Module()
+    root.table, root.head = table, nn.Linear(40, 50)
+    root.head.weight = table if tied else other
+    graph = fx.Graph()
+    rows = look_up(graph, graph.placeholder("ids"), "table", None)
+    graph.output((rows, graph.call_module("head", (rows,))))
+    gm, ids = fx.GraphModule(root, graph), torch.tensor([[3, 49, 0]])
+    plain = with_plain_tensors(gm, onnx=onnx)
+    assert not any(isinstance(p, Quantised) for p in plain.parameters())
+    codes = {t.data_ptr() for t in plain.buffers() if t.dtype == torch.uint8}
+    assert len(codes) == (1 if tied else 2)
+    if not onnx:
+        torch.testing.assert_close(plain(ids), gm(ids), rtol=1e-5, atol=1e-5)
+    assert isinstance(gm.table, Quantised)
