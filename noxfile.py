@@ -21,6 +21,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """The slow tests, with the packages that only they have; arguments go to pytest."""
+    session.install("-e", ".[test,others]")
+    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and types, as CI and the commit hooks check them."""
     session.install("-e", ".[test]")
@@ -42,6 +49,6 @@ def lowest(session: nox.Session) -> None:
 
     Arguments are requirements that are not to be the lowest.
     """
-    session.install("--resolution", "lowest-direct", "-e", ".[test]", *session.posargs)
+    session.install("--resolution", "lowest-direct", "-e", ".[test,others]", *session.posargs)
     session.run("uv", "pip", "freeze", external=True)
     session.run("python", "-m", "pytest")

@@ -57,6 +57,7 @@ def documents(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_scores_as_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

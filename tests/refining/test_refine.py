@@ -555,6 +555,7 @@ def test_data_that_is_empty_or_too_little() -> None:
     assert refined(gm, model, iter(ids(3))).fxshare.refined[-1].steps == 12
 
 
+@pytest.mark.slow
 def test_a_quantised_model() -> None:
     torchao = pytest.importorskip("torchao.quantization")
     model, gm = subject("llama", "shared", compression_rate=0.9)

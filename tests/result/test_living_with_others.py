@@ -56,6 +56,7 @@ def limit(gm: Any) -> float:
     return tolerance(torch.float32, 2 * len(gm.fxshare.plan.sites) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_torchao_quantises_bases_and_coefficients(front_end: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
@@ -78,6 +79,7 @@ def test_torchao_quantises_bases_and_coefficients(front_end: str) -> None:
     assert 0 < worst(before, found).relative <= close
 
 
+@pytest.mark.slow
 def test_torchao_quantises_a_tied_embedding_but_for_its_basis() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     cfg = {

@@ -91,7 +91,7 @@ def with_side(problem: Problem, seed: int, limit: float | None) -> Problem:
 
 
 @given(seeds, st.floats(0.3, 0.9), st.floats(0.5, 1.2), st.sampled_from(["layers", "pairs"]))
-@settings(deadline=None, max_examples=10, phases=[Phase.explicit, Phase.generate])
+@settings(deadline=None, max_examples=6, phases=[Phase.explicit, Phase.generate])
 def test_two_limits_are_both_kept(seed: int, kept: float, share: float, strategy: str) -> None:
     problem = smooth_problem(5, seed)
     budget = kept * dense_of(problem)
