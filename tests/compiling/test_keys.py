@@ -301,3 +301,13 @@ def test_what_stands_in_a_report_tables_and_pictures() -> None:
     assert plan_figure(plan, title="keys") is not None
     inner = [(one.inner, one.out) for one in linears_of(plan, 1) if hasattr(one, "inner")]
     assert {(16, 2 * KEPT), (16, KEPT)} <= set(inner)
+
+
+@pytest.mark.parametrize("kind", ["heads", "units"])
+def test_an_entry_of_another_kind_of_ours_is_refused(kind: str) -> None:
+    original = model("llama")
+    plain = json.loads(plan_of(original).to_json())
+    plain["units"][1]["kind"] = kind
+    plan = Plan.from_json(json.dumps(plain))
+    with pytest.raises(PlanError, match=f"are of kind {kind!r}, and the entry is one of 'keys'"):
+        fxshare.compile(original, fxshare.init(original), calibration=batches(), plan=plan)

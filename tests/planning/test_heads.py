@@ -114,7 +114,7 @@ def test_layers_kept_dense_and_multiples_hold_for_heads() -> None:
 def test_a_kind_that_fits_nothing_says_why() -> None:
     cfg = {**types("q", "up"), "budget": {"params_kept": 0.8}}
     cfg["planner"] = {**EACH, "kinds": ["basis", "heads"]}
-    with pytest.warns(FxShareWarning, match="no attention was found.*'layers.0.q_proj' reads what"):
+    with pytest.warns(FxShareWarning, match="found no attention.*'layers.0.q_proj' reads what"):
         plan = fxshare.plan(llama(), cfg, calibration=batches())
     assert not plan.units
 

@@ -12,16 +12,19 @@ import torch
 
 import fxshare
 from fxshare import Plan
+from fxshare.capture import capture
 from fxshare.compiling.replan import replan
+from fxshare.config import Planner, load_config
 from fxshare.errors import FxShareWarning
 from fxshare.factors.spectra import Spectra
 from fxshare.planning.kinds.keys import AttentionKeys, KeysByKeys
 from fxshare.planning.kinds.kind import Scene
-from fxshare.planning.kinds.named import others_of
+from fxshare.planning.kinds.named import kinds_and_parts, others_of
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options
 from fxshare.planning.solver.curve import DENSE
 from fxshare.plans.keys import Keys, keys_of
+from fxshare.sites.match import match
 from fxshare.sites.scores import Scores
 from fxshare.sites.site import Site, SliceSpec
 from tests.planning.build import slice_of
@@ -115,7 +118,7 @@ def test_a_work_folder_plans_other_budgets_with_keys(tmp_path: Path) -> None:
 def test_a_kind_that_fits_nothing_says_why() -> None:
     cfg = {**types("q", "up"), "budget": {"params_kept": 0.8}}
     cfg["planner"] = {"kinds": ["basis", "keys"], "search": "off"}
-    with pytest.warns(FxShareWarning, match="no queries and keys that may be narrower was found"):
+    with pytest.warns(FxShareWarning, match="found no queries and keys that may be narrower"):
         plan = fxshare.plan(llama(), cfg, calibration=batches())
     assert not plan.units
 
@@ -191,3 +194,11 @@ def test_layers_kept_dense_ties_and_few_bits_leave_them_out() -> None:
     multiple = Scene((one,), nodes, Spectra(slices), Options(rank_multiple=4))
     (found,) = AttentionKeys().candidates(multiple)
     assert found.curve.label.tolist() == [4, DENSE]
+
+
+def test_without_the_models_dtype_among_the_bits_it_is_said_that_none_compete() -> None:
+    planner = Planner(kinds=("basis", "keys"), bits=(8, 4))
+    captured = capture(llama(), batches()[0])
+    sites = match(captured.model, load_config(types("q", "k"))).sites
+    with pytest.warns(FxShareWarning, match=r"planner.bits \[8, 4\] none compete; add 16"):
+        kinds_and_parts(planner, captured, sites)

@@ -243,7 +243,7 @@ def test_no_kind_at_all_is_refused() -> None:
 
 def test_a_kind_that_fits_nothing_says_why() -> None:
     cfg = {**types("q", "o"), "budget": {"params_kept": 0.8}, "planner": BOTH}
-    with pytest.warns(FxShareWarning, match="no MLP was found.*'layers.0.q_proj' reads what is"):
+    with pytest.warns(FxShareWarning, match="found no MLP.*'layers.0.q_proj' reads what is"):
         plan = fxshare.plan(llama(), cfg, calibration=batches())
     assert not plan.units
 

@@ -1,8 +1,9 @@
-"""Classes of served folders where fxshare is installed: made when they are asked for by name.
+"""Classes of served folders where fxshare is installed: made when they are asked for.
 
 ``SharedLlamaConfig`` and its like are those of the file that stands in a folder. Here an engine
-finds them without running that file; as they are found by name, another process reads what this
-one has pickled.
+finds them without running that file. Another process reads what this one has pickled, because they
+are found by a name: that of the model type and the part, ``llama:config``, since types share the
+names of classes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ SHARED = "Shared"
 """What the names of classes in a served folder begin with."""
 ENGINE = f"{SHARED}ForCausalLM"
 """What vLLM runs all of them as."""
+_PARTS = ("config", "base", "head")
 
 
 @dataclass(frozen=True)
@@ -47,30 +49,34 @@ def classes_of(original_type: str) -> Classes:
         # parts of a linear fit no plan that was made for the whole of it
         "base_model_tp_plan": None,
     }
-    config = _class(original, own)
+    config = _class(original, own, f"{original_type}:config")
     base = library.AutoModel._model_mapping[original]
     base = base[0] if isinstance(base, tuple) else base
     head = library.AutoModelForCausalLM._model_mapping[original]
-    made = Classes(config, _model(base, config, ""), _model(head, config, head.base_model_prefix))
+    made = Classes(
+        config,
+        _model(base, config, "", f"{original_type}:base"),
+        _model(head, config, head.base_model_prefix, f"{original_type}:head"),
+    )
     library.AutoConfig.register(made.config.model_type, made.config, exist_ok=True)  # type: ignore[attr-defined]
     library.AutoModel.register(made.config, made.base, exist_ok=True)
     library.AutoModelForCausalLM.register(made.config, made.head, exist_ok=True)
     return made
 
 
-def _class(original: type, own: dict[str, Any]) -> type:
-    place = {"__module__": __name__, "__qualname__": f"{SHARED}{original.__name__}"}
+def _class(original: type, own: dict[str, Any], found_as: str) -> type:
+    place = {"__module__": __name__, "__qualname__": found_as}
     return type(original)(f"{SHARED}{original.__name__}", (original,), {**own, **place})
 
 
-def _model(original: Any, config: type, inside: str) -> type:
+def _model(original: Any, config: type, inside: str, found_as: str) -> type:
     def init(self: Any, given: Any, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, given, *args, **kwargs)
         share_linears(self.get_submodule(inside), given)
 
     init.__annotations__.clear()  # vLLM takes them for what its arguments have to be
     own = {"__init__": init, "config_class": config, "_keys_to_ignore_on_load_unexpected": None}
-    return _class(original, own)
+    return _class(original, own, found_as)
 
 
 @functools.cache
@@ -89,18 +95,8 @@ def _engine() -> type:
 def __getattr__(name: str) -> type:
     if name == ENGINE:
         return _engine()
-    if name.startswith(SHARED):
-        original = name.removeprefix(SHARED)
-        auto: Any = importlib.import_module("transformers.models.auto")
-        configs = auto.configuration_auto.CONFIG_MAPPING_NAMES
-        for original_type, head in causal_types().items():
-            if original in (configs.get(original_type), head):
-                made = classes_of(original_type)
-                return made.head if original == head else made.config
-            if original in _names(auto.modeling_auto.MODEL_MAPPING_NAMES[original_type]):
-                return classes_of(original_type).base
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _names(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+    original_type, colon, part = name.rpartition(":")
+    if not colon or part not in _PARTS or original_type not in causal_types():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made: type = getattr(classes_of(original_type), part)
+    return made

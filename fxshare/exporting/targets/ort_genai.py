@@ -31,6 +31,7 @@ from fxshare.generation.program import capture_program
 from fxshare.generation.shell import shell_of
 from fxshare.generation.step import CACHE, CacheKind, Kind
 from fxshare.models.structure import keep_structure, structure_of
+from fxshare.plans.keys import Keys
 from fxshare.result.module import record_of
 from fxshare.store.tokenizer import is_tokenizer_file, write_tokenizer
 from fxshare.store.transformers import HF_CONFIG, HF_GENERATION, write_json
@@ -177,10 +178,12 @@ def _captured(subject: Subject) -> tuple[fx.GraphModule, Kind, Any]:
         )
     narrow = [one for one in record_of(subject.model).plan.units if one.cached[1] < one.cached[0]]
     if narrow:
+        one = narrow[0]
+        what = "queries and keys" if isinstance(one, Keys) else "values"
         raise ExportError(
             f"to='ort-genai': the cache of ONNX Runtime GenAI has one width of heads, and "
-            f"{narrow[0].name!r} of {name} keeps {narrow[0].kept} of {narrow[0].of} of its values; "
-            "export it to 'vllm', 'dense' or 'onnx', or plan without heads in planner.kinds"
+            f"{one.name!r} of {name} keeps {one.kept} of {one.of} of its {what}; export it to "
+            f"'vllm', 'dense' or 'onnx', or plan without {one.kind} in planner.kinds"
         )
     # what generation keeps of the caller's model stays its own
     gm = structure_copy(subject.model)

@@ -19,12 +19,17 @@ from fxshare.planning.kinds.units import HiddenUnits
 from fxshare.planning.rules import named_apart
 from fxshare.planning.solver.problem import Other, Part
 from fxshare.planning.solver.solve import Solution
+from fxshare.plans.heads import Heads
+from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
 from fxshare.sites.attention import attentions
 from fxshare.sites.mlps import mlps
 from fxshare.sites.scores import all_scores
 from fxshare.sites.site import Site
+
+_KINDS: Mapping[type[Units], str] = {Units: "units", Heads: "heads", Keys: "keys"}
+"""Which of our kinds an entry is of, by its keys."""
 
 _METHODS = ("candidates", "entry", "carry_out")
 
@@ -99,10 +104,19 @@ def kinds_and_parts(
         missing.append(("attention", heads.reasons))
     if not scores.found and "keys" in names:
         missing.append(("queries and keys that may be narrower", scores.reasons))
+    elif "keys" in names and 16 not in planner.bits:
+        warnings.warn(
+            f"planner.kinds {names}: narrower queries and keys keep the model's dtype, so that "
+            f"with planner.bits {list(planner.bits)} none compete; add 16",
+            FxShareWarning,
+            stacklevel=2,
+        )
+    based = "basis" in planner.kinds
+    competes = "but bases competes" if based else "of that competes (add 'basis', which any may)"
     for what, reasons in missing:
         site, reason = next(iter(reasons.items()), ("the model", "has no linears"))
         warnings.warn(
-            f"planner.kinds {names}: no {what} was found, so that nothing but bases competes"
+            f"planner.kinds {names}: found no {what}, so that nothing {competes}"
             f"{' for its weights' if len(names) > 1 else ''}; {site!r} {reason}",
             FxShareWarning,
             stacklevel=2,
@@ -140,6 +154,12 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
             raise PlanError(
                 f"units {entry.name!r} are of kind {entry.kind!r}, which is not known; name it in "
                 f"planner.kinds as 'package.module:Name'. Known: {', '.join(by_name)}"
+            )
+        own = _KINDS[type(entry)]
+        if entry.kind in _KINDS.values() and entry.kind != own:
+            raise PlanError(
+                f"units {entry.name!r} are of kind {entry.kind!r}, and the entry is one of "
+                f"{own!r}; give it that kind, or one of your own"
             )
         slices = factors.spectra.slices
         consumer = {name: slices[name] for name in entry.read_by(sites[entry.consumer])}
