@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from fxshare.factors.heads import HeadFactors, head_factors, widths_of
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import Order, metric_of, read_order, write_order
 from fxshare.planning.kinds.kind import Scene
-from fxshare.planning.solver.curve import DENSE, Curve, allowed
+from fxshare.planning.kinds.widths import curve_of_widths
+from fxshare.planning.solver.curve import Curve
 from fxshare.planning.solver.problem import Other
 from fxshare.planning.stored_problem import StoredSpectra
-from fxshare.plans.cost import Shape, ranks
+from fxshare.plans.cost import Shape
 from fxshare.plans.heads import Heads, heads_of
 from fxshare.plans.units import Units
 from fxshare.sites.attention import Attention
@@ -75,25 +75,7 @@ class AttentionHeads:
         consumer = {name: slices[name] for name in names} if slices else {}
         found = self._known(scene.spectra, consumer, names, one.heads, one.kv_heads)
         lost = found.lost.cpu().numpy()
-        counts = ranks(Shape(one.width, one.width), scene.options.rank_multiple)
-        counts = np.append(counts[counts < one.width], one.width)
-        cost = np.array([scene.costs(_shapes(one, int(count))) for count in counts])
-        side, none = scene.sides(), np.array([0])
-        beside = np.array(
-            [sum(int(side(x, none, None)[0]) for x in _shapes(one, int(n))) for n in counts]
-        )
-        label = counts.copy()
-        label[-1] = DENSE
-        dense, options = float(cost[-1]), scene.options
-        most = None if options.ceiling >= 1.0 else options.ceiling * dense
-        taken = allowed(cost, label, least=options.floor * dense, most=most)
-        return Curve(
-            cost[taken],
-            np.maximum(lost[counts[taken]], 0.0),
-            label[taken],
-            beside[taken],
-            range(one.width + 1),
-        )
+        return curve_of_widths(scene, one.width, functools.partial(_shapes, one), lost)
 
     def _known(
         self,
