@@ -183,6 +183,8 @@ def _owner(gm: fx.GraphModule, lookup: Lookup) -> str:
         if module is not gm and module._parameters.get("weight") is lookup.weight_VI:
             return str(name)
     name = f"{lookup.name.replace('.', '_')}_rows"
+    while hasattr(gm, name):
+        name += "_"
     holder = nn.Module()
     holder.register_parameter("weight", nn.Parameter(lookup.weight_VI, requires_grad=False))
     gm.add_module(name, holder)

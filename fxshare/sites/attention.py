@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxshare.sites.called import Called
 from fxshare.sites.mlps import SIDE_BY_SIDE
 from fxshare.sites.site import Site, SliceSpec
-from passes import LinearCall, NotHeads, attention_heads, linear_calls, reads_own
+from passes import NotHeads, attention_heads, reads_own
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,11 @@ def attentions(
     """The attention calls among the sites of a captured graph, before it is rewritten."""
     if side_by_side:
         return Attentions((), {site.name: SIDE_BY_SIDE for site in sites})
-    known = {name: site for site in sites if not site.lookups for name in site.calls}
-    calls: dict[str, list[LinearCall]] = {}
-    made: dict[fx.Node, Site] = {}
-    products: dict[fx.Node, fx.Node] = {}
-    for call in linear_calls(gm):
-        products[call.node] = call.input
-        if call.name in known:
-            calls.setdefault(known[call.name].name, []).append(call)
-            made[call.node] = known[call.name]
+    called = Called.of(gm, sites)
     found, reasons = [], {}
-    for site in dict.fromkeys(known.values()):
+    for site in called.sites:
         try:
-            found.append(_attention(gm, site, calls, made, products))
+            found.append(_attention(gm, site, called))
         except NotHeads as fault:
             reasons[site.name] = str(fault)
     return Attentions(tuple(found), reasons)
@@ -72,30 +65,23 @@ def attentions(
 def _attention(
     gm: fx.GraphModule,
     consumer: Site,
-    calls: Mapping[str, Sequence[LinearCall]],
-    made: Mapping[fx.Node, Site],
-    products: Mapping[fx.Node, fx.Node],
+    called: Called,
 ) -> Attention:
-    own = {call.node for call in calls.get(consumer.name, ())}
+    own = {call.node for call in called.calls.get(consumer.name, ())}
     if not own:
         raise NotHeads("is not called")
-
-    def leaf(node: fx.Node) -> dict[str, int] | None:
-        site = made.get(node)
-        return None if site is None else {s.name: s.out_features for s in site.slices}
-
-    found = attention_heads(gm, own, leaf, consumer.in_features)
-    if not reads_own(found, products):
+    found = attention_heads(gm, own, called.leaf, consumer.in_features)
+    if not reads_own(found, called.products):
         raise NotHeads(
             "reads values of other tokens than its queries are (cross-attention): they are "
             "computed once and kept, by graphs that do not have both"
         )
-    sites = dict.fromkeys(made[node] for node in found.leaves)
+    sites = dict.fromkeys(called.made[node] for node in found.leaves)
     if consumer in sites:
         raise NotHeads("reads what it computes itself")
     slices = {s.name: (site, s) for site in sites for s in site.slices}
     for site in sites:
-        if any(call.node not in found.leaves for call in calls[site.name]):
+        if any(call.node not in found.leaves for call in called.calls[site.name]):
             raise NotHeads(f"reads what {site.name!r} computes for something else as well")
     values = tuple(slices[name] for name in found.slices)
     return Attention(values, consumer, found.width)

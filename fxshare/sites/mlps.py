@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxshare.sites.called import Called
 from fxshare.sites.site import Site
-from passes import LinearCall, NotHidden, hidden_units, linear_calls
+from passes import LinearCall, NotHidden, hidden_units
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,11 @@ def mlps(gm: fx.GraphModule, sites: Sequence[Site], *, side_by_side: bool = Fals
     """The MLPs among the sites of a captured graph, before it is rewritten."""
     if side_by_side:
         return Mlps((), {site.name: SIDE_BY_SIDE for site in sites})
-    known = {name: site for site in sites if not site.lookups for name in site.calls}
-    calls: dict[str, list[LinearCall]] = {}
-    made: dict[fx.Node, Site] = {}
-    for call in linear_calls(gm):
-        if call.name in known:
-            site = known[call.name]
-            calls.setdefault(site.name, []).append(call)
-            made[call.node] = site
+    called = Called.of(gm, sites)
     found, reasons = [], {}
-    for site in dict.fromkeys(known.values()):
+    for site in called.sites:
         try:
-            found.append(_mlp(gm, site, calls, made))
+            found.append(_mlp(gm, site, called.calls, called.made))
         except NotHidden as fault:
             reasons[site.name] = str(fault)
     return Mlps(tuple(found), reasons)

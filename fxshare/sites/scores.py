@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxshare.sites.called import Called
 from fxshare.sites.mlps import SIDE_BY_SIDE
 from fxshare.sites.site import Site, SliceSpec
 from passes import (
@@ -15,7 +16,6 @@ from passes import (
     NotScores,
     attention_scores,
     calls_by_slices,
-    linear_calls,
     operands_of,
     score_calls,
     together,
@@ -90,20 +90,8 @@ def all_scores(
     """The queries and keys among the sites of a captured graph, before it is rewritten."""
     if side_by_side:
         return AllScores((), {site.name: SIDE_BY_SIDE for site in sites})
-    known = {name: site for site in sites if not site.lookups for name in site.calls}
-    calls: dict[str, list[LinearCall]] = {}
-    made: dict[fx.Node, Site] = {}
-    products: dict[fx.Node, fx.Node] = {}
-    for call in linear_calls(gm):
-        products[call.node] = call.input
-        if call.name in known:
-            calls.setdefault(known[call.name].name, []).append(call)
-            made[call.node] = known[call.name]
-
-    def leaf(node: fx.Node) -> dict[str, int] | None:
-        site = made.get(node)
-        return None if site is None else {s.name: s.out_features for s in site.slices}
-
+    called = Called.of(gm, sites)
+    leaf, made = called.leaf, called.made
     found: list[Scores] = []
     reasons: dict[str, str] = {}
     seen: set[fx.Node] = set()
@@ -111,13 +99,15 @@ def all_scores(
         seen.update(nodes)
         queries = _source(gm, nodes[0], leaf, made)
         try:
-            found.append(_scores(gm, attention_scores(gm, nodes, leaf), calls, made, products))
+            found.append(
+                _scores(gm, attention_scores(gm, nodes, leaf), called.calls, made, called.products)
+            )
         except NotScores as fault:
             reasons.setdefault(queries, str(fault))
     for node in score_calls(gm):
         if node not in seen:
             _add_reason(gm, node, leaf, made, reasons)
-    for site in dict.fromkeys(known.values()):
+    for site in called.sites:
         reasons.setdefault(site.name, "computes no queries that are multiplied by keys")
     return AllScores(tuple(found), reasons)
 

@@ -129,3 +129,13 @@ def test_a_table_that_the_graph_itself_holds_is_looked_up_in_codes(tied: bool, o
     if not onnx:
         torch.testing.assert_close(plain(ids), gm(ids), rtol=1e-5, atol=1e-5)
     assert isinstance(gm.table, Quantised)
+
+
+def test_a_module_for_rows_that_are_looked_up_takes_no_name_that_there_is() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    gm.add_module("a_wte_rows", nn.Identity())
+    rows_VI = torch.ones(3, 2)
+    lookup: Any = SimpleNamespace(name="a.wte", weight_VI=rows_VI)
+    name = codes._owner(gm, lookup)
+    assert type(gm.a_wte_rows) is nn.Identity
+    assert torch.equal(gm.get_submodule(name).get_parameter("weight"), rows_VI)
