@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import fx, nn
 import fxshare
 from fxshare.base.quantised import BITS, Quantised
 from fxshare.errors import ExportError
-from fxshare.exporting.codes import _in_blocks, with_plain_tensors
+from fxshare.exporting.codes import _in_blocks, _owner, with_plain_tensors
 from fxshare.factors.rounding import nearest
 from passes.graph.lookups import look_up
 from tests.compiling.test_bits import outputs, pair
@@ -136,6 +137,6 @@ def test_a_module_for_rows_that_are_looked_up_takes_no_name_that_there_is() -> N
     gm.add_module("a_wte_rows", nn.Identity())
     rows_VI = torch.ones(3, 2)
     lookup: Any = SimpleNamespace(name="a.wte", weight_VI=rows_VI)
-    name = codes._owner(gm, lookup)
+    name = _owner(gm, lookup)
     assert type(gm.a_wte_rows) is nn.Identity
     assert torch.equal(gm.get_submodule(name).get_parameter("weight"), rows_VI)
