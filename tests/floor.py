@@ -15,6 +15,7 @@ Every function here takes :data:`Sources`, so that a test can hand it a broken p
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,9 +84,15 @@ def stage_of(module: str) -> str:
     return rest.partition(".")[0] or "__init__"
 
 
+@functools.cache
+def tree(text: str) -> ast.Module:
+    """The syntax tree of a source, made once for all that look at it."""
+    return ast.parse(text)
+
+
 def named(text: str) -> Iterator[str]:
     """What a file imports, by dotted name: in functions and for type checkers as well."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -170,7 +177,7 @@ def functions(files: Sources) -> list[Function]:
     return [
         _function(file, node)
         for file, text in files.items()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree(text))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,11 +149,18 @@ def test_a_run_goes_on_under_another_limit(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.glob("kept/part-*"))) == 3
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What calibrating the usual model keeps in a folder."""
+    folder = tmp_path_factory.mktemp("usual") / "kept"
+    gathered(usual(), Keeping(None, folder))
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index", "elsewhere"])
-def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
-    model = usual()
+def test_damaged_files_are_named(damage: str, kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "kept")
     keeping = Keeping(None, tmp_path / "kept")
-    gathered(model, keeping)
     part = tmp_path / "kept" / "part-0"
     file = part / "0.safetensors"
     content = bytearray(file.read_bytes())
@@ -169,7 +177,7 @@ def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
         index = (part / "part.json").read_text()
         (part / "part.json").write_text(index.replace("0.safetensors", "../0.safetensors", 1))
     with pytest.raises(StoreError, match=str(part)):
-        gathered(model, keeping)
+        gathered(usual(), keeping)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

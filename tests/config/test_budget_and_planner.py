@@ -137,7 +137,7 @@ def planners(draw: st.DrawFn) -> Planner:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(budgets(), planners())
 def test_dumped_plans_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory, budget: Budget, planner: Planner

@@ -76,7 +76,7 @@ def configs(draw: st.DrawFn) -> ShareConfig:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(configs())
 def test_dump_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, cfg: ShareConfig) -> None:
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
@@ -150,7 +150,7 @@ def check_outcome(source: Any, *overrides: str) -> None:
     assert source == before
 
 
-fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 @fuzz
