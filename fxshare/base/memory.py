@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 _LARGE = 1 << 20
+_MUCH = 1 << 29
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -51,8 +52,11 @@ def give_back(size: int = _LARGE) -> None:
         trim()
 
 
-def trim() -> None:
-    """Hand memory that is free already to the system, as :func:`give_back` does."""
+def trim(above: int | None = None) -> None:
+    """Hand memory that is free already to the system, as :func:`give_back` does; with ``above``
+    only where half a gigabyte more than that is resident."""
+    if above is not None and resident() - above < _MUCH:
+        return
     malloc_trim = getattr(_libc(), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

@@ -45,7 +45,11 @@ class Backward:
             if self.loss is None:
                 generator = self.draws.turn(output, call, self.labels)
                 value, self.name = default_loss(
-                    output, call, labels=self.labels, generator=generator
+                    output,
+                    call,
+                    labels=self.labels,
+                    generator=generator,
+                    last_reader=True,
                 )
             else:
                 value, self.name = self.loss(output, batch), "the loss given"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxshare.base.memory import give_back, trim
+from fxshare.base.memory import give_back, resident, trim
 from fxshare.base.processes import here
 from fxshare.base.progress import stage, track
 from fxshare.base.spool import Spooled
@@ -172,7 +172,12 @@ def _gather(observing: _Observing, batches: Iterable[object], limits: _Limits) -
         HookStage(captured.model, sites, observing.weights, gradients=gradients)
         if captured.side_by_side
         else GraphStage(
-            captured, sites, observing.weights, gradients=gradients, counted=limits.counted
+            captured,
+            sites,
+            observing.weights,
+            gradients=gradients,
+            counted=limits.counted,
+            offload=observing.offload,
         )
     )
     backward = Backward(
@@ -274,6 +279,7 @@ def _stream(
     last = count = 0
     starts: set[int] = set()
     caller, together = captured.caller, here()
+    before = resident()
     for number, batch in enumerate(batches):
         last = number + 1
         if number % together.size == together.rank:
@@ -283,6 +289,7 @@ def _stream(
             _run(observe, call, batch, number)
             count += 1
             starts |= first_ids(call)
+            trim(before)  # or the next batch would not find room between what is left of this one
         if last == limits.batches:
             break
         if together.size == 1 and limits.max_tokens is not None:

@@ -18,20 +18,39 @@ from torch.autograd.function import once_differentiable
 
 _IGNORED = -100
 """A target that does not count, as in ``F.cross_entropy``."""
+_VIEWS = frozenset({"UnsafeViewBackward0", "ViewBackward0", "ReshapeAliasBackward0"})
+_PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0", "LinearBackward0"})
 # numbers that are in float32 at a time
 _MOST = 1 << 20
 
 
-def next_token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def next_token_losses(
+    logits_BTV: Tensor, targets_BT: Tensor, *, last_reader: bool = False
+) -> Tensor:
     """The cross-entropy ``(B, T - 1)`` of all positions but the last with what follows them,
-    ``targets (B, T - 1)``; of half precision in float32."""
-    found: Tensor = _CrossEntropy.apply(logits_BTV, targets_BT)  # type: ignore[no-untyped-call]
+    ``targets (B, T - 1)``; of half precision in float32.
+
+    As ``last_reader`` of the logits their gradient takes their place in the backward pass, where
+    nothing that computed them reads them again.
+    """
+    takes = last_reader and _is_product(logits_BTV)
+    found: Tensor = _CrossEntropy.apply(logits_BTV, targets_BT, takes)  # type: ignore[no-untyped-call]
     return found
+
+
+def _is_product(values: Tensor) -> bool:
+    """Whether autograd says that they are a matrix product, for whose gradient its result is not
+    needed, as that of ``tanh`` is."""
+    made = values.grad_fn
+    while made is not None and made.name() in _VIEWS:
+        made = made.next_functions[0][0]
+    return made is not None and made.name() in _PRODUCTS
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, takes: bool) -> Tensor:
+        ctx.takes = takes
         wide = torch.promote_types(logits_BTV.dtype, torch.float32)
         sums_BT = torch.zeros(targets_BT.shape, dtype=wide, device=logits_BTV.device)
         for at in _rows(logits_BTV):
@@ -44,17 +63,17 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits_BTV, chosen_BT1, counts_BT, sums_BT = ctx.saved_tensors
         scale_BT1 = (gradients[0] * counts_BT)[..., None]
-        found_BTV = torch.empty_like(logits_BTV)
+        found_BTV = logits_BTV.detach() if ctx.takes else torch.empty_like(logits_BTV)
         found_BTV[:, -1] = 0
         for at in _rows(logits_BTV):
             probabilities = (logits_BTV[at].to(sums_BT.dtype) - sums_BT[at][..., None]).exp_()
             probabilities.mul_(scale_BT1[at])
             probabilities.scatter_add_(-1, chosen_BT1[at], -scale_BT1[at])
             found_BTV[at] = probabilities
-        return found_BTV, None
+        return found_BTV, None, None
 
 
 def _rows(logits_BTV: Tensor) -> Iterator[tuple[slice, slice]]:

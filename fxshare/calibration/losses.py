@@ -62,14 +62,20 @@ def first_ids(call: Call) -> set[int]:
 
 
 def default_loss(
-    output: Any, call: Call, *, labels: Labels = "data", generator: torch.Generator | None = None
+    output: Any,
+    call: Call,
+    *,
+    labels: Labels = "data",
+    generator: torch.Generator | None = None,
+    last_reader: bool = False,
 ) -> tuple[Tensor, str]:
     """Summed next-token cross-entropy for a language model; else what has the second moments of
     gradients of the :mod:`distance <fxshare.calibration.distance>` to the dense output.
 
     With ``labels="sampled"`` the next tokens are drawn from the model itself: the expectation of
     the squared gradient is then the Fisher matrix proper. Positions that are masked, or whose
-    target is, do not count. Returns the loss and its name.
+    target is, do not count. Returns the loss and its name. Of the ``last_reader`` of the logits the
+    backward pass may overwrite them.
 
     Raises :class:`CalibrationError` when there is nothing to differentiate.
     """
@@ -89,7 +95,7 @@ def default_loss(
             probabilities = torch.softmax(_wide(logits[:, :-1].flatten(0, 1)), -1).cpu()
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             targets = drawn.view(targets.shape).to(targets.device)
-    losses = next_token_losses(logits, targets).flatten()
+    losses = next_token_losses(logits, targets, last_reader=last_reader).flatten()
     mask = call.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         # of left padding the last position predicts a token, from nothing

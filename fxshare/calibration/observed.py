@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.placement import dtype_of
+from fxshare.calibration.again import elementwise_again
 from fxshare.calibration.gradients import GradientTap, is_diagonal, is_projected
 from fxshare.calibration.gram import GramAccumulator, sums_dtype
 from fxshare.calibration.lookups import LookupStatistics, RowCounter
@@ -114,6 +115,7 @@ class GraphStage:
         *,
         gradients: bool,
         counted: Sequence[Site] = (),
+        offload: bool = False,
     ) -> None:
         called = {name: site for site in sites for name in site.calls}
         looked_up = tuple(name for site in sites for name in site.lookups)
@@ -144,6 +146,8 @@ class GraphStage:
         self.gm, _ = run(captured.graph, stages)
         _freeze(self.gm)
         set_training(self.gm, False)
+        # where a file holds what is saved, less of it would be in memory
+        self._running = elementwise_again(self.gm) if gradients and not offload else self.gm
         self.seen = observed(self.gm)
         self.tapped = tapped(self.gm)
         self.taps = {n: m for n, m in self.gm.named_children() if isinstance(m, GradientTap)}
@@ -170,7 +174,7 @@ class GraphStage:
     @property
     def module(self) -> nn.Module:
         """What is run."""
-        return self.gm
+        return self._running
 
     def __call__(self, call: Call) -> Any:
         unknown = sorted(set(call) - self.names)
@@ -181,7 +185,7 @@ class GraphStage:
             )
         if self.contract is not None:
             self.contract.check((), call)
-        return self.gm(**call)
+        return self._running(**call)
 
     def close(self) -> None:
         """Nothing to take down: the observed graph is our own."""

@@ -5,23 +5,19 @@ deep nets with sublinear memory cost")."""
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 from fxshare.base.memory import free, shown
 from fxshare.capture import Call
-from fxshare.capture.steered import SteeredGraph
+from fxshare.capture.stretches import GraphCopy
 from fxshare.errors import RefineError
 from fxshare.refining.cuts import bounds_of
 from fxshare.refining.student import Student
-from passes.graph.graph import attribute
 from passes.graph.modes import modes_of
 from passes.graph.writes import is_in_place, sharing_memory
 
@@ -49,7 +45,7 @@ def recomputed(student: Student) -> nn.Module:
             "recompute: the graph cannot be cut between its layers, over which it writes or sets "
             f"modes (autocast, gradients); {_OTHERWISE}"
         )
-    top = _Copy(gm)
+    top = GraphCopy(gm)
     for number, (start, stop) in enumerate(pairwise(bounds)):
         inside = [node for node in nodes[start:stop] if node.op not in ("placeholder", "get_attr")]
         for node in nodes[start:stop]:
@@ -62,66 +58,6 @@ def recomputed(student: Student) -> nn.Module:
     made = top.module()
     made.meta.update(gm.meta)
     return made.eval()
-
-
-class _Copy:
-    """Nodes of a graph, copied into another with what they read of the model."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
-        self._graph = fx.Graph()
-        self._copied: dict[fx.Node, fx.Node] = {}
-        self._owned: dict[str, Any] = {}
-
-    def copy(self, node: fx.Node) -> None:
-        """Copy a node; the tensors of the model that it reads before it."""
-        for read in node.all_input_nodes:
-            if read.op == "get_attr" and read not in self._copied:
-                self.copy(read)
-        if node.op in ("get_attr", "call_module"):
-            self._owned[str(node.target)] = attribute(self._gm, str(node.target))
-        self._copied[node] = self._graph.node_copy(node, self._copied.__getitem__)
-
-    def take(self, node: fx.Node) -> None:
-        """Let a value come from outside."""
-        self._copied[node] = self._graph.placeholder(node.name)
-
-    def give(self, nodes: Sequence[fx.Node]) -> None:
-        """Let these be the output."""
-        self._graph.output(tuple(self._copied[node] for node in nodes))
-
-    def stretch(self, name: str, inside: Sequence[fx.Node]) -> None:
-        """Call nodes as a module of their own."""
-        own = set(inside)
-        part = _Copy(self._gm)
-        read = dict.fromkeys(one for node in inside for one in node.all_input_nodes)
-        given = [node for node in read if node not in own and node.op != "get_attr"]
-        for node in given:
-            part.take(node)
-        for node in inside:
-            part.copy(node)
-        gives = [node for node in inside if not own.issuperset(node.users)]
-        part.give(gives)
-        self._owned[name] = _Again(part.module())
-        called = self._graph.call_module(name, tuple(self._copied[node] for node in given))
-        for at, node in enumerate(gives):
-            self._copied[node] = self._graph.call_function(operator.getitem, (called, at))
-
-    def module(self) -> fx.GraphModule:
-        """The copy as a module, which shares everything with the graph."""
-        return SteeredGraph(self._owned, self._graph)
-
-
-class _Again(nn.Module):
-    """A stretch whose inside is forgotten and computed again."""
-
-    def __init__(self, inside: nn.Module) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, *inputs: Any) -> Any:
-        """What the stretch gives."""
-        return checkpoint(self.inside, *inputs, use_reentrant=False)
 
 
 def activations(student: Student, call: Call) -> int:

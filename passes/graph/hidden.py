@@ -19,7 +19,7 @@ from passes.graph.graph import attribute, linear_input
 from passes.graph.modes import crossing
 
 # fmt: off
-_ELEMENTWISE = frozenset({
+ELEMENTWISE = frozenset({
     "abs", "add", "celu", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous",
     "cos", "detach", "div", "dropout", "elu", "erf", "exp", "expm1", "float", "gelu", "half",
     "bfloat16", "double", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "iadd", "imul",
@@ -144,7 +144,7 @@ class _Search:
             name = name_of(node)
             if name in _READ_DTYPE | _FIRST:
                 return [_first(node)]
-            if name in _ELEMENTWISE or node.target is crossing:
+            if name in ELEMENTWISE or node.target is crossing:
                 return self._tensors(node)
             if name in _VIEWS | _CHUNKS | _SPLITS | {"glu", "slice"} or self._is_item(node):
                 return [_first(node)]

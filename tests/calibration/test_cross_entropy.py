@@ -56,6 +56,29 @@ def test_losses_and_gradients_are_those_of_all_at_once(
     assert float((shifted - expected).abs().max()) > 1
 
 
+@pytest.mark.parametrize("head", ["product", "biased", "tanh", "leaf"])
+def test_the_last_reader_of_a_product_leaves_its_gradient_there(head: str) -> None:
+    _, targets, weights = both(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 7, 5, generator=generator).requires_grad_()
+    w = torch.randn(11, 5, generator=generator)
+    gradients, kept = [], []
+    for last in (False, True):
+        logits = F.linear(x, w, torch.ones(11) if head == "biased" else None)
+        if head == "tanh":
+            logits = logits.tanh()
+        elif head == "leaf":
+            logits = logits.detach().requires_grad_()
+        before = logits.detach().clone()
+        losses = next_token_losses(logits, targets, last_reader=last)
+        read = logits if head == "leaf" else x
+        gradients += torch.autograd.grad((losses * weights).sum(), read)
+        kept.append(torch.equal(logits, before))
+    assert torch.equal(*gradients)
+    # tanh computes its gradient from its result, and a leaf is the caller's
+    assert kept == [True, head in ("tanh", "leaf")]
+
+
 def test_logits_that_are_a_view_are_read_as_one() -> None:
     logits, targets, _ = both(torch.float32)
     wide = torch.zeros(3, 7, 22)
