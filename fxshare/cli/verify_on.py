@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,10 @@ def _pythons(given: Sequence[str]) -> dict[str, str]:
                 f"--python: expected ENGINE=PATH, as in vllm=/opt/vllm/bin/python; found {each!r}"
             )
         engines_of([engine])
+        if shutil.which(path) is None:
+            raise fxshare.errors.ConfigError(
+                f"--python {engine}: expected a Python interpreter that can be run, found {path!r}"
+            )
         found[engine] = path
     return found
 

@@ -44,7 +44,8 @@ _DECIDES = ("weight_types", "block_pattern", "capture")
 _CALLED = {
     "model": "another model, or other weights",
     "data": "other calibration data",
-    "configuration": "another configuration (weight types, block pattern, capture or calibration)",
+    "configuration": "another configuration (weight types, block pattern, capture, calibration, "
+    "planner.labels, or planner.search on and off)",
     "loss": "another loss",
     "seed": "another seed",
     "versions": "other versions",

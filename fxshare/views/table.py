@@ -176,6 +176,8 @@ def why_dense(
             f"planner.floor {planner.floor:g}: no rank stores between that share of its numbers "
             "and all of them"
         )
+    if "basis" not in planner.kinds:
+        return f"planner.kinds are {', '.join(planner.kinds)}: no bases compete"
     if plan.outlook is None:
         return "the budget keeps it whole, or the plan was edited"
     return _too_dear(plan.outlook, alternative)
@@ -292,10 +294,18 @@ def trials_table(plan: Plan) -> Table:
     if refined:
         header.insert(5, "refined")
     best = None if o.measured is None else (o.measured, o.held_back_tokens, o.cost)
+    kept = next(
+        (
+            number
+            for number, t in enumerate(o.trials)
+            if (t.measured, t.tokens, t.cost) == best and t.name.startswith(o.trial)
+        ),
+        None,
+    )
     rows = [
         [
             t.name,
-            "*" if (t.measured, t.tokens, t.cost) == best and t.name.startswith(o.trial) else "",
+            "*" if number == kept else "",
             f"{t.predicted:.4g}",
             "–" if t.measured is None else f"{t.measured:.4g}",
             "–" if t.measured is None else f"{t.tokens:,}",
@@ -304,7 +314,7 @@ def trials_table(plan: Plan) -> Table:
             str(t.groups),
             f"{t.seconds:.1f}",
         ]
-        for t in o.trials
+        for number, t in enumerate(o.trials)
     ]
     return header, rows
 

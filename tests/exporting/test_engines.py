@@ -165,13 +165,11 @@ def test_an_engine_that_ends_without_an_answer(
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'no such device' >&2\nexit 4\n")
     broken.chmod(0o755)
-    for python, why in ((broken, "ended with 4: no such device"), (tmp_path / "none", "No such")):
-        given = f"transformers={python}"
-        command = ["verify", str(served), "--on", "transformers", "--python", given]
-        assert main(command) == 3
-        out = capsys.readouterr().out
-        assert "failed" in out
-        assert why in out
+    command = ["verify", str(served), "--on", "transformers", "--python"]
+    assert main([*command, f"transformers={broken}"]) == 3
+    out = capsys.readouterr().out
+    assert "failed" in out
+    assert "ended with 4: no such device" in out
 
 
 def test_a_version_that_was_not_tested(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +210,7 @@ def test_a_version_that_was_not_tested(served: Path, monkeypatch: pytest.MonkeyP
         (["other", "--on", "pt2"], "--on takes one folder", 2),
         (["--on", "pt2", "--python", "pt2"], "expected ENGINE=PATH", 2),
         (["--on", "pt2", "--python", "pt3=/bin/python"], "found 'pt3'", 2),
+        (["--on", "pt2", "--python", "pt2=no/python"], "found 'no/python'", 2),
     ],
 )
 def test_mistakes(

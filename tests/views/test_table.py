@@ -159,6 +159,7 @@ def test_a_plan_that_is_not_the_optimum_of_its_prediction_says_so() -> None:
             "the budget has room for it",
         ),
         (planned(None), {}, "the budget keeps it whole, or the plan was edited"),
+        (planned(), {"kinds": ["units", "heads"]}, "planner.kinds are units, heads: no bases"),
         (planned().model_copy(update={"mode": "sharing"}), {}, "it is in no group of the plan"),
         (exact_plan(planned().sites), {}, "the exact mode compresses nothing"),
     ],
@@ -187,6 +188,8 @@ def test_the_outlook_and_its_search() -> None:
     _, rows = trials_table(planned())
     assert [row[1] for row in rows] == ["*", ""]
     assert (rows[0][3:5], rows[1][3:5]) == (["0.3", "640"], ["–", "–"])
+    twice = OUTLOOK.model_copy(update={"trials": (OUTLOOK.trials[0], *OUTLOOK.trials)})
+    assert [row[1] for row in trials_table(planned(twice))[1]] == ["*", "", ""]
     assert trials_table(planned(None))[1] == []
     assert "losses are not known" in outlook_lines(planned(None))[0]
     assert outlook_lines(exact_plan(planned().sites)) == []

@@ -112,7 +112,9 @@ def read_certificate(export: Path) -> Certificate:
         raise StoreError(
             f"{export} has no certificate ({path.name}); export it again with this version"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise StoreError(f"{path}: not a certificate of fxshare: it has no {error}") from error
+    except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{path}: not a certificate of fxshare: {error}") from error
     if digest != _sum(given):
         raise StoreError(
