@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fxshare.cost_model.rates import Floats, Rates
-from fxshare.cost_model.work import Matmul, Operation, Step, Traffic, seconds
+from fxshare.cost_model.work import (
+    Matmul,
+    Operation,
+    Step,
+    Traffic,
+    pass_seconds,
+    seconds,
+)
 from fxshare.plans.cost import Shape
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import Storage
@@ -148,7 +155,8 @@ def _forecast(
     dense: Sequence[Operation],
     plan: Sequence[Operation],
 ) -> Forecast:
-    before, after = (seconds(rates, step, compiled=compiled) / tokens for step in (dense, plan))
+    of = pass_seconds if whole else seconds
+    before, after = (of(rates, step, compiled=compiled) / tokens for step in (dense, plan))
     return Forecast(name, tokens, compiled, whole, before, after)
 
 

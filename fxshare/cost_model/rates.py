@@ -33,7 +33,9 @@ class Rates:
     less of the peak. ``bandwidth`` are bytes/s of products of one row by the bytes of all the
     weights that are read in turn: what fits a cache is read faster. Both rise in their first
     number, are interpolated between points, and are constant beyond them. ``launch`` are the
-    seconds of an operation that has nothing to do, in eager mode and under ``torch.compile``.
+    seconds of an operation that has nothing to do, in eager mode and under ``torch.compile``: there
+    between products whose weights come from memory, with the guards of its module. ``entry`` are
+    those of entering a compiled pass.
     ``measured`` are seconds of single operations at the shapes of models; where it has one, the
     others are not asked.
     """
@@ -48,6 +50,7 @@ class Rates:
     launch: float
     launch_compiled: float
     torch: str = ""
+    entry: float = 0.0
     measured: Measured = field(default_factory=Measured)
 
     def flops_per_second(self, narrowest: ArrayLike) -> Floats:
@@ -137,6 +140,7 @@ def _parsed(data: Any) -> Rates:
         launch=_positive("launch", data["launch"]),
         launch_compiled=_positive("launch_compiled", data["launch_compiled"]),
         torch=str(data.get("torch", "")),
+        entry=float(data.get("entry", 0.0)),
         measured=parsed(**data.get("measured", {"products": (), "attentions": ()})),
     )
 

@@ -119,7 +119,7 @@ def matmul_seconds(
 
 
 def seconds(rates: Rates, step: Step, *, compiled: bool, working_set: float | None = None) -> float:
-    """Predicted seconds of a forward pass.
+    """Predicted seconds of the operations of a forward pass, or of some of them.
 
     Under ``compiled`` a run of operations between matrix products counts as one, which reads what
     its first one reads and writes what its last one writes. ``working_set`` is by default the
@@ -131,6 +131,16 @@ def seconds(rates: Rates, step: Step, *, compiled: bool, working_set: float | No
         _seconds(rates, o, compiled=compiled, working_set=working_set)
         for o in (_fused(step) if compiled else step)
     )
+
+
+def pass_seconds(rates: Rates, step: Step, *, compiled: bool) -> float:
+    """Predicted seconds of a whole forward pass: of its operations, and of entering it."""
+    return seconds(rates, step, compiled=compiled) + (rates.entry if compiled else 0.0)
+
+
+def launches(step: Step, *, compiled: bool) -> int:
+    """How many operations of a forward pass are launched, as :func:`seconds` counts them."""
+    return sum(1 for _ in (_fused(step) if compiled else step))
 
 
 def _seconds(rates: Rates, o: Operation, *, compiled: bool, working_set: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ def test_constants_are_positive_and_in_order() -> None:
     assert [n for n, _ in found.matmul] == [16, 64]
     assert all(rate > 1e6 for _, rate in (*found.matmul, *found.bandwidth))
     assert 0 < found.launch == found.launch_compiled < 0.01
-    assert len(table(found)[1]) == 6
+    assert found.entry == 0  # nothing was compiled
+    assert len(table(found)[1]) == 7
 
 
 def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +41,30 @@ def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(FxShareWarning, match="no C\\+\\+ compiler"):
         found = bench_device(**SMALL)  # type: ignore[arg-type]
     assert found.launch_compiled == found.launch
+    assert found.entry == 0
+
+
+def test_entering_a_compiled_pass_is_no_part_of_its_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("_WIDTH", 8), ("_BLOCKS", 2)):
+        monkeypatch.setattr(f"fxshare.bench.speed.device.{name}", value)
+
+    def compiled(module: Any, **options: object) -> object:
+        def run(x: object) -> object:
+            spent = time.thread_time() + 0.004
+            while time.thread_time() < spent:
+                pass
+            return module(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with threads(1):
+        found = bench_device(**SMALL)  # type: ignore[arg-type]
+    assert 0.004 <= found.entry < 0.008
+    # of two blocks, with nothing in them: as eager ones, and no part of the entry's
+    assert found.launch <= found.launch_compiled < 0.0004
 
 
 def test_the_command_keeps_them(

@@ -27,8 +27,10 @@ from fxshare.cost_model import (
     Traffic,
     dense_seconds,
     forecasts,
+    launches,
     linears_of,
     no_slower,
+    pass_seconds,
     product_seconds,
     rates_path,
     read_rates,
@@ -132,6 +134,16 @@ def test_what_stands_between_products_is_one_kernel_when_compiled() -> None:
     assert seconds(SLOW, between, compiled=False) == pytest.approx(4 * 9500 / 1e9 + 3e-3)
     apart = [between[0], Matmul(1, 1, 1), between[2]]
     assert seconds(SLOW, apart, compiled=True) > 3 * SLOW.launch_compiled
+
+
+def test_a_compiled_pass_is_entered_once() -> None:
+    slow = replace(SLOW, entry=7.0)
+    step = [Traffic(1, 1), Traffic(1, 1), Matmul(1, 1, 1), Traffic(1, 1), Attention(1, 1, 1, 1)]
+    for compiled, entered, launched in ((True, 7.0, 4), (False, 0.0, 5)):
+        of_operations = seconds(slow, step, compiled=compiled)
+        assert of_operations < 1
+        assert pass_seconds(slow, step, compiled=compiled) == of_operations + entered
+        assert launches(step, compiled=compiled) == launched
 
 
 def test_causal_attention_is_half_the_arithmetic() -> None:

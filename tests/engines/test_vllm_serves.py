@@ -16,6 +16,7 @@ from torch import nn
 import fxshare
 from fxshare.exporting.certifying.certificate import read_certificate
 from fxshare.exporting.engines import matrix
+from fxshare.plans.plan import Plan
 from tests.engines.vllm_environment import VARIABLE
 from tests.exporting import build
 from tests.strategies import no_warnings_of_ours
@@ -89,3 +90,17 @@ def test_the_same_tokens(name: str, mode: str, tmp_path: Path) -> None:
         assert row.state == "equal", row
         assert row.gap is not None
         assert row.gap < 1e-3
+
+
+def test_layers_that_are_dense_before_layers_that_share(tmp_path: Path) -> None:
+    """vLLM puts q, k and v of a dense layer into one, by looking at the first of its class."""
+    original, cfg = model("llama"), {**family("llama").config, **build.SHARING}
+    with no_warnings_of_ours():
+        plan = fxshare.plan(original, cfg, calibration=batches())
+        late = [group.model_dump() for group in plan.groups if 0 not in group.layers]
+        assert 0 < len(late) < len(plan.groups)
+        mixed = Plan.model_validate({**plan.model_dump(), "groups": late})
+        gm = fxshare.compile(original, cfg, plan=mixed, calibration=batches())
+    fxshare.export(gm, tmp_path / "served", to="vllm")
+    row = matrix.row_of("vllm-plugin", tmp_path / "served", os.environ[VARIABLE])
+    assert row.state == "equal", row

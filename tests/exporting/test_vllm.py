@@ -123,7 +123,9 @@ def test_what_is_in_the_folder(served: dict[str, tuple[Any, Path]]) -> None:
     assert names <= {file.name for file in path.iterdir()}
     tensors = load_file(path / "model.safetensors")
     assert all(name.startswith(("model.", "lm_head.")) for name in tensors)
-    bases = {group.name for group in gm.fxshare.plan.groups}
+    # q's and k's read one input, in every layer that reads either
+    bases = {group.name for group in gm.fxshare.plan.groups} - {"basis_q_0_1", "basis_k_0_1"}
+    bases.add("basis_q_0_1_basis_k_0_1")
     assert {n.split(".")[2] for n in tensors if n.startswith("model.bases.")} == bases
     # every number once: the shared bases too
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in gm.parameters())
@@ -138,7 +140,12 @@ def test_what_is_in_the_folder(served: dict[str, tuple[Any, Path]]) -> None:
     assert not re.search(r"^(import|from) (fxshare|passes)", code, re.MULTILINE)
     assert str(path) not in code + json.dumps(config)
     _, gpt2 = served["gpt2"]
-    assert "h.0.attn.c_attn.parts.0.weight" in load_file(gpt2 / "model.safetensors")
+    in_files = load_file(gpt2 / "model.safetensors")
+    assert "h.0.attn.c_attn.parts.0.weight" in in_files
+    # each pivoted one reads the inputs in an order of its own
+    pivoted = {name.split(".")[1] for name in in_files if name.endswith(".order")}
+    assert pivoted
+    assert pivoted <= {group.name for group in served["gpt2"][0].fxshare.plan.groups}
     _, untied = served["qwen2"]
     assert not any(n.startswith("model.bases.") for n in load_file(untied / "model.safetensors"))
 

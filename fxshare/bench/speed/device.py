@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxshare.base.progress import stage
-from fxshare.cost_model import Rates
+from fxshare.cost_model import Rates, launches
 from fxshare.cost_model.device import device_name, threads_of
+from fxshare.cost_model.recorder import record_step
 from fxshare.errors import ConfigError, FxShareWarning
 
 _LOG = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ Key = TypeVar("Key", bound=Hashable)
 WIDTHS = (16, 64, 256, 1024, 4096)
 WORKING_SETS = tuple(n << 20 for n in (1, 8, 64, 256))
 ROWS, INNER = 512, 1024
-_CHAIN = 64
+_CHAIN, _BLOCKS, _WIDTH = 64, 8, 1024
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -74,7 +75,8 @@ def bench_device(
     working_sets: Sequence[int] | None = None,
     compiled: bool = True,
 ) -> Rates:
-    """Measure FLOP/s by narrowest dimension, bandwidth by working set, and launches.
+    """Measure FLOP/s by narrowest dimension, bandwidth by working set, launches, and the entry of a
+    compiled pass.
 
     The points are :data:`WIDTHS` and :data:`WORKING_SETS` (bytes) where None.
 
@@ -91,7 +93,7 @@ def bench_device(
         work |= {("bandwidth", n): _rows(place, kind, n) for n in working_sets}
         times = quickest({key: call for key, (call, _) in work.items()}, place, repeats)
         rates = {key: amount / times[key] for key, (_, amount) in work.items()}
-        launch, launch_compiled = _launches(place, kind, repeats, compiled=compiled)
+        launch, launch_compiled, entry = _launches(place, kind, repeats, compiled=compiled)
     return Rates(
         device=device,
         name=device_name(place),
@@ -102,6 +104,7 @@ def bench_device(
         bandwidth=tuple((n, rates["bandwidth", n]) for n in working_sets),
         launch=launch,
         launch_compiled=launch_compiled,
+        entry=entry,
         torch=torch.__version__,
     )
 
@@ -150,37 +153,73 @@ class _Chain(nn.Module):
         return x
 
 
-def _chain(device: torch.device, dtype: torch.dtype) -> tuple[_Chain, Tensor]:
-    weights = [numbers(device, dtype, 8, 8) for _ in range(_CHAIN)]
-    return _Chain(weights).eval(), numbers(device, dtype, 1, 8)
+class _Block(nn.Module):
+    """What a layer of a model has between its products, and products."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(width), nn.GELU()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = x + self.down(self.act(self.up(self.norm(x))))
+        return added
+
+
+class _Empty(nn.Module):
+    """A pass of one operation that has nothing to do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
 
 
 def _launches(
     device: torch.device, dtype: torch.dtype, repeats: int, *, compiled: bool
+) -> tuple[float, float, float]:
+    """Seconds of a launch, eager and compiled, and of entering a compiled pass."""
+    x = numbers(device, dtype, 1, 8)
+    chain = _Chain([numbers(device, dtype, 8, 8) for _ in range(_CHAIN)]).eval()
+    eager = quickest({"eager": lambda: chain(x)}, device, repeats)["eager"] / _CHAIN
+    if not compiled:
+        return eager, eager, 0.0
+    try:
+        return eager, *_compiled_launches(device, dtype, repeats, eager)
+    except Exception as error:  # whatever a compiler that is missing makes inductor raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"torch.compile does not work here ({reason}): launches under it are taken to "
+            "cost as much as eager ones",
+            FxShareWarning,
+            stacklevel=3,
+        )
+        return eager, eager, 0.0
+
+
+def _compiled_launches(
+    device: torch.device, dtype: torch.dtype, repeats: int, eager: float
 ) -> tuple[float, float]:
-    """Seconds of a launch, eager and compiled."""
-    chain, x = _chain(device, dtype)
-    calls = {"eager": lambda: chain(x)}
-    if compiled:
-        fast, empty = (torch.compile(c, dynamic=False) for c in (chain, _Chain([])))
-        try:
-            fast(x), empty(x)
-        except Exception as error:  # whatever a compiler that is missing makes inductor raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(
-                f"torch.compile does not work here ({reason}): launches under it are taken to "
-                "cost as much as eager ones",
-                FxShareWarning,
-                stacklevel=3,
-            )
-        else:
-            # entering a compiled function is paid once a pass, not once an operation
-            calls |= {"compiled": lambda: fast(x), "empty": lambda: empty(x)}
-    times = quickest(calls, device, repeats)
-    eager = times["eager"] / _CHAIN
-    if "compiled" not in times:
-        return eager, eager
-    return eager, max((times["compiled"] - times["empty"]) / _CHAIN, 1e-8)
+    """Seconds of a launch and of the entry: what a compiled pass takes beyond its products.
+
+    Between two launches stand products of 4 MB and more, as in a model: they drive out of the
+    caches what a launch and a guard need, and both take a multiple of what they take alone.
+    """
+    width = _WIDTH
+    x = numbers(device, dtype, 1, width)
+    with torch.random.fork_rng(devices=[]):
+        blocks = nn.Sequential(*(_Block(width) for _ in range(_BLOCKS))).eval().to(device, dtype)
+    linears = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+    fast, empty = (torch.compile(each, dynamic=False) for each in (blocks, _Empty()))
+
+    def products() -> None:
+        for linear in linears:
+            F.linear(x, linear.weight, linear.bias)
+
+    calls = {"pass": lambda: fast(x), "products": products, "empty": lambda: empty(x)}
+    # what is left is a tenth of both, so that it takes more rounds
+    times = quickest(calls, device, 3 * repeats, median=True)
+    rest = times["pass"] - times["empty"] - times["products"] + eager * len(linears)
+    count = launches(record_step(blocks, {"input": x}), compiled=True)
+    return max(rest / count, eager), times["empty"]
 
 
 def numbers(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -248,6 +287,7 @@ def table(rates: Rates) -> tuple[list[str], list[list[str]]]:
     rows += [
         ["launch, eager", f"{rates.launch * 1e6:.2f} µs"],
         ["launch, compiled", f"{rates.launch_compiled * 1e6:.2f} µs"],
+        ["entry of a compiled pass", f"{rates.entry * 1e6:.2f} µs"],
     ]
     count = len(rates.measured.products) + len(rates.measured.attentions)
     if count:

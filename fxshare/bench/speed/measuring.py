@@ -17,7 +17,7 @@ from fxshare.bench.speed.compiled import CompiledCall, compiled_calls, eager_cal
 from fxshare.bench.speed.device import clock_of, synchronise
 from fxshare.bench.speed.steps import StepCall
 from fxshare.capture import dtype_of
-from fxshare.cost_model import Rates, Step, seconds, step_bytes, step_flops
+from fxshare.cost_model import Rates, Step, pass_seconds, step_bytes, step_flops
 from fxshare.cost_model.recorder import record_step
 
 MODES = ("eager", "compiled")
@@ -99,7 +99,7 @@ def measured(
     predicted = {
         name: None
         if one is None or rates is None
-        else seconds(rates, one, compiled=mode == "compiled")
+        else pass_seconds(rates, one, compiled=mode == "compiled")
         for name, one in steps.items()
     }
     return [

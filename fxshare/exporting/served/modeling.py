@@ -18,7 +18,8 @@ _HEADER = '''\
 Read by transformers with trust_remote_code=True, and by vLLM with --trust-remote-code. It needs
 torch and transformers (written with {version}). In config.json, under "shared_linears", stand the
 bases with their sizes and, for each linear that was replaced, its parts: rows that a coefficient
-makes from the product of a basis, or that a weight makes from the input.
+makes from the product of a basis or from columns of it, or that a weight makes from the input.
+"same_input" has the linears that read one input, the first of which computes for the others.
 """
 
 {body}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.exporting.served.family import Family
+from fxshare.exporting.served.inputs import Stack, same_input, stacks
 from fxshare.exporting.subject import Subject
 from fxshare.models.original import original_of
 from fxshare.plans.plan import Plan
@@ -37,7 +38,11 @@ class Table:
 
 
 def table_of(subject: Subject, family: Family, *, untied: bool) -> Table:
-    """The linears of the base model that read bases, by the names of the base model."""
+    """The linears of the base model that read bases, by the names of the base model.
+
+    Of a model whose bases are tied, those that are read together wherever one of them is are one
+    weight, and the linears that read one input are named together.
+    """
     gm, plan = subject.model, subject.record.plan
     places = slices_of(gm)
     shared = [s for s in plan.sites if any(places[p.name].basis for p in s.slices)]
@@ -45,18 +50,63 @@ def table_of(subject: Subject, family: Family, *, untied: bool) -> Table:
     shared = [s for s in shared if s.name not in whole]
     bases = {places[p.name].basis: places[p.name] for s in shared for p in s.slices}
     known = {name: place for name, place in bases.items() if name is not None}
-    spec: dict[str, Any] = {
-        "untied": untied,
-        "bases": {name: _basis_spec(gm, name, place) for name, place in known.items()},
-        "linears": {s.name.removeprefix(family.inside): _spec(gm, s, places) for s in shared},
-    }
+    specs = {name: _basis_spec(gm, name, place) for name, place in known.items()}
+    linears = {s.name.removeprefix(family.inside): _spec(gm, s, places) for s in shared}
+    spec: dict[str, Any] = {"untied": untied, "bases": specs, "linears": linears}
     tensors = dict(_tensors(gm, shared, known, family, untied=untied))
+    if not untied:
+        places_of = {
+            s.name.removeprefix(family.inside): [places[p.name] for p in s.slices] for s in shared
+        }
+        together = same_input(gm, places_of)
+        for stack in stacks(together, _plain_bases(linears, specs), _ranks(specs)):
+            _stack(stack, spec, tensors, family)
+        spec["same_input"] = [list(names) for names in together if _share(names, linears)]
     sites = frozenset(s.name for s in shared)
     turned = tuple(name for name in _conv1ds(family) if name not in sites)
     for name in turned:
         module = family.model.get_submodule(name)
         spec["linears"][name.removeprefix(family.inside)] = _plain(module)
     return Table(spec, tensors, sites, whole, turned)
+
+
+def _plain_bases(
+    linears: Mapping[str, Any], specs: Mapping[str, Any]
+) -> Mapping[str, Sequence[str]]:
+    """The bases of each linear that several of may lie in one weight: a pivoted one reads the
+    inputs in an order of its own."""
+    return {
+        name: [p["basis"] for p in spec["parts"] if p["basis"] and not specs[p["basis"]]["pivoted"]]
+        for name, spec in linears.items()
+    }
+
+
+def _ranks(specs: Mapping[str, Any]) -> Mapping[str, int]:
+    return {name: spec["rank"] for name, spec in specs.items() if not spec["pivoted"]}
+
+
+def _share(names: Sequence[str], linears: Mapping[str, Any]) -> bool:
+    """Whether two of the linears read the product of one basis."""
+    read = [basis for name in names for basis in {p["basis"] for p in linears[name]["parts"]}]
+    return len(set(read) - {None}) < sum(basis is not None for basis in read)
+
+
+def _stack(stack: Stack, spec: dict[str, Any], tensors: dict[str, Tensor], family: Family) -> None:
+    """Let the bases of ``stack`` be one, of whose product each coefficient reads its columns."""
+    specs = [spec["bases"].pop(name) for name in stack.rows]
+    rank = sum(each["rank"] for each in specs)
+    spec["bases"][stack.name] = {**specs[0], "rank": rank}
+    for linear in spec["linears"].values():
+        for part in linear["parts"]:
+            if part["basis"] in stack.rows:
+                part["columns"] = list(stack.rows[part["basis"]])
+                part["basis"] = stack.name
+
+    def stored(name: str) -> str:
+        return family.stored(f"{family.inside}{BASES}.{name}.weight")
+
+    weights = [tensors.pop(stored(name)) for name in stack.rows]
+    tensors[stored(stack.name)] = torch.cat(weights)
 
 
 def _conv1ds(family: Family) -> Iterator[str]:
