@@ -24,11 +24,6 @@ def check_shared(options: RefineOptions) -> None:
     size = here().size
     if size == 1:
         return
-    if options.objective == "blocks":
-        raise RefineError(
-            f"objective='blocks' is the work of one process, and there are {size}; take "
-            "objective='kl' or 'hidden', or call it before torch.distributed.init_process_group"
-        )
     if options.accumulate < size:
         raise RefineError(
             f"accumulate={options.accumulate}: expected at least {size}, since {size} processes "

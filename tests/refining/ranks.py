@@ -25,6 +25,7 @@ from tests.refining.build import everything, features, refined, subject
 
 CHECKS: dict[str, Callable[[int, int, Path], None]] = {}
 OPTIONS: Any = {"steps": 12, "accumulate": 2}
+BLOCKS: Any = {"steps": 3, "accumulate": 2, "objective": "blocks"}
 
 
 def check(function: Callable[[int, int, Path], None]) -> Callable[[int, int, Path], None]:
@@ -45,6 +46,13 @@ def equal(rank: int, size: int, folder: Path) -> None:
     result = refined(gm, model, features(), second=features(1, seed=8), **OPTIONS)
     kept(result, folder, "equal", rank)
     assert all(torch.equal(t, before[n]) for n, t in everything(gm).items())
+
+
+@check
+def blocks(rank: int, size: int, folder: Path) -> None:
+    """Each block is trained by all, on what one of them has passed on."""
+    model, gm = subject(dtype=torch.float64)
+    kept(refined(gm, model, **BLOCKS), folder, "blocks", rank)
 
 
 @check
@@ -93,8 +101,6 @@ def refusals(rank: int, size: int, folder: Path) -> None:
     model, gm = subject("branches", "shared")
     data = features()
     ends("accumulate=1: expected at least 2", lambda: refined(gm, model, data), RefineError)
-    blocks = {**OPTIONS, "objective": "blocks"}
-    ends("work of one process", lambda: refined(gm, model, data, **blocks), RefineError)
     ends("has another", lambda: refined(gm, model, data, seed=rank, **OPTIONS), ProcessError)
 
 
