@@ -113,6 +113,14 @@ class Training:
             show_default=False,
         ),
     ] = None
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Of several processes each keeps a part of what is trained, of its gradients and "
+            "of the optimiser's state.",
+        ),
+    ] = False
 
     @property
     def keywords(self) -> dict[str, Any]:

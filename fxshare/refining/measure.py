@@ -66,8 +66,7 @@ class Measure:
         total = data = 0.0
         count = predicted = 0
         self.bad = None
-        numbers = range(len(self._batches))
-        losses = here().spread(numbers, lambda at: self._losses(student, at), at="measuring")
+        losses = self._all_losses(student)
         for number, (value, tokens, own, targets) in enumerate(losses):
             if not math.isfinite(value) and self.bad is None:
                 self.bad = number
@@ -77,6 +76,15 @@ class Measure:
         mean = total / max(count, 1)
         result = Measured(mean if math.isfinite(mean) else math.inf)
         return replace(result, data_loss=data / predicted) if predicted else result
+
+    def _all_losses(self, student: Student) -> list[tuple[float, int, float, int]]:
+        count, size = len(self._batches), here().size
+        # where ranks pass together those without a batch pass along
+        padded = -(-count // size) * size if student.is_sharded else count
+        losses = here().spread(
+            range(padded), lambda at: self._losses(student, at % count), at="measuring"
+        )
+        return losses[:count]
 
     @torch.no_grad()
     def _losses(self, student: Student, number: int) -> tuple[float, int, float, int]:

@@ -30,6 +30,7 @@ class RefineOptions:
     compile: bool = False
     offload: bool = False
     recompute: bool | None = None
+    shard: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +52,19 @@ class RefineOptions:
         if self.objective not in (None, *get_args(ObjectiveName)):
             names = ", ".join(get_args(ObjectiveName))
             raise ConfigError(f"objective: expected one of {names}, found {self.objective!r}")
+        if self.shard:
+            self._check_shard()
+
+    def _check_shard(self) -> None:
+        for name, unwanted, instead in (
+            ("objective", "blocks", "which holds what one block needs as it is"),
+            ("compile", True, "whose steps run without the exchanges between them"),
+            ("offload", True, "which would write gathered parameters too; take recompute"),
+        ):
+            if getattr(self, name) == unwanted:
+                raise ConfigError(
+                    f"shard=True and {name}={unwanted!r}, {instead}: expected one of them"
+                )
 
     @property
     def limit(self) -> float:

@@ -42,6 +42,7 @@ class Optimiser:
     at most 1."""
 
     def __init__(self, student: Student, scales: Mapping[str, float]) -> None:
+        self._student = student
         self._masters = dict(student.masters)
         self._scales = dict(scales)
         groups = [{"params": [master]} for master in self._masters.values()]
@@ -52,7 +53,8 @@ class Optimiser:
         for name, group in zip(self._masters, self._adam.param_groups, strict=True):
             group["lr"] = rate * self._scales[name]
             self._masters[name].grad = gradients[name]
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), _NORM)
+        norm = self._student.norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), _NORM, norm)
         finite = bool(norm.isfinite())
         if finite:
             self._adam.step()
@@ -121,7 +123,10 @@ class Stepper:
             )
         gradients = self.student.gradients()
         if bad is None:
-            gradients = {name: together.total(part) for name, part in gradients.items()}
+            gradients = {
+                name: part if self.student.has_part_of(name) else together.total(part)
+                for name, part in gradients.items()
+            }
         if bad is None and not optimiser.step(gradients, rate):
             if self.student.scaled_down():  # float16 overflows first
                 return Taken(0)
@@ -130,15 +135,18 @@ class Stepper:
 
     def _gradients(self, start: int, places: range) -> tuple[int, int | None]:
         """Add the gradients of some of the batches from ``start`` on: the tokens, and the place of
-        one whose loss is not finite, after which there are no more."""
-        tokens = 0
+        one whose loss is not finite, after which there are no more unless ranks pass together."""
+        tokens, bad = 0, None
         for place in places:
             batch = self._batches.fit[self._batches.at(start + place)]
             found = self._gradient(batch, 1 / self._options.accumulate)
-            if found is None:
-                return tokens, place
-            tokens += found
-        return tokens, None
+            if found is not None:
+                tokens += found
+                continue
+            bad = place if bad is None else bad
+            if not self.student.is_sharded:
+                break
+        return tokens, bad
 
     def _gradient(self, batch: object, share: float) -> int | None:
         """Add the gradient of a batch; its tokens, or None where the loss is not finite."""
@@ -151,11 +159,10 @@ class Stepper:
                 output = self._output(call)
             found = objective.loss(output, targets, call, batch)
             mean = found.mean
-            if not math.isfinite(float(mean.detach())):
-                return None
-            if mean.requires_grad:
+            finite = math.isfinite(float(mean.detach()))
+            if mean.requires_grad and (finite or student.is_sharded):
                 student.backward(mean, share=share)
-        return found.count
+        return found.count if finite else None
 
     def _output(self, call: Any) -> Any:
         if self._run is self._module:
@@ -180,12 +187,17 @@ def _module(student: Student, call: Call, options: RefineOptions) -> nn.Module:
     """What computes the outputs whose gradients are taken."""
     if options.recompute:
         return recomputed(student)
-    if options.recompute is None and not options.offload and is_short(student, call):
+    if options.recompute is None and not options.offload and _is_short(student, call):
         try:
             return recomputed(student)
         except RefineError as error:  # nobody has asked for it
             _LOG.info("refine: %s", error)
     return student.module
+
+
+def _is_short(student: Student, call: Call) -> bool:
+    """Whether memory is short on any rank: all compute the same way."""
+    return any(here().gather(is_short(student, call), "memory for activations"))
 
 
 def _casts(student: Student, wanted: bool | None) -> bool:
