@@ -23,6 +23,7 @@ class RefineOptions:
     objective: ObjectiveName | None = None
     temperature: float = 1.0
     data_weight: float = 0.0
+    pool_weight: float = 0.0
     learning_rate: float | None = None
     also: tuple[Also, ...] = ()
     accumulate: int = 1
@@ -47,8 +48,10 @@ class RefineOptions:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and value >= 1):
                 raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
-        if not (_is_number(self.data_weight) and 0 <= self.data_weight <= 1):
-            raise ConfigError(f"data_weight: expected 0 to 1, found {self.data_weight!r}")
+        for name in ("data_weight", "pool_weight"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name}: expected 0 to 1, found {value!r}")
         if self.objective not in (None, *get_args(ObjectiveName)):
             names = ", ".join(get_args(ObjectiveName))
             raise ConfigError(f"objective: expected one of {names}, found {self.objective!r}")

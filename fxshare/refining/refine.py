@@ -67,6 +67,7 @@ def refine(
     teacher: nn.Module | Literal["model"] | None = "model",
     temperature: float = 1.0,
     data_weight: float = 0.0,
+    pool_weight: float = 0.0,
     heldout: Iterable[object] | None = None,
     second: Iterable[object] | None = None,
     learning_rate: float | None = None,
@@ -112,6 +113,9 @@ def refine(
         The model to learn from, ``model`` itself where it is not given. None: no teacher.
     temperature, data_weight
         For ``"kl"``: the temperature of both distributions, and the share of the data's own loss.
+    pool_weight
+        For ``"hidden"``: the share of the distance between the means over the tokens of each
+        sample, which sentence embeddings are.
     heldout
         Batches to measure on along the way; the best state on them is returned. Where None, a tenth
         of ``batches``, drawn by the seed, that is not trained on then.
@@ -166,6 +170,7 @@ def refine(
         objective=objective,
         temperature=temperature,
         data_weight=data_weight,
+        pool_weight=pool_weight,
         learning_rate=learning_rate,
         also=also_of(also),
         accumulate=accumulate,

@@ -17,7 +17,7 @@ from fxshare.base.spent import part
 from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
-from fxshare.refining.measure import Teacher
+from fxshare.refining.measure import Targets, Teacher
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.recompute import is_short, recomputed
 from fxshare.refining.student import Student
@@ -94,7 +94,8 @@ class Stepper:
         options: RefineOptions,
     ) -> None:
         self.student = student
-        self._teacher = teacher
+        self._objective = teacher.objective
+        self._targets = Targets(teacher, files=True)
         self._batches = batches
         self._caller = caller
         self._options = options
@@ -138,8 +139,7 @@ class Stepper:
         one whose loss is not finite, after which there are no more unless ranks pass together."""
         tokens, bad = 0, None
         for place in places:
-            batch = self._batches.fit[self._batches.at(start + place)]
-            found = self._gradient(batch, 1 / self._options.accumulate)
+            found = self._gradient(self._batches.at(start + place))
             if found is not None:
                 tokens += found
                 continue
@@ -148,16 +148,18 @@ class Stepper:
                 break
         return tokens, bad
 
-    def _gradient(self, batch: object, share: float) -> int | None:
-        """Add the gradient of a batch; its tokens, or None where the loss is not finite."""
-        student, objective = self.student, self._teacher.objective
+    def _gradient(self, number: int) -> int | None:
+        """Add the gradient of a batch, by its number; its tokens, or None where the loss is not
+        finite."""
+        student, share = self.student, 1 / self._options.accumulate
+        batch = self._batches.fit[number]
         call = self._caller(batch)
-        targets = self._teacher.targets(call, student.device)
+        targets = self._targets.of(number, call, student.device)
         cast = torch.autocast(student.device.type, torch.bfloat16, enabled=self._autocast)
         with torch.enable_grad(), student.offloading(self._options.offload):
             with cast:
                 output = self._output(call)
-            found = objective.loss(output, targets, call, batch)
+            found = self._objective.loss(output, targets, call, batch)
             mean = found.mean
             finite = math.isfinite(float(mean.detach()))
             if mean.requires_grad and (finite or student.is_sharded):

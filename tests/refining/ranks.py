@@ -127,12 +127,12 @@ def sharded_further(rank: int, size: int, folder: Path) -> None:
     work = folder / "work of parts"
     plain = Stepper._gradient
 
-    def gradient(self: Any, batch: Any, share: float) -> Any:
+    def gradient(self: Any, number: int) -> Any:
         passed.append(0)
         if rank == size - 1 and len(passed) == 9:
             with self.student._passing():
                 raise RuntimeError("the power is gone")
-        return plain(self, batch, share)
+        return plain(self, number)
 
     passed: list[int] = []
     short = mock.patch.object(processes, "_PASSING", dt.timedelta(seconds=4))
