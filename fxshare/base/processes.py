@@ -34,6 +34,8 @@ _MEETING = dt.timedelta(minutes=5)
 """How long the first rank waits for the last one to call."""
 _WORKING = dt.timedelta(days=1)
 """How long one waits for another that is alive: for its share of the work."""
+_PASSING = dt.timedelta(minutes=5)
+"""How long one waits for another in the middle of a pass, which all have begun together."""
 _NAMING = 3.0
 """Seconds to find out who it was that is gone."""
 _CLOCK = 5.0
@@ -76,6 +78,8 @@ class Processes:
 
     def __init__(self, group: Any = None, beside: Any = None) -> None:
         self._group, self._beside = group, beside
+        self._further: Any = None
+        self._passing = False
         self._over = False
         self.rank, self.size = 0, 1
         self._peers: tuple[_Peer, ...] = ()
@@ -211,6 +215,29 @@ class Processes:
             for shape, stride, dtype in shapes
         ]
 
+    def further(self, backend: str) -> Any:
+        """A group of all ranks for collectives of torch's own, for as long as there is work."""
+        self._further = self._further or dist.new_group(backend=backend, timeout=_PASSING)
+        return self._further
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Collectives of torch's own on :meth:`further`, which all ranks begin together.
+
+        Raises :class:`ProcessError` where one fails since another rank has ended, which is noticed
+        as its process does, or after five minutes.
+        """
+        self.gather(None, "a pass")
+        self._passing = True
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).lower()
+            if isinstance(error, dist.DistError) or "connection" in said or "timed out" in said:
+                raise self._lost(error) from error
+            raise
+        self._passing = False
+
     def look(self) -> None:
         """Raise :class:`ProcessError` where another rank has failed or is gone, without waiting for
         anybody; to be called now and then in long work."""
@@ -228,13 +255,14 @@ class Processes:
         with contextlib.suppress(Exception):
             if of == self.rank:
                 _store().set(self._bulletin, f"{of} {text}")
-            self._exchanged(_Status("its end", None, text, of))
+            if not self._passing:  # they wait in a collective of torch's own there
+                self._exchanged(_Status("its end", None, text, of))
         self._over = True
 
     def close(self) -> None:
         """End the group."""
         self._over = True
-        for group in (self._group, self._beside):
+        for group in (self._group, self._beside, self._further):
             if group is not None:
                 with contextlib.suppress(Exception):
                     dist.destroy_process_group(group)

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,35 @@ from fxshare.base.machine import environment
 from fxshare.base.numerics import float_leaves
 from fxshare.base.progress import stage
 from fxshare.bench.quality import methods
+from fxshare.bench.refined import METHODS
 from fxshare.calibration.distance import output_rows
 from fxshare.capture.call import MASK
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.errors import DataError, FxShareWarning
+from fxshare.refining.refine import refine as refine_model
 from fxshare.result.module import record_of
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refining:
+    """How long plans are refined, on what."""
+
+    minutes: float
+    batches: Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RefinedCosine:
+    """A plan after refining, at as many stored numbers as before: cosines on the held-out texts;
+    ``tokens`` were trained on, in ``seconds`` of wall time."""
+
+    cosine: float
+    lowest: float
+    steps: int
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class EncoderRow:
     params_kept: float
     seconds: float
     """Processor seconds of the compile."""
+    refined: RefinedCosine | None = None
 
 
 @dataclass(frozen=True)
@@ -88,27 +111,56 @@ def bench_encoder(
     *,
     sizes: Sequence[float] = (0.7, 0.5),
     search: str = "quick",
+    kinds: Sequence[str] = ("basis",),
+    refine: Refining | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Encoder:
-    """Measure Basis Sharing, whitened SVD and planned plans; batches have ids and a mask."""
+    """Measure Basis Sharing, whitened SVD and planned plans; batches have ids and a mask.
+    ``refine``: Basis Sharing and planned plans are also refined."""
     dense = embeddings(model, held_out)
     rows = []
     for size in sizes:
-        for method, extra in methods(size, search=search).items():
+        for method, extra in methods(size, search=search, kinds=kinds).items():
             began = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FxShareWarning)
                 sources: list[Any] = [dict(weight_types), extra]
                 gm = compile_model(model, sources, calibration=calibration, seed=seed)
             seconds = time.process_time() - began
-            cosines = (embeddings(gm, held_out) * dense).sum(-1)
             kept = record_of(gm).report.params_kept
-            mean, lowest = float(cosines.mean()), float(cosines.min())
-            rows.append(EncoderRow(size, method, mean, lowest, kept, seconds))
+            mean, lowest = _cosines(gm, held_out, dense)
+            row = EncoderRow(size, method, mean, lowest, kept, seconds)
             say(f"{size:.2f} {method}: cosine {mean:.4f}, in {seconds:.0f} processor seconds")
+            if refine is not None and method in METHODS:
+                after = _refined(gm, model, refine, held_out, dense, seed)
+                row = replace(row, refined=after)
+                say(f"{size:.2f} {method}, refined: cosine {after.cosine:.4f}")
+            rows.append(row)
     tokens = sum(int(batch[MASK].sum()) for batch in calibration)
     return Encoder(environment(), seed, tokens, len(dense), tuple(rows))
 
 
-__all__ = ["Encoder", "EncoderRow", "bench_encoder", "embeddings"]
+def _cosines(
+    gm: nn.Module, held_out: Sequence[Mapping[str, Tensor]], dense: Tensor
+) -> tuple[float, float]:
+    """Mean and lowest over the texts."""
+    found = (embeddings(gm, held_out) * dense).sum(-1)
+    return float(found.mean()), float(found.min())
+
+
+def _refined(
+    gm: nn.Module,
+    model: nn.Module,
+    refining: Refining,
+    held_out: Sequence[Mapping[str, Tensor]],
+    dense: Tensor,
+    seed: int,
+) -> RefinedCosine:
+    result = refine_model(gm, model, refining.batches, minutes=refining.minutes, seed=seed)
+    done = record_of(result).refined[-1]
+    cosines = _cosines(result, held_out, dense)
+    return RefinedCosine(*cosines, done.steps, done.tokens, done.seconds)
+
+
+__all__ = ["Encoder", "EncoderRow", "RefinedCosine", "Refining", "bench_encoder", "embeddings"]

@@ -96,6 +96,14 @@ class Training:
     data_weight: Annotated[
         float, typer.Option(metavar="W", help="The share of the data's own loss in kl, 0 to 1.")
     ] = 0.0
+    pool_weight: Annotated[
+        float,
+        typer.Option(
+            metavar="W",
+            help="The share of the distance between means over tokens (sentence embeddings) in "
+            "hidden, 0 to 1.",
+        ),
+    ] = 0.0
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -113,6 +121,14 @@ class Training:
             show_default=False,
         ),
     ] = None
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Of several processes each keeps a part of what is trained, of its gradients and "
+            "of the optimiser's state.",
+        ),
+    ] = False
 
     @property
     def keywords(self) -> dict[str, Any]:

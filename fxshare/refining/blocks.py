@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from fxshare.base.numerics import beyond_rounding, tolerance, worst
+from fxshare.base.processes import here
 from fxshare.base.spool import Picked, Spooled
 from fxshare.capture import Call, Caller
 from fxshare.capture.call import to_device
@@ -73,6 +74,8 @@ def train_blocks(work: Blockwise, run: Run) -> None:
         _check_dense(work, dense)
         _train(work, run, cuts, dense)
     except KeyboardInterrupt:
+        if here().size > 1:  # the others are in the middle of another step
+            raise
         run.stopped = "interrupted"
     except RefineError as error:
         if run.state is None:
@@ -99,7 +102,7 @@ def _train(work: Blockwise, run: Run, cuts: Cuts, dense: fx.GraphModule) -> None
         student = _of_block(work.student, cuts, block)
         objective = InMetric(block.outputs, metrics)
         teacher = Teacher(part_of(dense, cuts, block, TEACHER), objective)
-        left = options.limit - run.elapsed()
+        left = options.limit - here().broadcast(run.elapsed(), "the time")
         limit = left * len(block.layers) / sum(len(b.layers) for b in cuts.blocks[number:])
         if limit <= 0:
             break
@@ -192,20 +195,29 @@ def _given(item: Any) -> Call:
 def _passed_on(
     items: Sequence[object], block: Block, student: Student, teacher: Teacher, limit: float
 ) -> Iterator[object]:
-    """The inputs of the next block, of as many items as the time suffices for."""
-    began = time.monotonic()
-    assert teacher.module is not None
-    for item in items:
-        call: Any = item
-        with torch.no_grad():
-            own = student(call)
-            dense = teacher.module(**to_device(call, student.device))
-        rest = {k: v for k, v in call.items() if k not in _names(block.inputs)}
-        for whose, values in ((STUDENT, own), (TEACHER, dense)):
-            rest.update(as_items(dict(zip(block.outputs, values, strict=True)), whose))
-        yield rest
-        if time.monotonic() - began > limit:
+    """The inputs of the next block, of as many items as the time suffices for. Of several processes
+    each computes one of a round, and has all of them then."""
+    began, together = time.monotonic(), here()
+    for first in range(0, len(items), together.size):
+        places = range(first, min(first + together.size, len(items)))
+        yield from together.spread(
+            places, lambda at: _next_item(items[at], block, student, teacher), at="passing on"
+        )
+        if together.broadcast(time.monotonic() - began, "the time") > limit:
             break
+
+
+def _next_item(item: Any, block: Block, student: Student, teacher: Teacher) -> dict[str, Any]:
+    """What the next block reads of one item: what both sides make of it, and the call's own
+    arguments."""
+    assert teacher.module is not None
+    with torch.no_grad():
+        own = student(item)
+        dense = teacher.module(**to_device(item, student.device))
+    found = {k: v for k, v in item.items() if k not in _names(block.inputs)}
+    for whose, values in ((STUDENT, own), (TEACHER, dense)):
+        found.update(as_items(dict(zip(block.outputs, values, strict=True)), whose))
+    return found
 
 
 def _names(inputs: Sequence[str]) -> set[str]:

@@ -28,6 +28,7 @@ from fxshare.base.cache import read_entry, write_entry
 from fxshare.base.json_text import parse_json
 from fxshare.base.lock import only_here
 from fxshare.base.made_from import hold_to
+from fxshare.base.processes import here
 from fxshare.errors import StoreError
 from fxshare.refining.run import Run
 from fxshare.refining.steps import Optimiser
@@ -63,7 +64,13 @@ class Checkpoints:
         tensors |= {_BEST + name: value for name, value in (run.state or {}).items()}
         tensors |= moments
         plain = {"run": run.to_dict(), "optimiser": numbers}
-        packed = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        packed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = student.whole(name.partition(".")[2], tensor)  # of ranks that have parts
+            if here().is_first:
+                packed[name] = whole.detach().cpu().contiguous()
+        if not here().is_first:
+            return
         content = save(packed, metadata={"fxshare": json.dumps(plain)})
         write_entry(self.folder, _ENTRY, content)
 

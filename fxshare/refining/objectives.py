@@ -7,12 +7,14 @@ for the loss, a sum with what it is a sum over, so that batches of different siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from fxshare.base.numerics import float_leaves
 from fxshare.calibration.cross_entropy import next_token_losses
 from fxshare.calibration.distance import output_rows
 from fxshare.calibration.losses import Loss, next_token_logits
@@ -85,12 +87,18 @@ class ToLogits(Objective):
 @dataclass(frozen=True)
 class ToOutputs(Objective):
     """Half the squared distance to the teacher's outputs, each row (a token, a sample) divided by
-    the size of the teacher's; rows that the mask leaves out do not count."""
+    the size of the teacher's; rows that the mask leaves out do not count. ``pool_weight`` is the
+    share of the distance between the means over the tokens of each sample, where sentence
+    embeddings are made of them."""
 
     name: ClassVar[str] = "hidden"
 
+    pool_weight: float = 0.0
+
     def targets(self, output: Any, call: Call) -> list[Tensor]:
-        found = [rows.detach() for rows in output_rows(output, call)]
+        found = [
+            rows.detach() for rows in (*output_rows(output, call), *self._pooled(output, call))
+        ]
         if not found:
             raise RefineError(
                 "objective 'hidden': the model's output has no floating-point tensor to come near "
@@ -99,18 +107,31 @@ class ToOutputs(Objective):
         return found
 
     def loss(self, output: Any, targets: Any, call: Call, batch: object) -> Summed:
-        rows = list(output_rows(output, call))
-        if [tuple(r.shape) for r in rows] != [tuple(t.shape) for t in targets]:
+        rows, pooled = list(output_rows(output, call)), self._pooled(output, call)
+        shapes = [tuple(r.shape) for r in (*rows, *pooled)]
+        if shapes != [tuple(t.shape) for t in targets]:
             raise RefineError(
-                f"teacher: expected outputs of the shapes {[tuple(r.shape) for r in rows]} (rows "
-                f"of the batch, features), found {[tuple(t.shape) for t in targets]}; a teacher "
-                "has outputs like those of the compiled model"
+                f"teacher: expected outputs of the shapes {shapes} (rows of the batch, features), "
+                f"found {[tuple(t.shape) for t in targets]}; a teacher has outputs like those of "
+                "the compiled model"
             )
-        total = rows[0].new_zeros(())
-        for own_ND, wanted_ND in zip(rows, targets, strict=True):
-            gap_ND = (own_ND - wanted_ND) / _sizes(wanted_ND)
-            total = total + 0.5 * gap_ND.pow(2).sum()
-        return Summed(total, sum(len(r) for r in rows))
+        total, count = _distance(rows, targets), sum(len(r) for r in rows)
+        if pooled:
+            of_means = _distance(pooled, targets[len(rows) :]) / sum(len(p) for p in pooled)
+            total = (1 - self.pool_weight) * total + self.pool_weight * count * of_means
+        return Summed(total, count)
+
+    def _pooled(self, output: Any, call: Call) -> list[Tensor]:
+        """The means ``(B, D)`` over the tokens of every output ``(B, T, D)``, where they count."""
+        if not self.pool_weight:
+            return []
+        found = [_means(leaf, call.get(MASK)) for _, leaf in float_leaves(output) if leaf.ndim == 3]
+        if not found:
+            raise RefineError(
+                "pool_weight: expected an output (batch, tokens, features) of the model, found "
+                "none; leave it out"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -176,10 +197,21 @@ def objective_of(
         if options.temperature != 1.0 or options.data_weight:
             raise _without_logits("blocks")
     if name == "kl":
+        _check_not_pooled(name, options)
         return ToLogits(options.temperature, options.data_weight)
     if options.temperature != 1.0 or options.data_weight:
         raise _without_logits(name)
-    return OfData() if name == "ce" else ToOutputs()
+    if name == "hidden":
+        return ToOutputs(options.pool_weight)
+    _check_not_pooled(name, options)
+    return OfData()
+
+
+def _check_not_pooled(name: str, options: RefineOptions) -> None:
+    if options.pool_weight:
+        raise RefineError(
+            f"pool_weight belongs to objective='hidden', found {name!r}; leave it out"
+        )
 
 
 def _without_logits(name: str) -> RefineError:
@@ -229,6 +261,25 @@ def _rows(logits: Tensor, call: Call) -> Tensor:
         if not bool(kept.all()):
             return logits[kept]
     return logits.flatten(0, -2)
+
+
+def _means(leaf_BTD: Tensor, mask: Any) -> Tensor:
+    """Over tokens; those that the mask leaves out do not count."""
+    wide_BTD = leaf_BTD if leaf_BTD.dtype == torch.float64 else leaf_BTD.float()
+    if not isinstance(mask, Tensor) or mask.shape != leaf_BTD.shape[:2]:
+        return wide_BTD.mean(1)
+    mask_BT1 = mask.to(wide_BTD).unsqueeze(-1)
+    means_BD: Tensor = (wide_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+    return means_BD
+
+
+def _distance(rows: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Half the squared distances, each row by the size of its target, summed up."""
+    total = rows[0].new_zeros(())
+    for own_ND, wanted_ND in zip(rows, targets, strict=False):
+        gap_ND = (own_ND - wanted_ND) / _sizes(wanted_ND)
+        total = total + 0.5 * gap_ND.pow(2).sum()
+    return total
 
 
 def _sizes(rows_ND: Tensor) -> Tensor:

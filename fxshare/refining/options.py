@@ -23,6 +23,7 @@ class RefineOptions:
     objective: ObjectiveName | None = None
     temperature: float = 1.0
     data_weight: float = 0.0
+    pool_weight: float = 0.0
     learning_rate: float | None = None
     also: tuple[Also, ...] = ()
     accumulate: int = 1
@@ -30,6 +31,7 @@ class RefineOptions:
     compile: bool = False
     offload: bool = False
     recompute: bool | None = None
+    shard: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,11 +48,26 @@ class RefineOptions:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and value >= 1):
                 raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
-        if not (_is_number(self.data_weight) and 0 <= self.data_weight <= 1):
-            raise ConfigError(f"data_weight: expected 0 to 1, found {self.data_weight!r}")
+        for name in ("data_weight", "pool_weight"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name}: expected 0 to 1, found {value!r}")
         if self.objective not in (None, *get_args(ObjectiveName)):
             names = ", ".join(get_args(ObjectiveName))
             raise ConfigError(f"objective: expected one of {names}, found {self.objective!r}")
+        if self.shard:
+            self._check_shard()
+
+    def _check_shard(self) -> None:
+        for name, unwanted, instead in (
+            ("objective", "blocks", "which holds what one block needs as it is"),
+            ("compile", True, "whose steps run without the exchanges between them"),
+            ("offload", True, "which would write gathered parameters too; take recompute"),
+        ):
+            if getattr(self, name) == unwanted:
+                raise ConfigError(
+                    f"shard=True and {name}={unwanted!r}, {instead}: expected one of them"
+                )
 
     @property
     def limit(self) -> float:

@@ -34,9 +34,10 @@ from fxshare.refining.objectives import Objective, objective_of
 from fxshare.refining.options import ObjectiveName, RefineOptions, also_of
 from fxshare.refining.parameters import trainable_of
 from fxshare.refining.run import Run
+from fxshare.refining.shards import check_graph
 from fxshare.refining.steps import Stepper
 from fxshare.refining.student import Student
-from fxshare.refining.together import agree, check_shared, held
+from fxshare.refining.together import agree, check_shared, divide_state, held
 from fxshare.refining.train import Training, train
 from fxshare.refining.written import refined_record
 from fxshare.result.face import verbs_of
@@ -66,6 +67,7 @@ def refine(
     teacher: nn.Module | Literal["model"] | None = "model",
     temperature: float = 1.0,
     data_weight: float = 0.0,
+    pool_weight: float = 0.0,
     heldout: Iterable[object] | None = None,
     second: Iterable[object] | None = None,
     learning_rate: float | None = None,
@@ -75,6 +77,7 @@ def refine(
     compile: bool = False,
     offload: bool = False,
     recompute: bool | None = None,
+    shard: bool = False,
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
 ) -> Compiled:
@@ -110,6 +113,9 @@ def refine(
         The model to learn from, ``model`` itself where it is not given. None: no teacher.
     temperature, data_weight
         For ``"kl"``: the temperature of both distributions, and the share of the data's own loss.
+    pool_weight
+        For ``"hidden"``: the share of the distance between the means over the tokens of each
+        sample, which sentence embeddings are.
     heldout
         Batches to measure on along the way; the best state on them is returned. Where None, a tenth
         of ``batches``, drawn by the seed, that is not trained on then.
@@ -133,6 +139,10 @@ def refine(
         Keep what goes from layer to layer and compute the rest again in the backward pass, for the
         time of a second forward pass. Where None, where the activations of the first batch take
         more than half of the memory that is free.
+    shard
+        Of several processes each keeps a part of what is trained, of its gradients and of the
+        optimiser's state (FSDP2), and gathers it where it is needed; ``accumulate`` is a multiple
+        of their number. One process keeps all of it.
     seed
         Of the order of batches, and of what is held out.
     work
@@ -160,6 +170,7 @@ def refine(
         objective=objective,
         temperature=temperature,
         data_weight=data_weight,
+        pool_weight=pool_weight,
         learning_rate=learning_rate,
         also=also_of(also),
         accumulate=accumulate,
@@ -167,6 +178,7 @@ def refine(
         compile=compile,
         offload=offload,
         recompute=recompute,
+        shard=shard,
         seed=seed,
     )
     check_shared(options)
@@ -214,6 +226,8 @@ def _prepared(
     loss: Loss | None,
 ) -> _Prepared:
     caller = record_of(gm).caller(model)
+    if options.shard and here().size > 1:
+        check_graph(gm)
     student = Student(gm, trainable_of(gm, model, options.also))
     module = None if teacher is None else evaluated(runnable(unwrapped(teacher)), False)
     call = caller(data.fit[0])
@@ -236,6 +250,8 @@ def _refined(prepared: _Prepared, model: nn.Module, checkpoints: Checkpoints | N
         train_blocks(Blockwise(*parts, checkpoints), run)
     else:
         stepper = Stepper(student, prepared.teacher, data, prepared.caller, options)
+        if options.shard and here().size > 1:
+            optimiser = divide_state(student, run, optimiser)
         train(
             Training(stepper, measure, lambda: few(student), options, checkpoints), run, optimiser
         )
@@ -311,10 +327,10 @@ def _checkpoints(
         "held out": of_batches(data.held_out),
         "second": of_batches(data.second),
         "loss": "none" if prepared.loss is None else name_of(prepared.loss),
-        "options": of_json(asdict(prepared.options)),
+        "options": of_json({k: v for k, v in asdict(prepared.options).items() if k != "shard"}),
         "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
     }
-    agree({**made_from, "work folder": str(work)})
+    agree({**made_from, "work folder": str(work), "shard": str(prepared.options.shard)})
     if work is None:
         yield None
         return

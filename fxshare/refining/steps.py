@@ -17,7 +17,7 @@ from fxshare.base.spent import part
 from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
-from fxshare.refining.measure import Teacher
+from fxshare.refining.measure import Targets, Teacher
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.recompute import is_short, recomputed
 from fxshare.refining.student import Student
@@ -42,6 +42,7 @@ class Optimiser:
     at most 1."""
 
     def __init__(self, student: Student, scales: Mapping[str, float]) -> None:
+        self._student = student
         self._masters = dict(student.masters)
         self._scales = dict(scales)
         groups = [{"params": [master]} for master in self._masters.values()]
@@ -52,7 +53,8 @@ class Optimiser:
         for name, group in zip(self._masters, self._adam.param_groups, strict=True):
             group["lr"] = rate * self._scales[name]
             self._masters[name].grad = gradients[name]
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), _NORM)
+        norm = self._student.norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), _NORM, norm)
         finite = bool(norm.isfinite())
         if finite:
             self._adam.step()
@@ -92,7 +94,8 @@ class Stepper:
         options: RefineOptions,
     ) -> None:
         self.student = student
-        self._teacher = teacher
+        self._objective = teacher.objective
+        self._targets = Targets(teacher, files=True)
         self._batches = batches
         self._caller = caller
         self._options = options
@@ -121,7 +124,10 @@ class Stepper:
             )
         gradients = self.student.gradients()
         if bad is None:
-            gradients = {name: together.total(part) for name, part in gradients.items()}
+            gradients = {
+                name: part if self.student.has_part_of(name) else together.total(part)
+                for name, part in gradients.items()
+            }
         if bad is None and not optimiser.step(gradients, rate):
             if self.student.scaled_down():  # float16 overflows first
                 return Taken(0)
@@ -130,32 +136,35 @@ class Stepper:
 
     def _gradients(self, start: int, places: range) -> tuple[int, int | None]:
         """Add the gradients of some of the batches from ``start`` on: the tokens, and the place of
-        one whose loss is not finite, after which there are no more."""
-        tokens = 0
+        one whose loss is not finite, after which there are no more unless ranks pass together."""
+        tokens, bad = 0, None
         for place in places:
-            batch = self._batches.fit[self._batches.at(start + place)]
-            found = self._gradient(batch, 1 / self._options.accumulate)
-            if found is None:
-                return tokens, place
-            tokens += found
-        return tokens, None
+            found = self._gradient(self._batches.at(start + place))
+            if found is not None:
+                tokens += found
+                continue
+            bad = place if bad is None else bad
+            if not self.student.is_sharded:
+                break
+        return tokens, bad
 
-    def _gradient(self, batch: object, share: float) -> int | None:
-        """Add the gradient of a batch; its tokens, or None where the loss is not finite."""
-        student, objective = self.student, self._teacher.objective
+    def _gradient(self, number: int) -> int | None:
+        """Add the gradient of a batch, by its number; its tokens, or None where the loss is not
+        finite."""
+        student, share = self.student, 1 / self._options.accumulate
+        batch = self._batches.fit[number]
         call = self._caller(batch)
-        targets = self._teacher.targets(call, student.device)
+        targets = self._targets.of(number, call, student.device)
         cast = torch.autocast(student.device.type, torch.bfloat16, enabled=self._autocast)
         with torch.enable_grad(), student.offloading(self._options.offload):
             with cast:
                 output = self._output(call)
-            found = objective.loss(output, targets, call, batch)
+            found = self._objective.loss(output, targets, call, batch)
             mean = found.mean
-            if not math.isfinite(float(mean.detach())):
-                return None
-            if mean.requires_grad:
+            finite = math.isfinite(float(mean.detach()))
+            if mean.requires_grad and (finite or student.is_sharded):
                 student.backward(mean, share=share)
-        return found.count
+        return found.count if finite else None
 
     def _output(self, call: Any) -> Any:
         if self._run is self._module:
@@ -180,12 +189,17 @@ def _module(student: Student, call: Call, options: RefineOptions) -> nn.Module:
     """What computes the outputs whose gradients are taken."""
     if options.recompute:
         return recomputed(student)
-    if options.recompute is None and not options.offload and is_short(student, call):
+    if options.recompute is None and not options.offload and _is_short(student, call):
         try:
             return recomputed(student)
         except RefineError as error:  # nobody has asked for it
             _LOG.info("refine: %s", error)
     return student.module
+
+
+def _is_short(student: Student, call: Call) -> bool:
+    """Whether memory is short on any rank: all compute the same way."""
+    return any(here().gather(is_short(student, call), "memory for activations"))
 
 
 def _casts(student: Student, wanted: bool | None) -> bool:

@@ -7,14 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from fxshare.base.processes import here
 from fxshare.calibration.offload import offloaded
 from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
 from fxshare.capture.steered import set_training
 from fxshare.errors import RefineError
 from fxshare.refining.parameters import Trainable
+from fxshare.refining.shards import Shards, local, passing
 from fxshare.result.module import Compiled, record_of
 from fxshare.result.record import Record
 from fxshare.rewriting.lowering import shared_copy
@@ -53,7 +55,9 @@ class Student:
             name: own.detach() if own.itemsize > 2 else own.detach().float()
             for name, own in self._stored.items()
         }
-        """What the optimiser changes; of a parameter in full precision its own memory."""
+        """What the optimiser changes; of a parameter in full precision its own memory. After
+        :meth:`shard` this rank's rows, as all states and gradients."""
+        self._shards: Shards | None = None
         half = any(own.dtype == torch.float16 for own in self._stored.values())
         self._loss_scale = _LOSS_SCALE if half else 1.0
 
@@ -70,12 +74,14 @@ class Student:
     def __call__(self, call: Call, *, run: Any = None) -> Any:
         """The output for a call; ``run`` in place of the module, where it was compiled."""
         module = self.module if run is None else run
-        return module(**to_device(call, self.device))
+        with self._passing():
+            return module(**to_device(call, self.device))
 
     def backward(self, loss: Tensor, *, share: float = 1.0) -> None:
         """Add the gradient of a share of ``loss`` to what is there."""
         try:
-            (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
+            with self._passing():
+                (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what the model's own code would raise as well
@@ -92,10 +98,22 @@ class Student:
         found = {}
         for name, own in self._stored.items():
             master = self.masters[name]
-            gradient = torch.zeros_like(master) if own.grad is None else own.grad.to(master.dtype)
+            grad = own.grad
+            gradient = torch.zeros_like(master) if grad is None else local(grad).to(master.dtype)
             found[name] = gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
             own.grad = None
         return found
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Of all gradients, parts of all ranks included."""
+        if self._shards is None:
+            return torch.nn.utils.get_total_norm(gradients.values())
+        squares = {name: one.double().pow(2).sum() for name, one in gradients.items()}
+        parts = [square for name, square in squares.items() if self.has_part_of(name)]
+        wholes = [square for name, square in squares.items() if not self.has_part_of(name)]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = here().total(sum(parts, zero)) + sum(wholes, zero)
+        return total.sqrt().to(next(iter(gradients.values())).dtype)
 
     def scaled_down(self) -> bool:
         """Halve what the loss is multiplied by, where it is; False where it is not."""
@@ -110,17 +128,51 @@ class Student:
 
     def scales(self) -> dict[str, float]:
         """The size of each trained tensor, by which its learning rate is multiplied."""
-        return {
-            name: max(float(master.double().pow(2).mean().sqrt()), _LEAST_SCALE)
-            for name, master in self.masters.items()
-        }
+        sizes = {name: master.double().pow(2).mean() for name, master in self.masters.items()}
+        if self._shards is not None:
+            for name in self._shards.parameters:
+                square = here().total(self.masters[name].double().pow(2).sum())
+                sizes[name] = square / self._shards.parameters[name].numel()
+        return {name: max(float(size.sqrt()), _LEAST_SCALE) for name, size in sizes.items()}
+
+    def shard(self) -> None:
+        """Keep this rank's rows of what is trained. From here on the ranks run equally many forward
+        and backward passes."""
+        masters = dict(self.masters)
+        assert isinstance(self.module, fx.GraphModule)
+        self._shards = Shards(self.module, self._stored)
+        for name, own in self._shards.parameters.items():
+            rows = local(own.detach())
+            self._stored[name] = own
+            self.masters[name] = rows if rows.itemsize > 2 else rows.float()
+            self.masters[name].copy_(self.part(name, masters[name]))
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._shards is None else passing()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks have parts of what is trained."""
+        return self._shards is not None
+
+    def has_part_of(self, name: str) -> bool:
+        """Whether this rank has only a part of a trained tensor."""
+        return self._shards is not None and name in self._shards.parameters
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor like a trained one."""
+        return whole if self._shards is None else self._shards.part(name, whole)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """All rows of a tensor like a trained one, on every rank."""
+        return part if self._shards is None else self._shards.whole(name, part)
 
     @torch.no_grad()
     def round(self) -> None:
         """Put the masters, rounded, where the module reads them."""
         for name, own in self._stored.items():
             if own.dtype != self.masters[name].dtype:
-                own.copy_(self.masters[name])
+                local(own.detach()).copy_(self.masters[name])
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is trained."""
@@ -144,7 +196,7 @@ class Student:
         instead: dict[int, object] = {}
         for name in self.trainable.names:
             old = named[name]
-            new = old.detach() if state is None else state[name].to(old.dtype)
+            new = old.detach() if state is None else self.whole(name, state[name]).to(old.dtype)
             instead[id(old)] = nn.Parameter(
                 new.clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad
             )

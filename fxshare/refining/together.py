@@ -17,6 +17,9 @@ from fxshare.base.processes import here
 from fxshare.errors import RefineError
 from fxshare.refining.checkpoint import Checkpoints, opened
 from fxshare.refining.options import RefineOptions
+from fxshare.refining.run import Run
+from fxshare.refining.steps import Optimiser
+from fxshare.refining.student import Student
 
 
 def check_shared(options: RefineOptions) -> None:
@@ -24,17 +27,33 @@ def check_shared(options: RefineOptions) -> None:
     size = here().size
     if size == 1:
         return
-    if options.objective == "blocks":
-        raise RefineError(
-            f"objective='blocks' is the work of one process, and there are {size}; take "
-            "objective='kl' or 'hidden', or call it before torch.distributed.init_process_group"
-        )
     if options.accumulate < size:
         raise RefineError(
             f"accumulate={options.accumulate}: expected at least {size}, since {size} processes "
             f"divide the batches of a step; give accumulate={size}, and smaller batches to have as "
             "many tokens in a step"
         )
+    if options.shard and options.accumulate % size:
+        raise RefineError(
+            f"accumulate={options.accumulate} and shard=True: expected a multiple of {size}, since "
+            f"{size} processes run their passes together; give accumulate="
+            f"{-(-options.accumulate // size) * size}"
+        )
+
+
+def divide_state(student: Student, run: Run, optimiser: Optimiser | None) -> Optimiser | None:
+    """Leave each process its part of what is trained, of the best state and of the moments."""
+    moments = None if optimiser is None else optimiser.state()
+    student.shard()
+    if run.state is not None:
+        run.state = {name: student.part(name, t).clone() for name, t in run.state.items()}
+    if moments is None:
+        return None
+    tensors, numbers = moments
+    parts = {key: student.part(key.partition(".")[2], t) for key, t in tensors.items()}
+    divided = Optimiser(student, numbers["scales"])
+    divided.restore(parts, numbers)
+    return divided
 
 
 def agree(made_from: Mapping[str, str]) -> None:
@@ -58,4 +77,4 @@ def held(path: Path, made_from: Mapping[str, str]) -> Iterator[Checkpoints]:
     yield Checkpoints(path)
 
 
-__all__ = ["agree", "check_shared", "held"]
+__all__ = ["agree", "check_shared", "divide_state", "held"]

@@ -99,7 +99,7 @@ def _loop(training: Training, run: Run, optimiser: Optimiser, shown: Shown) -> S
                 return "done"
             _save(training, run, optimiser)
             saved = time.monotonic()
-        elif time.monotonic() - saved > _SAVED_SECONDS:
+        elif _is_time_to_save(training, time.monotonic() - saved):
             _save(training, run, optimiser)
             saved = time.monotonic()
         rate = rate_at(run.step, progress, run.rate, options)
@@ -162,6 +162,15 @@ def _measured(training: Training, run: Run) -> None:
         run.first.objective,
         run.best.objective,
     )
+
+
+def _is_time_to_save(training: Training, since: float) -> bool:
+    """Whether there are checkpoints and the last one is old; for all processes alike, since they
+    put their parts together for one."""
+    due = since > _SAVED_SECONDS
+    if training.checkpoints is None or not training.stepper.student.is_sharded:
+        return due
+    return here().broadcast(due, "the time")
 
 
 def _save(training: Training, run: Run, optimiser: Optimiser) -> None:

@@ -174,9 +174,13 @@ def test_encoder_compares_embeddings(tmp_path: Path, capsys: pytest.CaptureFixtu
     command = ["bench", "encoder", str(tmp_path / "model"), *data, "--json", "--quiet"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxShareWarning)
-        assert main([*command, "--sizes", "1.0,0.5", "--search", "off"]) == 0
+        refining = ["--refine", "0.01", "--refine-samples", "24", "--kinds", "basis,units"]
+        assert main([*command, "--sizes", "1.0,0.5", "--search", "off", *refining]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["texts"] == 9
+    for row in found["rows"]:
+        assert (row["refined"] is None) == (row["method"] == "whitened SVD")
+        assert row["refined"] is None or row["refined"]["tokens"] > 0
     rows = {(row["size"], row["method"]): row for row in found["rows"]}
     for method in ("basis sharing", "whitened SVD", "planned"):
         assert rows[0.5, method]["params_kept"] <= 0.5

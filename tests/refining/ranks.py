@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import sys
 import traceback
@@ -19,12 +20,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fxshare.base import processes
 from fxshare.errors import FxShareError, ProcessError, RefineError
 from fxshare.refining.steps import Stepper
+from fxshare.refining.student import Student
 from tests.refining.build import everything, features, refined, subject
 
 CHECKS: dict[str, Callable[[int, int, Path], None]] = {}
 OPTIONS: Any = {"steps": 12, "accumulate": 2}
+BLOCKS: Any = {"steps": 3, "accumulate": 2, "objective": "blocks"}
 
 
 def check(function: Callable[[int, int, Path], None]) -> Callable[[int, int, Path], None]:
@@ -45,6 +49,31 @@ def equal(rank: int, size: int, folder: Path) -> None:
     result = refined(gm, model, features(), second=features(1, seed=8), **OPTIONS)
     kept(result, folder, "equal", rank)
     assert all(torch.equal(t, before[n]) for n, t in everything(gm).items())
+
+
+@check
+def blocks(rank: int, size: int, folder: Path) -> None:
+    """Each block is trained by all, on what one of them has passed on."""
+    model, gm = subject(dtype=torch.float64)
+    kept(refined(gm, model, **BLOCKS), folder, "blocks", rank)
+
+
+@check
+def sharded(rank: int, size: int, folder: Path) -> None:
+    """Each has a part of what is trained; what comes of it is the same, on all ranks."""
+    model, gm = subject(dtype=torch.float64)
+    held: list[tuple[int, int]] = []
+    plain = Student.shard
+
+    def shard(student: Student) -> None:
+        before = sum(t.numel() for t in student.masters.values())
+        plain(student)
+        held.append((before, sum(t.numel() for t in student.masters.values())))
+
+    with mock.patch.object(Student, "shard", shard):
+        kept(refined(gm, model, shard=True, **OPTIONS), folder, "sharded", rank)
+    ((whole, part),) = held
+    assert part < 0.55 * whole
 
 
 @check
@@ -89,12 +118,54 @@ def resumed(rank: int, size: int, folder: Path) -> None:
 
 
 @check
+def sharded_further(rank: int, size: int, folder: Path) -> None:
+    """Layers computed again, bfloat16, a batch that is dropped, norms; a rank that fails in the
+    middle of a pass, and going on from a checkpoint that one of them wrote, sharded or not."""
+    model, gm = subject(dtype=torch.float64)
+    options = {**OPTIONS, "shard": True}
+    kept(refined(gm, model, recompute=True, **options), folder, "recomputed", rank)
+    work = folder / "work of parts"
+    plain = Stepper._gradient
+
+    def gradient(self: Any, number: int) -> Any:
+        passed.append(0)
+        if rank == size - 1 and len(passed) == 9:
+            with self.student._passing():
+                raise RuntimeError("the power is gone")
+        return plain(self, number)
+
+    passed: list[int] = []
+    short = mock.patch.object(processes, "_PASSING", dt.timedelta(seconds=4))
+    with mock.patch.object(Stepper, "_gradient", gradient), short:
+        ends(
+            "the power is gone",
+            lambda: refined(gm, model, work=work, **options),
+            RuntimeError if rank == size - 1 else ProcessError,
+        )
+    assert (work / "checkpoint").exists()
+    dist.barrier()
+    kept(refined(gm, model, work=work, **options), folder, "gone-on", rank)
+    model, gm = subject("branches", "shared")
+    data = features(6)
+    data[2][0, 0, 0] = float("nan")
+    result = refined(gm, model, data, heldout=features(3, seed=5), **options)
+    assert result.fxshare.refined[-1].dropped > 0
+    kept(result, folder, "some-dropped", rank)
+    model, gm = subject(dtype=torch.bfloat16)
+    done = refined(gm, model, also=("norms",), **options).fxshare.refined[-1]
+    assert done.after.objective < done.before.objective
+
+
+@check
 def refusals(rank: int, size: int, folder: Path) -> None:
     model, gm = subject("branches", "shared")
     data = features()
     ends("accumulate=1: expected at least 2", lambda: refined(gm, model, data), RefineError)
-    blocks = {**OPTIONS, "objective": "blocks"}
-    ends("work of one process", lambda: refined(gm, model, data, **blocks), RefineError)
+    parts = {**OPTIONS, "accumulate": 3, "shard": True}
+    ends("expected a multiple of 2", lambda: refined(gm, model, data, **parts), RefineError)
+    by_modules = subject(capture="modules")[::-1]
+    parts = {**OPTIONS, "shard": True}
+    ends("at module granularity", lambda: refined(*by_modules, **parts), RefineError)
     ends("has another", lambda: refined(gm, model, data, seed=rank, **OPTIONS), ProcessError)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fxshare.base.numerics import tolerance, worst
 from tests.refining.build import everything, features, refined, subject
-from tests.refining.ranks import OPTIONS
+from tests.refining.ranks import BLOCKS, OPTIONS
 
 
 def run(made: Path, *checks: str) -> Path:
@@ -22,7 +22,7 @@ def run(made: Path, *checks: str) -> Path:
         subprocess.Popen([*command, str(rank), "2", str(made), *checks]) for rank in range(2)
     ]
     try:
-        assert [one.wait(timeout=180) for one in started] == [0, 0]
+        assert [one.wait(timeout=300) for one in started] == [0, 0]
     finally:
         for one in started:
             one.kill()
@@ -42,7 +42,7 @@ def same_bits(folder: Path, name: str) -> Any:
     return first
 
 
-def compare(gm: Any, alone: Any, found: Any) -> None:
+def compare(gm: Any, alone: Any, found: Any, dtype: torch.dtype = torch.float32) -> None:
     """Equal to one process, but for rounding: of a gradient that is next to nothing a step of Adam
     takes the sign, so what was moved is equal to a few thousandths. With a rank left out it is
     not."""
@@ -56,14 +56,19 @@ def compare(gm: Any, alone: Any, found: Any) -> None:
             assert torch.equal(expected[n], tensors[n])
             continue
         gap = worst(expected[n] - before[n], tensors[n] - before[n])
-        assert gap.relative <= 100 * tolerance(torch.float32, 12 * 21), n
+        assert gap.relative <= 100 * tolerance(dtype, 12 * 21), n
 
 
 def test_two_processes_are_one_to_rounding(tmp_path: Path) -> None:
-    made = run(tmp_path, "equal", "refusals")
+    made = run(tmp_path, "equal", "blocks", "sharded", "refusals")
     model, gm = subject("branches", "shared")
     alone = refined(gm, model, features(), second=features(1, seed=8), **OPTIONS)
     compare(gm, alone, same_bits(made, "equal"))
+    model, gm = subject(dtype=torch.float64)
+    alone = refined(gm, model, **BLOCKS)
+    assert alone.fxshare.refined[-1].kept
+    compare(gm, alone, same_bits(made, "blocks"), torch.float64)
+    compare(gm, refined(gm, model, **OPTIONS), same_bits(made, "sharded"), torch.float64)
 
 
 @pytest.mark.slow
@@ -77,3 +82,17 @@ def test_time_bad_batches_and_ranks_that_fail(tmp_path: Path) -> None:
     compare(gm, alone, same_bits(made, "dropped"))
     model, gm = subject()
     compare(gm, refined(gm, model, **OPTIONS), same_bits(made, "resumed"))
+
+
+@pytest.mark.slow
+def test_parts_are_put_together_whatever_happens(tmp_path: Path) -> None:
+    made = run(tmp_path, "sharded_further")
+    model, gm = subject("branches", "shared")
+    data = features(6)
+    data[2][0, 0, 0] = float("nan")
+    alone = refined(gm, model, data, heldout=features(3, seed=5), **OPTIONS)
+    compare(gm, alone, same_bits(made, "some-dropped"))
+    model, gm = subject(dtype=torch.float64)
+    alone = refined(gm, model, **OPTIONS)
+    for name in ("recomputed", "gone-on"):
+        compare(gm, alone, same_bits(made, name), torch.float64)

@@ -475,6 +475,8 @@ def test_time_is_asked_for() -> None:
         ({"temperature": -1.0}, "temperature: expected a number above 0"),
         ({"data_weight": 1.5}, "data_weight: expected 0 to 1, found 1.5"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0 and below 1"),
+        ({"shard": True, "objective": "blocks"}, "shard=True and objective='blocks'"),
+        ({"shard": True, "offload": True}, "offload=True, which would write gathered"),
         ({"objective": "mse"}, "objective: expected one of kl, ce, hidden, blocks, found 'mse'"),
         ({"also": ("norms", "heads")}, "also: expected some of norms, biases, found 'heads'"),
         ({"accumulate": 0}, "accumulate: expected a whole number of at least 1"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fxshare.cli.bench.quality import sizes_of
 from fxshare.cli.options import AllowMissing, AsJson, Debug, Model, Quiet, Seed, Threads, Verbose
 from fxshare.cli.output import Result, note, table
+
+if TYPE_CHECKING:
+    from fxshare.bench.encoder import EncoderRow
 
 
 def encoder(
@@ -28,6 +31,26 @@ def encoder(
     search: Annotated[
         str, typer.Option("--search", help="off, quick, thorough or refined.")
     ] = "quick",
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="What planned plans choose from, such as basis,units.")
+    ] = "basis",
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            "--refine",
+            metavar="MINUTES",
+            help="Refine Basis Sharing and planned plans so long each, on texts of --calibration.",
+        ),
+    ] = None,
+    refine_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--refine-samples",
+            min=2,
+            metavar="N",
+            help="Texts to refine on. Default: as many as --samples.",
+        ),
+    ] = None,
     threads: Threads = 0,
     seed: Seed = 0,
     allow_missing: AllowMissing = False,
@@ -41,16 +64,20 @@ def encoder(
     \b
     Example:
       fxshare bench encoder ./minilm --calibration valid.txt --data test.txt
+      fxshare bench encoder ./minilm --calibration valid.txt --data test.txt --refine 10
     """
-    from fxshare.bench.encoder import bench_encoder
+    from fxshare.bench.encoder import Refining, bench_encoder
     from fxshare.bench.speed.device import threads as using
     from fxshare.data.batches import Sampling, sample_batches
     from fxshare.loading.names import load_model
     from fxshare.models.traits import vocabulary_of
     from fxshare.proposing.propose import init
+    from fxshare.refining.options import RefineOptions
 
     del as_json, debug, verbose, quiet
     shares = sizes_of(sizes)
+    if refine is not None:
+        RefineOptions(minutes=refine)  # a wrong value is told before anything is compiled
     loaded = load_model(model, allow_missing=allow_missing)
     types = init(loaded.model).model_dump(include={"weight_types", "block_pattern"})
 
@@ -63,26 +90,50 @@ def encoder(
         )
 
     fit, held_out = batches(calibration, samples), batches(data, texts)
+    refining = None
+    if refine is not None:
+        further = fit if refine_samples is None else batches(calibration, refine_samples)
+        refining = Refining(refine, further)
     with using(threads):
         found = bench_encoder(
-            loaded.model, types, fit, held_out, sizes=shares, search=search, seed=seed, say=note
+            loaded.model,
+            types,
+            fit,
+            held_out,
+            sizes=shares,
+            search=search,
+            kinds=tuple(kind.strip() for kind in kinds.split(",")),
+            refine=refining,
+            seed=seed,
+            say=note,
         )
-    rows = [
-        [
-            f"{row.size:.2f}",
-            row.method,
-            f"{row.params_kept:.4f}",
-            f"{row.cosine:.4f}",
-            f"{row.lowest:.4f}",
-            f"{row.seconds:.0f}",
-        ]
-        for row in found.rows
-    ]
+    header = ["size", "method", "kept", "mean cosine", "lowest", "cpu s"]
+    if refining is not None:
+        header += ["refined", "lowest refined", "s refining", "tokens seen"]
+    trained = "no training" if refining is None else f"refined for {refine:g} min each"
     lines = [
-        table(["size", "method", "kept", "mean cosine", "lowest", "cpu s"], rows),
+        table(header, [_cells(row, refining is not None) for row in found.rows]),
         "",
         f"{found.texts} texts of {data}; calibrated on {found.tokens:,} tokens of {calibration}; "
-        f"seed {seed}; no training",
+        f"seed {seed}; {trained}",
         f"{found.environment}",
     ]
     return Result(found.to_dict(), "\n".join(lines))
+
+
+def _cells(row: EncoderRow, with_refined: bool) -> list[str]:
+    cells = [
+        f"{row.size:.2f}",
+        row.method,
+        f"{row.params_kept:.4f}",
+        f"{row.cosine:.4f}",
+        f"{row.lowest:.4f}",
+        f"{row.seconds:.0f}",
+    ]
+    after = row.refined
+    if after is not None:
+        cells += [f"{after.cosine:.4f}", f"{after.lowest:.4f}"]
+        cells += [f"{after.seconds:.0f}", f"{after.tokens:,}"]
+    elif with_refined:
+        cells += ["–"] * 4
+    return cells
