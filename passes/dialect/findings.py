@@ -126,8 +126,8 @@ def other_units(view: View, named: tuple[str, Slice]) -> str | None:
         if any(low >= high for low, high in pairwise((-1, *units.kept, units.of))):
             return f"units {units.kept[:8]} of {units.of}, not ascending or not in range"
         size = place.stop - place.start if rows else weight_OI.shape[1]
-        if size != units.parts * len(units.kept):
-            return f"{size} where {units.parts} times {len(units.kept)} are recorded"
+        if size != units.parts * len(units.kept) * units.each:
+            return f"{size} where {units.parts * units.each} times {len(units.kept)} are recorded"
         if (units.of, units.kept) != view.units[units.name]:
             return f"other units than the first slice of {units.name!r}"
     return None

@@ -22,22 +22,24 @@ _KEY = "slices"
 @dataclass(frozen=True)
 class KeptUnits:
     """Which of some hidden units are there (:class:`passes.SelectUnits`): ``kept`` of ``of``,
-    ascending, in each of ``parts`` runs of rows or columns."""
+    ascending, in each of ``parts`` runs of rows or columns, ``each`` neighbours for every one."""
 
     name: str
     of: int
     kept: tuple[int, ...] = field(repr=False)
     parts: int = 1
+    each: int = 1
 
     def places(self) -> Tensor:
         """The rows or columns that are there, in order."""
         kept = torch.tensor(self.kept, dtype=torch.int64)
-        return torch.cat([part * self.of + kept for part in range(self.parts)])
+        units = torch.cat([part * self.of + kept for part in range(self.parts)])
+        return (units[:, None] * self.each + torch.arange(self.each)).flatten()
 
     def whole(self, tensor: Tensor, dim: int) -> Tensor:
         """The tensor with zeros where units are not there."""
         shape = list(tensor.shape)
-        shape[dim] = self.parts * self.of
+        shape[dim] = self.parts * self.of * self.each
         return tensor.new_zeros(shape).index_copy(dim, self.places().to(tensor.device), tensor)
 
 
