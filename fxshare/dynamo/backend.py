@@ -259,7 +259,8 @@ class Backend:
             return found is not None and [s.name for _, s in found.keys] == list(one.keys)
         if isinstance(one, WholeHeads):
             groups = head_groups(gm, called).of(one.consumer)
-            return groups is not None and tuple(s.name for _, s in groups.owned) == one.own
+            own = one.queries, one.keys, one.values
+            return groups is not None and groups.slices == own
         mlp = mlps(gm, called).of(one.consumer)
         return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
 
@@ -283,10 +284,13 @@ class Backend:
 
     def _whole_heads(self, one: WholeHeads) -> DroppedHeads:
         weights, biases = self._whole(one)
-        units = slices_of(self.compiled)[one.queries].unit_rows
+        units = slices_of(self.compiled)[one.queries[0]].unit_rows
         kept = tuple(range(one.of)) if units is None else units.kept
-        own = {name: weights.pop(name) for name in one.own}
-        return DroppedHeads(one.name, kept, one.of, own, weights, biases)
+        queries, keys, values = (
+            {name: weights.pop(name) for name in names}
+            for names in (one.queries, one.keys, one.values)
+        )
+        return DroppedHeads(one.name, kept, one.of, queries, keys, values, weights, biases)
 
     def _whole(self, one: Heads | Keys | WholeHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights and biases of the slices that an entry takes, as they are stored."""

@@ -164,16 +164,24 @@ def _empty_whole_heads(
     device: torch.device,
 ) -> DroppedHeads:
     """Of the heads of one attention."""
-    sites = {s.name: site for site in plan.sites for s in site.slices}
-    sizes = one.slice_sizes(plan.sites)
-    weights, biases = {}, {}
+    sites = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    units = one.units_of({name: sites[name][1].out_features for name in one.own}, kept)
+    weights, biases, consumers = {}, {}, {}
     for name in one.slices_among(plan.sites):
-        site, (inputs, rows) = sites[name], sizes[name]
-        weights[name] = torch.empty(rows, inputs, dtype=dtype_of(site.name), device=device)
-        if site.bias and name in one.own:
+        site, s = sites[name]
+        dtype = dtype_of(site.name)
+        if name not in units:
+            inputs = site.in_features // one.of * one.kept
+            consumers[name] = torch.empty(s.out_features, inputs, dtype=dtype, device=device)
+            continue
+        rows = units[name].size
+        weights[name] = torch.empty(rows, site.in_features, dtype=dtype, device=device)
+        if site.bias:
             biases[name] = weights[name].new_empty(rows)
-    own = {name: weights.pop(name) for name in one.own}
-    return DroppedHeads(one.name, kept, one.of, own, weights, biases)
+    queries, keys, values = (
+        {name: weights[name] for name in names} for names in (one.queries, one.keys, one.values)
+    )
+    return DroppedHeads(one.name, kept, one.of, queries, keys, values, consumers, biases)
 
 
 def selected(

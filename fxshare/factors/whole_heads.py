@@ -15,7 +15,7 @@ Shape suffixes: n inputs of the output, J those of heads that stay, O output fea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, UnitFactors, mixing_of
 from fxshare.plans.whole_heads import WholeHeads
 from passes import DroppedHeads, KeptUnits
-from passes.graph.whole_heads import kept_rows
 
 
 @dataclass(eq=False)
@@ -105,24 +104,32 @@ def stored_whole_heads(
     ``biases`` those of the slices whose site has one."""
     entry = made.entry
     assert isinstance(entry, WholeHeads)
-    weights = {name: kept_rows(rows[name], entry.of, made.kept) for name in entry.own}
-    moved = {
-        name: kept_rows(biases[name], entry.of, made.kept).to(rows[name].dtype)
-        for name in entry.own
-        if name in biases
-    }
+    units = entry.units_of({name: len(rows[name]) for name in entry.own}, made.kept)
+    weights, moved = {}, {}
+    for name, own in units.items():
+        there = own.places().to(rows[name].device)
+        weights[name] = rows[name].index_select(0, there)
+        if name in biases:
+            moved[name] = biases[name].index_select(0, there).to(rows[name].dtype)
     consumers = {name: weight.to(rows[name].dtype) for name, weight in made.weights.items()}
     for name, shift in made.bias_shift.items():
         moved[name] = (biases[name].double() + shift).to(rows[name].dtype)
     errors, shifts = {}, {}
-    for name, weight in {**weights, **consumers}.items():
-        dim = 0 if name in weights else 1
-        kept = KeptUnits(entry.name, entry.of, made.kept, each=weight.shape[dim] // entry.kept)
-        errors[name] = relative_error(rows[name], kept.whole(weight, dim).double())
+    for name, weight in weights.items():
+        errors[name] = relative_error(rows[name], units[name].whole(weight, 0).double())
         if name in moved:
-            bias = kept.whole(moved[name], 0) if dim == 0 else moved[name]
-            shifts[name] = float((bias.double() - biases[name].double()).norm())
-    one = DroppedHeads(entry.name, made.kept, entry.of, weights, consumers, moved)
+            whole = units[name].whole(moved[name], 0).double()
+            shifts[name] = float((whole - biases[name].double()).norm())
+    for name, weight in consumers.items():
+        whole = replace(made, weights=consumers).whole(name, weight.dtype)
+        errors[name] = relative_error(rows[name], whole.double())
+        if name in moved:
+            shifts[name] = float((moved[name].double() - biases[name].double()).norm())
+    queries, keys, values = (
+        {name: weights[name] for name in names}
+        for names in (entry.queries, entry.keys, entry.values)
+    )
+    one = DroppedHeads(entry.name, made.kept, entry.of, queries, keys, values, consumers, moved)
     return Stored(one, errors, shifts)
 
 

@@ -54,7 +54,9 @@ class Stored(Frozen):
     """Producers and consumer of every MLP, by the names of their sites."""
     attentions: tuple[tuple[tuple[str, ...], str, int], ...] = ()
     """Slices of the values, consumer and width of the heads of every attention."""
-    head_groups: tuple[tuple[tuple[str, str, str], str, int, int], ...] = ()
+    head_groups: tuple[
+        tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], str, int, int], ...
+    ] = ()
     """Slices of queries, keys and values, consumer, and how many heads queries, and keys, have."""
     scores: tuple[tuple[tuple[str, ...], tuple[str, ...], int, Rotary, int], ...] = ()
     """Slices of the queries and of the keys of every attention, the width of its heads, and what of
@@ -93,12 +95,7 @@ class Stored(Frozen):
                 if isinstance(one, Attention)
             ),
             head_groups=tuple(
-                (
-                    (one.queries[1].name, one.keys[1].name, one.values[1].name),
-                    one.consumer.name,
-                    one.heads,
-                    one.kv_heads,
-                )
+                (one.slices, one.consumer.name, one.heads, one.kv_heads)
                 for one in parts
                 if isinstance(one, HeadGroups)
             ),
@@ -132,8 +129,8 @@ def parts_in(stored: Stored) -> tuple[Mlp | Attention | HeadGroups | Scores, ...
         if last in known and all(name in slices for name in values) and width > 0:
             found.append(Attention(tuple(slices[n] for n in values), known[last], width))
     for names, last, heads, kv_heads in stored.head_groups:
-        if last in known and all(name in slices for name in names) and kv_heads > 0:
-            q, k, v = (slices[name] for name in names)
+        if last in known and all(n in slices for own in names for n in own) and kv_heads > 0:
+            q, k, v = (tuple(slices[name] for name in own) for own in names)
             found.append(HeadGroups(q, k, v, known[last], heads, kv_heads))
     for queries, keys, width, rotary, rotated in stored.scores:
         if queries and keys and all(n in slices for n in (*queries, *keys)) and width > 0:

@@ -67,11 +67,12 @@ class Structure:
         if found is None:
             reason = self._head_groups.reasons[one.consumer]
             return f"{one.consumer!r} {reason}; leave the entry out"
-        there = found.heads, found.kv_heads, *(s.name for _, s in found.owned)
-        if there != (one.heads, one.of, *one.own):
+        own = one.queries, one.keys, one.values
+        if (found.heads, found.kv_heads, found.slices) != (one.heads, one.of, own):
+            names = [s.name for _, s in found.owned]
             return (
                 f"{one.consumer!r} reads {found.heads} heads with {found.kv_heads} keys and values "
-                f"from {list(there[2:])}, found {one.heads} with {one.of} from {list(one.own)}"
+                f"from {names[:6]}, found {one.heads} with {one.of} from {list(one.own)[:6]}"
             )
         return None
 

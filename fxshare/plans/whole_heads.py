@@ -9,6 +9,8 @@ from pydantic import Field
 from fxshare.plans.units import Units, Words
 from fxshare.sites.head_groups import HeadGroups
 from fxshare.sites.site import ModulePath, Site
+from passes import KeptUnits
+from passes.graph.whole_heads import spans
 
 
 class WholeHeads(Units):
@@ -20,12 +22,12 @@ class WholeHeads(Units):
     """
 
     kind: str = "heads"
-    queries: ModulePath
-    """The slice that is the queries."""
-    keys: ModulePath
-    """The slice that is the keys."""
-    values: ModulePath
-    """The slice that is the values."""
+    queries: tuple[ModulePath, ...] = Field(min_length=1)
+    """The slices that are the queries."""
+    keys: tuple[ModulePath, ...] = Field(min_length=1)
+    """The slices that are the keys."""
+    values: tuple[ModulePath, ...] = Field(min_length=1)
+    """The slices that are the values."""
     heads: int = Field(ge=1)
     """How many heads the queries have."""
     width: int = Field(ge=1)
@@ -39,9 +41,19 @@ class WholeHeads(Units):
         return Words("whole heads", what, "attentions with fewer heads", parts)
 
     @property
-    def own(self) -> tuple[str, str, str]:
+    def own(self) -> tuple[str, ...]:
         """The slices of queries, keys and values."""
-        return self.queries, self.keys, self.values
+        return *self.queries, *self.keys, *self.values
+
+    def units_of(self, rows: Mapping[str, int], kept: tuple[int, ...]) -> dict[str, KeptUnits]:
+        """Which heads each slice of queries, keys and values has, with the rows that it has, and
+        which are there of those that stay."""
+        found = {}
+        for names in (self.queries, self.keys, self.values):
+            for name, span in spans({name: rows[name] for name in names}, self.of).items():
+                each = rows[name] // (span[1] - span[0])
+                found[name] = KeptUnits(self.name, self.of, kept, each=each, span=span)
+        return found
 
     def stored_bytes(self, sites: Sequence[Site], itemsize: int) -> int:
         """Stored bytes after."""
@@ -66,14 +78,17 @@ class WholeHeads(Units):
         return (*(name for name in self.own if name in there), *sorted(whole))
 
     def slice_sizes(self, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
-        """The sizes ``(in, out)`` of its slices, as they are after."""
-        found = {}
-        for site in sites:
-            for s in site.slices if site.name in self.sites else ():
-                if site.name == self.consumer:
-                    found[s.name] = site.in_features // self.of * self.kept, s.out_features
-                elif s.name in self.own:
-                    found[s.name] = site.in_features, s.out_features // self.of * self.kept
+        """The sizes ``(in, out)`` of its slices, as they are after; of queries, keys and values of
+        several slices as if the first ones stayed."""
+        there = {s.name: (x, s) for x in sites if x.name in self.sites for s in x.slices}
+        found = {
+            name: (site.in_features // self.of * self.kept, s.out_features)
+            for name, (site, s) in there.items()
+            if site.name == self.consumer
+        }
+        rows = {name: there[name][1].out_features for name in self.own}
+        for name, units in self.units_of(rows, tuple(range(self.kept))).items():
+            found[name] = there[name][0].in_features, units.size
         return found
 
     def fault(self, known: Mapping[str, Site]) -> str | None:
@@ -96,19 +111,23 @@ class WholeHeads(Units):
         if consumer.in_features % self.heads:
             return f"has {self.heads} heads, and {self.consumer!r} reads {consumer.in_features}"
         numbers = consumer.in_features // self.of * consumer.out_features
-        rows = 0
         slices = {s.name: (known[x], s) for x in self.producers for s in known[x].slices}
-        for name in self.own:
-            if name not in slices:
-                return f"{name!r} is not a slice of {list(self.producers)}"
-            site, s = slices[name]
-            count = self.heads if name == self.queries else self.of
-            if s.out_features % count:
-                return f"{name!r} has {s.out_features} rows, no multiple of {count} heads"
-            numbers += s.out_features // self.of * site.in_features
-            rows += 0 if name == self.queries else s.out_features
-        if rows != self.of * self.width:
-            return f"has {self.of} keys and values of {self.width}, of {rows} rows"
+        for names in (self.queries, self.keys, self.values):
+            count, rows = self.heads if names is self.queries else self.of, 0
+            for name in names:
+                if name not in slices:
+                    return f"{name!r} is not a slice of {list(self.producers)}"
+                site, s = slices[name]
+                rows += s.out_features
+                numbers += s.out_features * site.in_features // self.of
+            each, cut = divmod(rows, count)
+            parted = [n for n in names if not each or slices[n][1].out_features % each]
+            if cut or parted:
+                first = (*parted, *names)[0]
+                return f"{first!r} has no whole heads, with {count} of them in {rows} rows"
+        cached = sum(slices[name][1].out_features for name in (*self.keys, *self.values))
+        if cached != self.of * self.width:
+            return f"has {self.of} keys and values of {self.width}, of {cached} rows"
         if numbers != self.numbers_per_unit:
             return f"says {self.numbers_per_unit} numbers per unit, its sites have {numbers}"
         return None
@@ -122,8 +141,8 @@ def whole_heads_of(
     layers = tuple(sorted({site.layer for site in sites if site.layer is not None}))
     where = "_".join(map(str, layers)) if layers else consumer.name
     made = name or f"whole_heads_{where}"
-    each = sum(s.out_features // one.kv_heads * site.in_features for site, s in one.owned)
-    queries, keys, values = (s.name for _, s in one.owned)
+    each = sum(s.out_features * site.in_features for site, s in one.owned) // one.kv_heads
+    queries, keys, values = one.slices
     return WholeHeads(
         name="".join(c if c.isalnum() or c == "_" else "_" for c in made),
         type="+".join(dict.fromkeys(site.type for site in sites)),
@@ -138,7 +157,7 @@ def whole_heads_of(
         keys=keys,
         values=values,
         heads=one.heads,
-        width=sum(s.out_features for _, s in one.owned[1:]) // one.kv_heads,
+        width=sum(s.out_features for _, s in (*one.keys, *one.values)) // one.kv_heads,
     )
 
 

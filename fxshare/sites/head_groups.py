@@ -23,9 +23,10 @@ class HeadGroups:
     reads its heads. Query heads that share one key and one value are a group, which goes whole;
     where each has its own, that is a head."""
 
-    queries: Owned
-    keys: Owned
-    values: Owned
+    queries: tuple[Owned, ...]
+    keys: tuple[Owned, ...]
+    values: tuple[Owned, ...]
+    """All three in the order of their heads."""
     consumer: Site
     heads: int
     """How many the queries have."""
@@ -33,9 +34,15 @@ class HeadGroups:
     """How many keys and values have: so many groups there are."""
 
     @property
-    def owned(self) -> tuple[Owned, Owned, Owned]:
+    def owned(self) -> tuple[Owned, ...]:
         """Queries, keys and values."""
-        return self.queries, self.keys, self.values
+        return *self.queries, *self.keys, *self.values
+
+    @property
+    def slices(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The slices of queries, keys and values by name."""
+        q, k, v = (tuple(s.name for _, s in own) for own in (self.queries, self.keys, self.values))
+        return q, k, v
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -86,7 +93,7 @@ def _groups(gm: fx.GraphModule, consumer: Site, called: Called) -> HeadGroups:
         if any(call.node not in leaves for call in called.calls[site.name]):
             raise NotWhole(f"reads what {site.name!r} computes for something else as well")
     slices = {s.name: (site, s) for site in sites for s in site.slices}
-    queries, keys, values = (slices[name] for name in found.slices)
+    queries, keys, values = (tuple(slices[name] for name in own) for own in found.slices)
     return HeadGroups(queries, keys, values, consumer, found.values.heads, found.groups)
 
 

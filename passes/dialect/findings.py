@@ -103,7 +103,12 @@ def no_owner(view: View, named: tuple[str, Slice]) -> str | None:
 def no_partition(view: View, module: str) -> str | None:
     """Slices that overlap, leave rows out, or lie outside."""
     weight_OI = view.weight(module)
-    rows = [(place.start, place.stop) for _, place in view.owners[module]]
+    # of a slice of heads that all went there are no rows
+    rows = [
+        (place.start, place.stop)
+        for _, place in view.owners[module]
+        if place.unit_rows is None or place.unit_rows.size
+    ]
     return None if weight_OI is None else _gap(rows, len(weight_OI))
 
 
@@ -126,8 +131,8 @@ def other_units(view: View, named: tuple[str, Slice]) -> str | None:
         if any(low >= high for low, high in pairwise((-1, *units.kept, units.of))):
             return f"units {units.kept[:8]} of {units.of}, not ascending or not in range"
         size = place.stop - place.start if rows else weight_OI.shape[1]
-        if size != units.parts * len(units.kept) * units.each:
-            return f"{size} where {units.parts * units.each} times {len(units.kept)} are recorded"
+        if size != units.size:
+            return f"{size} where {units.size} of {units.whole_size} are recorded"
         if (units.of, units.kept) != view.units[units.name]:
             return f"other units than the first slice of {units.name!r}"
     return None

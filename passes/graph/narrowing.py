@@ -117,9 +117,12 @@ def take(moved: Moved, node: fx.Node, calls: list[fx.Node], sizes: list[int]) ->
             front = graph.call_function(operator.getitem, (whole, slice(None, -1)))
             shape = graph.call_function(operator.add, (front, tuple(sizes)))
             new = graph.call_method("view", (new, shape))
+            if not layout.open:
+                new.meta["ndim"] = len(layout.dims)
             if leading(layout):
                 new = graph.call_method("transpose", (new, 1, 2))
             new.meta.update(node.meta)
+            new.meta.pop("shape", None)  # of rows that may have gone
     node.replace_all_uses_with(new)
 
 

@@ -7,8 +7,9 @@ values stand a softmax, numbers that are the same for all heads, and what goes e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -59,13 +60,13 @@ class WholeHeads:
         return self.values.kv_heads
 
     @property
-    def slices(self) -> tuple[str, str, str]:
-        """The slices of queries, keys and values."""
-        queries, keys, values = (
-            next(iter(names))
-            for names in (self.scores.query_slices, self.scores.slices, self.values.slices)
+    def slices(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The slices of queries, keys and values, in the order of their heads."""
+        return (
+            tuple(self.scores.query_slices),
+            tuple(self.scores.slices),
+            tuple(self.values.slices),
         )
-        return queries, keys, values
 
 
 def whole_heads(
@@ -91,13 +92,33 @@ def whole_heads(
         )
     if values.kv_heads < 2:
         raise NotWhole("reads heads that all share one key and one value, of which none can go")
-    for slices in (scores.query_slices, scores.slices, values.slices):
-        if len(slices) > 1:
-            raise NotWhole(
-                f"reads heads of {len(slices)} slices, such as {next(iter(slices))!r}; split the "
-                "weight into queries, keys and values (split: qkv)"
-            )
+    group = scores.heads // scores.kv_heads
+    for homes, size in ((scores.queries, group), (scores.values, 1), (values.values, 1)):
+        _check_order([name for name, _ in homes], size)
     return WholeHeads(values, scores)
+
+
+def _check_order(names: Sequence[str], group: int) -> None:
+    """Raise where the heads of a slice, named by head, are no neighbours, or part a group."""
+    runs = [len(list(run)) for _, run in groupby(names)]
+    if len(runs) > len(set(names)):
+        raise NotWhole("reads heads of several slices in turns")
+    at = 0
+    for run in runs:
+        if (run % group or at % group) and at // group != (at + run - 1) // group:
+            raise NotWhole(f"reads heads of which {group} share a key, and slices of {run}")
+        at += run
+
+
+def spans(slices: Mapping[str, int], groups: int) -> dict[str, tuple[int, int]]:
+    """Which of the key-value heads the rows of slices are of, from the first to before the second;
+    ``slices`` are those of queries, keys or values in order, and their numbers of rows."""
+    each = sum(slices.values()) // groups
+    found, at = {}, 0
+    for name, rows in slices.items():
+        found[name] = at // each, -(-(at + rows) // each)
+        at += rows
+    return found
 
 
 def without(gm: fx.GraphModule, found: Heads, kept: Sequence[int]) -> Callable[[], None]:
@@ -108,20 +129,19 @@ def without(gm: fx.GraphModule, found: Heads, kept: Sequence[int]) -> Callable[[
     """
     moved = found.moved
     assert moved is not None
-    homes = dict.fromkeys(found.slices, found.kv_heads)
-    if isinstance(found, Scores):
-        homes |= dict.fromkeys(found.query_slices, found.kv_heads)
+    own = torch.zeros(found.kv_heads, dtype=torch.bool, device="cpu")
+    own[list(kept)] = True
     stays = torch.ones(sum(moved.sizes.values()), dtype=torch.bool, device="cpu")
-    for name, groups in homes.items():
-        size, start = moved.sizes[name], moved.starts[name]
-        own = torch.zeros(groups, dtype=torch.bool, device="cpu")
-        own[list(kept)] = True
-        stays[start : start + size] = own.repeat_interleave(size // groups)
+    for slices in [found.slices, *([found.query_slices] if isinstance(found, Scores) else [])]:
+        rows = torch.cat(
+            [torch.arange(moved.sizes[n], device="cpu") + moved.starts[n] for n in slices]
+        )
+        stays[rows] = own.repeat_interleave(len(rows) // len(own))
 
     def stay(rows: Rows) -> Tensor:
         known = rows < len(stays)
-        found_: Tensor = stays[torch.where(known, rows, 0)] | ~known
-        return found_
+        there: Tensor = stays[torch.where(known, rows, 0)] | ~known
+        return there
 
     with _disable_current_modes():
         try:
@@ -138,7 +158,10 @@ def _products(gm: fx.GraphModule, node: fx.Node, sums: set[fx.Node]) -> list[fx.
     walk = _Walk(gm)
     weights = given(node, 0, "input")
     if not isinstance(weights, fx.Node) or not walk.comes(weights):
-        raise NotWhole(f"reads {node.name!r}, which sums by no product of queries and keys")
+        raise NotWhole(
+            f"has weights of a sum that are no scores alone, head by head: {walk.other!r} comes "
+            f"before {node.name!r}"
+        )
     for one, own in walk.found.items():
         for user in one.users if own else ():
             if user not in sums and not walk.found.get(user) and not reads_dtype(user, one):
@@ -166,6 +189,8 @@ class _Walk:
     found: dict[fx.Node, bool] = field(default_factory=dict)
     """Nodes, and whether they are computed from scores."""
     products: list[fx.Node] = field(default_factory=list)
+    other: str = ""
+    """The first node that nothing is known of."""
 
     def comes(self, node: fx.Node) -> bool:
         """Whether a node is computed from scores, head by head."""
@@ -177,6 +202,7 @@ class _Walk:
     def _comes(self, node: fx.Node) -> bool:
         operands = self._operands(node)
         if operands is None:
+            self.other = self.other or node.name
             return False
         if not operands:
             self.products.append(node)
@@ -215,10 +241,4 @@ class _Walk:
         return dim == -1 or (shape is not None and dim == len(shape) - 1)
 
 
-def kept_rows(weight: Tensor, of: int, kept: Sequence[int], dim: int = 0) -> Tensor:
-    """The rows, or columns, of those of ``of`` groups that stay."""
-    groups = weight.tensor_split(of, dim)
-    return torch.cat([groups[group] for group in kept], dim)
-
-
-__all__ = ["NotWhole", "WholeHeads", "kept_rows", "whole_heads", "without"]
+__all__ = ["NotWhole", "WholeHeads", "spans", "whole_heads", "without"]

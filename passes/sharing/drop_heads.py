@@ -14,25 +14,37 @@ from passes.errors import EnsuresError, RequiresError, ShapeError
 from passes.graph.graph import calls_by_target, linear_at, put_weight
 from passes.graph.scores import attention_scores
 from passes.graph.slices import KeptUnits, set_slices, slices
-from passes.graph.whole_heads import NotWhole, WholeHeads, whole_heads, without
+from passes.graph.whole_heads import NotWhole, WholeHeads, spans, whole_heads, without
 
 
 @dataclass(frozen=True, eq=False)
 class DroppedHeads:
     """Some of the key-value heads of one attention, each with the queries that share it.
 
-    ``kept`` are the numbers of those that stay, ascending, of ``of``. ``weights`` maps the slices
-    of queries, keys and values, in this order, to the rows that stay, ``consumers`` those that read
-    the heads to their new weights ``(out, columns that stay)``; ``biases`` some of both to a new
-    bias.
+    ``kept`` are the numbers of those that stay, ascending, of ``of``. ``queries``, ``keys`` and
+    ``values`` map slices, in the order of their heads, to the rows that stay, which may be none;
+    ``consumers`` maps those that read the heads to their new weights ``(out, columns that stay)``,
+    ``biases`` some of all to a new bias.
     """
 
     name: str
     kept: tuple[int, ...]
     of: int
-    weights: Mapping[str, Tensor]
+    queries: Mapping[str, Tensor]
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
     consumers: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """All rows that stay, by slice."""
+        return {**self.queries, **self.keys, **self.values}
+
+    @property
+    def slices(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The slices of queries, keys and values."""
+        return tuple(self.queries), tuple(self.keys), tuple(self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +113,14 @@ class DropHeads(Pass):
         )
 
     def _check_shapes(self, gm: fx.GraphModule, one: DroppedHeads) -> None:
+        units = _units(gm, one)
         for name, weight in (*one.weights.items(), *one.consumers.items()):
             linear = linear_at(gm, slices(gm)[name].module)
-            is_row = name in one.weights
+            is_row, own = name in one.weights, units[name]
             size = linear.out_features if is_row else linear.in_features
-            each, cut = divmod(size, one.of)
-            sides = each * len(one.kept), linear.in_features if is_row else linear.out_features
+            sides = own.size, linear.in_features if is_row else linear.out_features
             expected = sides if is_row else sides[::-1]
-            if cut or tuple(weight.shape) != expected:
+            if own.whole_size != size or tuple(weight.shape) != expected:
                 raise ShapeError(
                     f"{self.name}: {name!r} has {size} {'rows' if is_row else 'inputs'} of "
                     f"{one.of} heads and gets a weight {tuple(weight.shape)}; expected {expected}"
@@ -123,10 +135,10 @@ class DropHeads(Pass):
             found = whole_heads(gm, reading, partial(_leaf, gm, made), inputs)
         except NotWhole as fault:
             raise self._refused(one, fault) from fault
-        if (found.groups, found.slices) != (one.of, tuple(one.weights)):
+        if (found.groups, found.slices) != (one.of, one.slices):
             raise RequiresError(
-                f"{self.name}: {one.name!r} has {one.of} heads of {list(one.weights)}; the graph "
-                f"has {found.groups} of {list(found.slices)}"
+                f"{self.name}: {one.name!r} has {one.of} heads of {list(one.weights)[:4]}; the "
+                f"graph has {found.groups} of {[n for own in found.slices for n in own][:4]}"
             )
         leaves = {*found.values.leaves, *found.scores.leaves}
         outside = [n for n, name in made.items() if name in one.weights and n not in leaves]
@@ -142,31 +154,45 @@ class DropHeads(Pass):
         for one in self.selections:
             if len(one.kept) == one.of:
                 continue  # as it is
-            found = self._between(gm, one)
-            queries, keys, values = found.slices
+            found, units = self._between(gm, one), _units(gm, one)
             edit = without(gm, found.values, one.kept)
-            for name in (values, *one.consumers):
-                _put(gm, one, name)
+            for name in (*one.values, *one.consumers):
+                _put(gm, one, units[name], name)
             edit()
             # of a product of all three nothing is left as it was found
             calls = calls_by_target(gm, lambda module: isinstance(module, nn.Linear))
             made = {n: name for name, at in slices(gm).items() for n in calls.get(at.module, [])}
             scores = attention_scores(gm, found.scores.calls, partial(_leaf, gm, made))
             edit = without(gm, scores, one.kept)
-            for name in (queries, keys):
-                _put(gm, one, name)
+            for name in (*one.queries, *one.keys):
+                _put(gm, one, units[name], name)
             edit()
-            count += 3 + len(one.consumers)
+            count += len(units)
         return count
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for one in self.selections:
-            for name in one.weights:
-                found = linear_at(gm, slices(gm)[name].module).out_features
+            for weights in (one.queries, one.keys, one.values):
+                found = sum(linear_at(gm, slices(gm)[n].module).out_features for n in weights)
                 if found % len(one.kept):
                     raise EnsuresError(
-                        f"{self.name}: {name!r} has {found} rows, expected {len(one.kept)} heads"
+                        f"{self.name}: {next(iter(weights))!r} and others have {found} rows, "
+                        f"expected {len(one.kept)} heads"
                     )
+
+
+def _units(gm: fx.GraphModule, one: DroppedHeads) -> dict[str, KeptUnits]:
+    """Which heads every slice has, and which of them stay."""
+    found = {}
+    for weights in (one.queries, one.keys, one.values):
+        rows = {name: linear_at(gm, slices(gm)[name].module).out_features for name in weights}
+        for name, span in spans(rows, one.of).items():
+            each = rows[name] // (span[1] - span[0])
+            found[name] = KeptUnits(one.name, one.of, one.kept, each=each, span=span)
+    for name in one.consumers:
+        each = linear_at(gm, slices(gm)[name].module).in_features // one.of
+        found[name] = KeptUnits(one.name, one.of, one.kept, each=each)
+    return found
 
 
 def _leaf(gm: fx.GraphModule, made: Mapping[fx.Node, str], node: fx.Node) -> dict[str, int] | None:
@@ -174,16 +200,14 @@ def _leaf(gm: fx.GraphModule, made: Mapping[fx.Node, str], node: fx.Node) -> dic
     return None if name is None else {name: linear_at(gm, name).out_features}
 
 
-def _put(gm: fx.GraphModule, one: DroppedHeads, name: str) -> None:
+def _put(gm: fx.GraphModule, one: DroppedHeads, units: KeptUnits, name: str) -> None:
     """The new weight and bias of a slice, and what is recorded of it."""
     is_row = name in one.weights
     weight = (one.weights if is_row else one.consumers)[name]
     put_weight(gm, name, weight, one.biases.get(name))
-    size = weight.shape[0 if is_row else 1]
-    units = KeptUnits(one.name, one.of, one.kept, each=size // len(one.kept))
     place = slices(gm)[name]
     if is_row:
-        place = replace(place, stop=size, unit_rows=units)
+        place = replace(place, stop=len(weight), unit_rows=units)
     else:
         place = replace(place, unit_columns=units)
     set_slices(gm, {name: place})

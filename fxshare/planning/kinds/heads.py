@@ -177,9 +177,10 @@ def _shapes(one: Attention, kept: int) -> list[Shape]:
 
 def _shapes_of_whole(one: HeadGroups, kept: int) -> list[Shape]:
     """The linears of an attention that keeps so many key-value heads."""
-    found = [
-        Shape(site.in_features, s.out_features // one.kv_heads * kept) for site, s in one.owned
-    ]
+    found = []
+    for own in (one.queries, one.keys, one.values):
+        rows = sum(s.out_features for _, s in own) // one.kv_heads * kept
+        found.append(Shape(own[0][0].in_features, rows))
     inputs = one.consumer.in_features // one.kv_heads * kept
     return [*found, Shape(inputs, one.consumer.out_features)]
 
