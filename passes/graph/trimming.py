@@ -172,7 +172,7 @@ class _Trimming:
                 raise Unknown(f"has batch and rows together in {node.name!r}")
             changed[axis - len(layout.dims)] = int(along[layout.labelled(axis)].sum())
         named = sizes[-1]
-        if isinstance(named, fx.Node) and name_of(named) in ("size", "shape"):
+        if isinstance(named, fx.Node) and len(sizes) == 1 and _is_whole_size(named):
             dims = [-1 if d is None else abs(d) for d in layout.dims]
             for at, size in changed.items():
                 dims[at] = size
@@ -335,6 +335,10 @@ def _axes(layout: Layout, entries: Sequence[Any]) -> list[tuple[int, int]]:
             found.append((len(front) + 1 + at, axis))
             axis += 1
     return found
+
+
+def _is_whole_size(node: fx.Node) -> bool:
+    return name_of(node) == "size" and given(node, 1, "dim") is None
 
 
 def _make_number(read: fx.Node, size: int) -> None:
