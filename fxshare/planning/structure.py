@@ -60,7 +60,8 @@ class Structure:
 
     @cached_property
     def _head_groups(self) -> AllHeadGroups:
-        return head_groups(self.graph, self.sites, side_by_side=self.side_by_side)
+        by_side = self.side_by_side
+        return head_groups(self.graph, self.sites, side_by_side=by_side, among=self._attentions)
 
     def _fault_of_whole_heads(self, one: WholeHeads) -> str | None:
         found = self._head_groups.of(one.consumer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxshare.sites.attention import attentions
+from fxshare.sites.attention import Attentions, attentions
 from fxshare.sites.called import Called
 from fxshare.sites.mlps import SIDE_BY_SIDE
 from fxshare.sites.site import Site, SliceSpec
@@ -64,12 +64,17 @@ class AllHeadGroups:
 
 
 def head_groups(
-    gm: fx.GraphModule, sites: Sequence[Site], *, side_by_side: bool = False
+    gm: fx.GraphModule,
+    sites: Sequence[Site],
+    *,
+    side_by_side: bool = False,
+    among: Attentions | None = None,
 ) -> AllHeadGroups:
-    """The attention calls among the sites of a captured graph, before it is rewritten."""
+    """The attention calls among the sites of a captured graph, before it is rewritten; ``among``
+    are those that were found in it already."""
     if side_by_side:
         return AllHeadGroups((), {site.name: SIDE_BY_SIDE for site in sites})
-    narrower = attentions(gm, sites)
+    narrower = among or attentions(gm, sites)
     called = Called.of(gm, sites)
     found, reasons = [], dict(narrower.reasons)
     for one in narrower.found:

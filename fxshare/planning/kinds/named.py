@@ -102,7 +102,7 @@ def kinds_and_parts(
     side_by_side = captured.side_by_side
     own = mlps(captured.graph, sites, side_by_side=side_by_side)
     heads = attentions(captured.graph, sites, side_by_side=side_by_side)
-    whole = head_groups(captured.graph, sites, side_by_side=side_by_side)
+    whole = head_groups(captured.graph, sites, side_by_side=side_by_side, among=heads)
     scores = all_scores(captured.graph, sites, side_by_side=side_by_side)
     names = [kind.name for kind in kinds]
     missing = []
