@@ -37,6 +37,7 @@ from passes.graph.scores import (
 from passes.graph.slices import KeptUnits, Slice, slice_weight, slices
 from passes.graph.stacks import stacks
 from passes.graph.uses import other_readers, used_nodes
+from passes.graph.whole_heads import NotWhole, whole_heads
 from passes.observing.gradients import ObserveGradients, tapped
 from passes.observing.inputs import ObserveInputs, observed
 from passes.observing.lookups import ObserveLookups, observed_lookups
@@ -53,6 +54,7 @@ from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
 from passes.pipeline import default_passes, lowering_passes
 from passes.runner import Applied, equal_outputs, run
+from passes.sharing.drop_heads import DropHeads, DroppedHeads
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
@@ -69,6 +71,8 @@ __all__ = [
     "CleanUp",
     "DialectError",
     "DropCats",
+    "DropHeads",
+    "DroppedHeads",
     "EnsuresError",
     "FoldGathers",
     "FuseCoefficients",
@@ -93,6 +97,7 @@ __all__ = [
     "NotHeads",
     "NotHidden",
     "NotScores",
+    "NotWhole",
     "ObserveGradients",
     "ObserveInputs",
     "ObserveLookups",
@@ -152,4 +157,5 @@ __all__ = [
     "unstacked_as",
     "used_nodes",
     "weight_and_bias",
+    "whole_heads",
 ]

@@ -17,6 +17,7 @@ from passes.packing.merge_gathers import MergeGathers
 from passes.packing.merge_slices import MergeSlices
 from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
+from passes.sharing.drop_heads import DropHeads, DroppedHeads
 from passes.sharing.look_up_rows import LookedUp, LookUpRows
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
@@ -26,7 +27,7 @@ from passes.sharing.share_basis import ShareBasis, SharedGroup
 from passes.sharing.split_linear import SplitLinear, SplitSite
 from passes.sharing.store_codes import StoreCodes
 
-Narrower: TypeAlias = "SelectedUnits | NarrowedHeads | NarrowedKeys"
+Narrower: TypeAlias = "SelectedUnits | NarrowedHeads | NarrowedKeys | DroppedHeads"
 """Linears that become smaller together."""
 Prefer = Literal["memory", "speed"]
 """What a lowered graph is to be: no larger than the readable one, or fast at any size."""
@@ -49,8 +50,8 @@ def default_passes(
     Without ``groups`` this is exact mode: slices over the original weights, left visible.
     ``storing`` are the passes that change how the bases of ``groups`` are stored.
     ``extra`` are the user's own passes; they see the shared graph before it is cleaned up.
-    ``units`` are the hidden units that stay where some go, and heads, or their queries and keys,
-    that become narrower;
+    ``units`` are the hidden units that stay where some go, and heads that go, or that become
+    narrower, or whose queries and keys do;
     ``apart`` says that the graph has its linears side by side, each for itself. ``codes`` are the
     weights that are quantised.
     """
@@ -58,6 +59,7 @@ def default_passes(
     selected = tuple(one for one in units if isinstance(one, SelectedUnits))
     narrowed = tuple(one for one in units if isinstance(one, NarrowedHeads))
     keys = tuple(one for one in units if isinstance(one, NarrowedKeys))
+    dropped = tuple(one for one in units if isinstance(one, DroppedHeads))
     return (
         # before the linears are split: one that is tied to an embedding reads the embedding's
         *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
@@ -69,6 +71,8 @@ def default_passes(
         *((NarrowHeads(selections=narrowed, apart=apart),) if narrowed else ()),
         # likewise; either may be first
         *((NarrowKeys(selections=keys, apart=apart),) if keys else ()),
+        # likewise; of other attentions
+        *((DropHeads(selections=dropped, apart=apart),) if dropped else ()),
         *(
             (
                 # needs the slices; leaves one basis product per coefficient

@@ -23,13 +23,16 @@ from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PIVOTED
 from fxshare.plans.units import Units
+from fxshare.plans.whole_heads import WholeHeads
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product, slices_of
 from fxshare.sites.attention import attentions
+from fxshare.sites.head_groups import head_groups
 from fxshare.sites.mlps import mlps
 from fxshare.sites.scores import all_scores
 from fxshare.sites.site import Site
 from passes import (
+    DroppedHeads,
     NarrowedHeads,
     NarrowedKeys,
     PivotedGroup,
@@ -254,6 +257,10 @@ class Backend:
         if isinstance(one, Keys):
             found = all_scores(gm, called).of(one.queries)
             return found is not None and [s.name for _, s in found.keys] == list(one.keys)
+        if isinstance(one, WholeHeads):
+            groups = head_groups(gm, called).of(one.consumer)
+            own = one.queries, one.keys, one.values
+            return groups is not None and groups.slices == own
         mlp = mlps(gm, called).of(one.consumer)
         return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
 
@@ -263,6 +270,8 @@ class Backend:
             return self._heads(one)
         if isinstance(one, Keys):
             return self._keys(one)
+        if isinstance(one, WholeHeads):
+            return self._whole_heads(one)
         places = slices_of(self.compiled)
         weights = {}
         kept = tuple(range(one.of))
@@ -273,7 +282,17 @@ class Backend:
             kept = kept if place.unit_columns is None else place.unit_columns.kept
         return selected(self._plan, one, kept, weights)
 
-    def _whole(self, one: Heads | Keys) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _whole_heads(self, one: WholeHeads) -> DroppedHeads:
+        weights, biases = self._whole(one)
+        units = slices_of(self.compiled)[one.queries[0]].unit_rows
+        kept = tuple(range(one.of)) if units is None else units.kept
+        queries, keys, values = (
+            {name: weights.pop(name) for name in names}
+            for names in (one.queries, one.keys, one.values)
+        )
+        return DroppedHeads(one.name, kept, one.of, queries, keys, values, weights, biases)
+
+    def _whole(self, one: Heads | Keys | WholeHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights and biases of the slices that an entry takes, as they are stored."""
         places = slices_of(self.compiled)
         weights, biases = {}, {}

@@ -11,7 +11,15 @@ from fxshare.plans.heads import Heads
 from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
-from passes import NarrowedHeads, NarrowedKeys, PivotedGroup, SelectedUnits, SharedGroup
+from fxshare.plans.whole_heads import WholeHeads
+from passes import (
+    DroppedHeads,
+    NarrowedHeads,
+    NarrowedKeys,
+    PivotedGroup,
+    SelectedUnits,
+    SharedGroup,
+)
 from passes.pipeline import Narrower
 
 
@@ -54,6 +62,9 @@ def empty_units(
         stay = tuple((kept or {}).get(one.name, range(one.kept)))
         if isinstance(one, Keys):
             found.append(_empty_keys(plan, one, stay, dtype_of, device))
+            continue
+        if isinstance(one, WholeHeads):
+            found.append(_empty_whole_heads(plan, one, stay, dtype_of, device))
             continue
         weights = {
             s.name: torch.empty(
@@ -143,6 +154,34 @@ def _empty_keys(
             biases[name] = weights[name].new_empty(rows)
     queries = {name: weights.pop(name) for name in one.queries}
     return NarrowedKeys(one.name, kept, one.of, queries, weights, biases)
+
+
+def _empty_whole_heads(
+    plan: Plan,
+    one: WholeHeads,
+    kept: tuple[int, ...],
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+) -> DroppedHeads:
+    """Of the heads of one attention."""
+    sites = {s.name: (site, s) for site in plan.sites for s in site.slices}
+    units = one.units_of({name: sites[name][1].out_features for name in one.own}, kept)
+    weights, biases, consumers = {}, {}, {}
+    for name in one.slices_among(plan.sites):
+        site, s = sites[name]
+        dtype = dtype_of(site.name)
+        if name not in units:
+            inputs = site.in_features // one.of * one.kept
+            consumers[name] = torch.empty(s.out_features, inputs, dtype=dtype, device=device)
+            continue
+        rows = units[name].size
+        weights[name] = torch.empty(rows, site.in_features, dtype=dtype, device=device)
+        if site.bias:
+            biases[name] = weights[name].new_empty(rows)
+    queries, keys, values = (
+        {name: weights[name] for name in names} for names in (one.queries, one.keys, one.values)
+    )
+    return DroppedHeads(one.name, kept, one.of, queries, keys, values, consumers, biases)
 
 
 def selected(

@@ -32,7 +32,7 @@ from fxshare.errors import FactoriseError
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, UnitFactors, metric_of, mixing_of
 from fxshare.plans.heads import Heads
-from passes import KeptUnits, NarrowedHeads, NarrowedKeys
+from passes import DroppedHeads, KeptUnits, NarrowedHeads, NarrowedKeys
 
 
 @dataclass(eq=False)
@@ -186,7 +186,7 @@ class Stored:
     """What the pass takes, and how far each slice and bias of it is from the dense one, with zeros
     where the width ends."""
 
-    narrowed: NarrowedHeads | NarrowedKeys
+    narrowed: NarrowedHeads | NarrowedKeys | DroppedHeads
     slice_errors: dict[str, float]
     bias_shifts: dict[str, float]
 

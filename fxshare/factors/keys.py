@@ -34,6 +34,7 @@ from torch import Tensor
 from fxshare.base.numerics import relative_error
 from fxshare.base.spent import part
 from fxshare.errors import FactoriseError
+from fxshare.factors.blocks import blocks_by_gain
 from fxshare.factors.heads import Stored, own_blocks, turned_moment, turns_of, widths_of
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import Order, UnitFactors, mixing_of
@@ -188,7 +189,10 @@ def key_order(
             product = moments.metric_nn[there][:, there] * moments.queries_nn[there][:, there]
             lost[len(kept_d)] = 0.5 * float(product.sum())
         return Order(torch.tensor([n for group in order for n in group]), lost)
-    order, gains = _eliminated(moments, heads, groups)
+    by_head = torch.arange(heads)[:, None] * width
+    blocks = [(by_head + torch.tensor(list(g))).flatten().tolist() for g in groups]
+    places, gains = blocks_by_gain(moments.metric_nn, moments.queries_nn, blocks)
+    order = [groups[at] for at in places]
     left, size = float(lost[0]), 0
     for group, gain in zip(order[:-1], gains, strict=False):
         left, size = left - 0.5 * gain, size + len(group)
@@ -204,48 +208,6 @@ def _scores_of(moments: QueryMoments, heads: int, groups: Groups) -> Tensor:
         by_head = moment.diagonal().reshape(heads, -1)
         sizes.append(torch.stack([by_head[:, list(g)].sum(1).clamp(min=0) for g in groups]).sqrt())
     return (sizes[0] * sizes[1]).sum(1)
-
-
-def _eliminated(
-    moments: QueryMoments, heads: int, groups: Groups
-) -> tuple[list[Sequence[int]], list[float]]:
-    """Groups, those first whose elimination from A gains most in C, and what each gains."""
-    left_nn, width = moments.metric_nn.clone(), len(moments.metric_nn) // heads
-    device = left_nn.device
-    moved_nn = left_nn @ moments.queries_nn @ left_nn
-    tiny = 1e-12 * float(left_nn.diagonal().mean().clamp(min=1e-300))
-    places = [
-        (torch.arange(heads)[:, None] * width + torch.tensor(list(g))).flatten().to(device)
-        for g in groups
-    ]
-    open_ = list(range(len(groups)))
-    order: list[Sequence[int]] = []
-    gains: list[float] = []
-    while open_:
-        found = []
-        for at in open_:
-            own = left_nn[places[at]][:, places[at]]
-            own.diagonal().add_(tiny)
-            root, failed = torch.linalg.cholesky_ex(own)
-            moved = moved_nn[places[at]][:, places[at]]
-            gain = -1.0 if failed else float(torch.cholesky_solve(moved, root).diagonal().sum())
-            found.append((gain, at, root))
-        gain, at, root = max(found, key=lambda one: (one[0], -one[1]))
-        open_.remove(at)
-        order.append(groups[at])
-        gains.append(max(gain, 0.0))
-        if gain < 0 or not open_:
-            continue
-        columns = torch.linalg.solve_triangular(root, left_nn[places[at]], upper=False).T
-        images = torch.linalg.solve_triangular(root, moved_nn[places[at]], upper=False).T
-        own = torch.linalg.solve_triangular(
-            root, images[places[at]], upper=False
-        )  # Vᵀ C V, with R C V the images
-        images = images - 0.5 * columns @ own
-        left_nn.addmm_(columns, columns.T, alpha=-1)
-        moved_nn.addmm_(images, columns.T, alpha=-1)
-        moved_nn.addmm_(columns, images.T, alpha=-1)
-    return order, gains
 
 
 def _whole_of(moments: QueryMoments, heads: int, kv_heads: int, kept: int, by_keys: bool) -> Tensor:

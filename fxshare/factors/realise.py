@@ -22,12 +22,13 @@ from fxshare.factors.empty import selected
 from fxshare.factors.factored import Factored
 from fxshare.factors.factorise import Whitening, factorise, identity_whitening, whiten
 from fxshare.factors.group import GroupFactors
-from fxshare.factors.heads import HeadFactors, stored_heads
+from fxshare.factors.heads import HeadFactors, Stored, stored_heads
 from fxshare.factors.keys import KeyFactors, stored_keys
 from fxshare.factors.metric import slice_statistics
 from fxshare.factors.pivots import Pivoted, pivot
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
+from fxshare.factors.whole_heads import WholeHeadFactors, stored_whole_heads
 from fxshare.plans.plan import Group, Plan
 from passes import KeptUnits, PivotedGroup, SharedGroup
 from passes.pipeline import Narrower
@@ -111,14 +112,10 @@ class Factorised:
         sites = {site.name: site for site in plan.sites}
         rows = _rows(plan, weights)
         self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
-        if isinstance(made, (HeadFactors, KeyFactors)):
+        if isinstance(made, (HeadFactors, KeyFactors, WholeHeadFactors)):
             own = (s for x in sites.values() if x.bias for s in x.slices)
             known = {s.name: _bias_rows(plan, s.name, biases) for s in own}
-            heads = (
-                stored_heads(made, rows, known)
-                if isinstance(made, HeadFactors)
-                else stored_keys(made, rows, known)
-            )
+            heads = _stored(made, rows, known)
             self.units.append(heads.narrowed)
             self.slice_errors.update(heads.slice_errors)
             self.bias_shifts.update(heads.bias_shifts)
@@ -153,6 +150,18 @@ class Factorised:
                 old = _bias_rows(plan, name, biases)
                 gone = old - kept.whole(old.index_select(0, at), 0)
                 self.bias_shifts[name] = float(gone.norm())
+
+
+def _stored(
+    made: HeadFactors | KeyFactors | WholeHeadFactors,
+    rows: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+) -> Stored:
+    if isinstance(made, HeadFactors):
+        return stored_heads(made, rows, biases)
+    if isinstance(made, KeyFactors):
+        return stored_keys(made, rows, biases)
+    return stored_whole_heads(made, rows, biases)
 
 
 def sharing_factors(

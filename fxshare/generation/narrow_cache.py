@@ -1,4 +1,5 @@
-"""A key-value cache with narrower keys or values, which the model's own code cannot go on with."""
+"""A key-value cache with narrower keys or values, or fewer heads, which the model's own code cannot
+go on with."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from torch import Tensor
 from fxshare.errors import FxShareError
 from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
+from fxshare.plans.whole_heads import WholeHeads
 
 
 def check_width(cache: Any, plan: Plan) -> None:
     """Raise :class:`FxShareError` where a graph has put keys or values into a cache that are
-    narrower than those of the model's own code, which has zeros where the width ends."""
+    narrower, or of fewer heads, than those of the model's own code, which has zeros there."""
     layers = getattr(cache, "layers", None) or []
     for one in plan.units:
         before, after = one.cached
@@ -22,11 +24,16 @@ def check_width(cache: Any, plan: Plan) -> None:
             continue
         what = "keys" if isinstance(one, Keys) else "values"
         held = getattr(layers[at], what, None)
-        if isinstance(held, Tensor) and held.numel() and held.shape[-1] == one.kept:
+        whole = isinstance(one, WholeHeads)
+        axis = 1 if whole else -1
+        if isinstance(held, Tensor) and held.numel() and held.shape[axis] == one.kept:
+            has = f"a width of {one.kept} of {one.of} per head"
+            if whole:
+                has = f"{one.kept} of {one.of} heads"
             raise FxShareError(
-                f"the cache has {what} of {one.name!r} with a width of {one.kept} of {one.of} per "
-                "head, and this step runs the model's own code, which expects all of it; begin "
-                "with an empty cache, or give the whole text with use_cache=False"
+                f"the cache has {what} of {one.name!r} with {has}, and this step runs the model's "
+                "own code, which expects all of it; begin with an empty cache, or give the whole "
+                "text with use_cache=False"
             )
 
 

@@ -32,6 +32,7 @@ from fxshare.rewriting.rewrite import rewrite
 from fxshare.sites.visible import unstacked
 from passes import StoreCodes
 from passes.graph.graph import structure_copy
+from passes.graph.noted import NOTED
 
 # of the traced step: a batch, new tokens, and more tokens in the cache than any window is wide
 _BATCH, _NEW, _OLD = 2, 3, 5
@@ -199,7 +200,7 @@ def _traced(
     _keep_lengths(graph)
     for node in graph.nodes:
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _of_python)
-        node.meta = {key: value for key, value in node.meta.items() if key in ("ndim", "last")}
+        node.meta = {key: value for key, value in node.meta.items() if key in NOTED}
     graph._tracer_cls = None
     made = {name: t for name, t in _named_tensors(root) if name not in before}
     # passes look at weights, and fake ones answer only to their own mode

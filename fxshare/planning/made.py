@@ -63,7 +63,9 @@ class CarriedOut(Mapping[str, UnitFactors]):
     @property
     def what(self) -> object:
         """What tells these apart from others of the same statistics."""
-        return sorted((one.kind, one.consumer, one.kept, one.bits or 0) for one in self.units)
+        return sorted(
+            (one.name, one.kind, one.consumer, one.kept, one.bits or 0) for one in self.units
+        )
 
     @cached_property
     def _by_name(self) -> dict[str, Units]:

@@ -30,6 +30,7 @@ from fxshare.factors.units import Order, stored_order
 from fxshare.planning.options import bytes_of
 from fxshare.planning.work import Work
 from fxshare.sites.attention import Attention
+from fxshare.sites.head_groups import HeadGroups
 from fxshare.sites.mlps import Mlp
 from fxshare.sites.scores import Scores
 from fxshare.sites.site import Frozen, Site, Skipped
@@ -53,6 +54,10 @@ class Stored(Frozen):
     """Producers and consumer of every MLP, by the names of their sites."""
     attentions: tuple[tuple[tuple[str, ...], str, int], ...] = ()
     """Slices of the values, consumer and width of the heads of every attention."""
+    head_groups: tuple[
+        tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], str, int, int], ...
+    ] = ()
+    """Slices of queries, keys and values, consumer, and how many heads queries, and keys, have."""
     scores: tuple[tuple[tuple[str, ...], tuple[str, ...], int, Rotary, int], ...] = ()
     """Slices of the queries and of the keys of every attention, the width of its heads, and what of
     it is turned."""
@@ -71,7 +76,7 @@ class Stored(Frozen):
         slices: Mapping[str, SliceStatistics],
         statistics: Statistics,
         cfg: ShareConfig,
-        parts: Sequence[Mlp | Attention | Scores] = (),
+        parts: Sequence[Mlp | Attention | HeadGroups | Scores] = (),
     ) -> Stored:
         """The problem of a model and its statistics."""
         return Stored(
@@ -88,6 +93,11 @@ class Stored(Frozen):
                 (tuple(s.name for _, s in one.values), one.consumer.name, one.width)
                 for one in parts
                 if isinstance(one, Attention)
+            ),
+            head_groups=tuple(
+                (one.slices, one.consumer.name, one.heads, one.kv_heads)
+                for one in parts
+                if isinstance(one, HeadGroups)
             ),
             scores=tuple(
                 (
@@ -107,17 +117,21 @@ class Stored(Frozen):
         )
 
 
-def parts_in(stored: Stored) -> tuple[Mlp | Attention | Scores, ...]:
-    """The MLPs, attention calls, queries and keys of a stored problem."""
+def parts_in(stored: Stored) -> tuple[Mlp | Attention | HeadGroups | Scores, ...]:
+    """The MLPs, attention calls, their heads, queries and keys of a stored problem."""
     known = {site.name: site for site in stored.sites}
     slices = {s.name: (site, s) for site in stored.sites for s in site.slices}
-    found: list[Mlp | Attention | Scores] = []
+    found: list[Mlp | Attention | HeadGroups | Scores] = []
     for some, last in stored.mlps:
         if all(name in known for name in (*some, last)):
             found.append(Mlp(tuple(known[n] for n in some), known[last]))
     for values, last, width in stored.attentions:
         if last in known and all(name in slices for name in values) and width > 0:
             found.append(Attention(tuple(slices[n] for n in values), known[last], width))
+    for names, last, heads, kv_heads in stored.head_groups:
+        if last in known and all(n in slices for own in names for n in own) and kv_heads > 0:
+            q, k, v = (tuple(slices[name] for name in own) for own in names)
+            found.append(HeadGroups(q, k, v, known[last], heads, kv_heads))
     for queries, keys, width, rotary, rotated in stored.scores:
         if queries and keys and all(n in slices for n in (*queries, *keys)) and width > 0:
             own = tuple(slices[n] for n in queries), tuple(slices[n] for n in keys)

@@ -11,7 +11,9 @@ from torch import fx
 from fxshare.plans.heads import Heads
 from fxshare.plans.keys import Keys
 from fxshare.plans.units import Units
+from fxshare.plans.whole_heads import WholeHeads
 from fxshare.sites.attention import Attentions, attentions
+from fxshare.sites.head_groups import AllHeadGroups, head_groups
 from fxshare.sites.mlps import Mlps, mlps
 from fxshare.sites.scores import AllScores, all_scores
 from fxshare.sites.site import Site
@@ -31,6 +33,8 @@ class Structure:
             return self._fault_of_heads(one)
         if isinstance(one, Keys):
             return self._fault_of_keys(one)
+        if isinstance(one, WholeHeads):
+            return self._fault_of_whole_heads(one)
         found = self._mlps.of(one.consumer)
         if found is None:
             return f"{one.consumer!r} {self._mlps.reasons[one.consumer]}; leave the entry out"
@@ -53,6 +57,25 @@ class Structure:
     @cached_property
     def _scores(self) -> AllScores:
         return all_scores(self.graph, self.sites, side_by_side=self.side_by_side)
+
+    @cached_property
+    def _head_groups(self) -> AllHeadGroups:
+        by_side = self.side_by_side
+        return head_groups(self.graph, self.sites, side_by_side=by_side, among=self._attentions)
+
+    def _fault_of_whole_heads(self, one: WholeHeads) -> str | None:
+        found = self._head_groups.of(one.consumer)
+        if found is None:
+            reason = self._head_groups.reasons[one.consumer]
+            return f"{one.consumer!r} {reason}; leave the entry out"
+        own = one.queries, one.keys, one.values
+        if (found.heads, found.kv_heads, found.slices) != (one.heads, one.of, own):
+            names = [s.name for _, s in found.owned]
+            return (
+                f"{one.consumer!r} reads {found.heads} heads with {found.kv_heads} keys and values "
+                f"from {names[:6]}, found {one.heads} with {one.of} from {list(one.own)[:6]}"
+            )
+        return None
 
     def _fault_of_heads(self, one: Heads) -> str | None:
         found = self._attentions.of(one.consumer)

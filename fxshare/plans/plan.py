@@ -31,6 +31,7 @@ from fxshare.plans.keys import Keys
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.storage import PLAIN, Storage, StorageName, storage_named
 from fxshare.plans.units import Units
+from fxshare.plans.whole_heads import WholeHeads
 from fxshare.sites.site import Frozen, Label, ModulePath, Site, Skipped, TypeNames
 
 VERSION = 3
@@ -85,14 +86,21 @@ class Group(Frozen):
 
 def _which(given: Any) -> str:
     """Which class an entry is of."""
-    for name, own, kind in (("values", Heads, "heads"), ("queries", Keys, "keys")):
-        if name in given if isinstance(given, dict) else isinstance(given, own):
-            return kind
-    return "units"
+    if not isinstance(given, dict):
+        return next((kind for kind, own in _OWN.items() if isinstance(given, own)), "units")
+    if {"values", "queries"} <= given.keys():
+        return "whole heads"
+    return "heads" if "values" in given else "keys" if "queries" in given else "units"
+
+
+_OWN = {"whole heads": WholeHeads, "heads": Heads, "keys": Keys}
 
 
 Entry: TypeAlias = Annotated[
-    Annotated[Heads, Tag("heads")] | Annotated[Keys, Tag("keys")] | Annotated[Units, Tag("units")],
+    Annotated[WholeHeads, Tag("whole heads")]
+    | Annotated[Heads, Tag("heads")]
+    | Annotated[Keys, Tag("keys")]
+    | Annotated[Units, Tag("units")],
     Discriminator(_which),
 ]
 """What a kind beside the basis leaves in a plan."""

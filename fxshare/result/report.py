@@ -129,8 +129,8 @@ class Report:
         if cached:
             lines.append(
                 f"key-value cache: {sum(g.cache_bytes_before for g in cached):,} → "
-                f"{sum(g.cache_bytes_after for g in cached):,} bytes per token for narrower keys "
-                f"or values of {len({g.layers for g in cached})} layers"
+                f"{sum(g.cache_bytes_after for g in cached):,} bytes per token for fewer heads, "
+                f"or narrower keys or values, of {len({g.layers for g in cached})} layers"
             )
         return lines
 

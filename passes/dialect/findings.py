@@ -103,7 +103,8 @@ def no_owner(view: View, named: tuple[str, Slice]) -> str | None:
 def no_partition(view: View, module: str) -> str | None:
     """Slices that overlap, leave rows out, or lie outside."""
     weight_OI = view.weight(module)
-    rows = [(place.start, place.stop) for _, place in view.owners[module]]
+    there = [place for name, place in view.owners[module] if name not in view.empty]
+    rows = [(place.start, place.stop) for place in there]
     return None if weight_OI is None else _gap(rows, len(weight_OI))
 
 
@@ -126,8 +127,9 @@ def other_units(view: View, named: tuple[str, Slice]) -> str | None:
         if any(low >= high for low, high in pairwise((-1, *units.kept, units.of))):
             return f"units {units.kept[:8]} of {units.of}, not ascending or not in range"
         size = place.stop - place.start if rows else weight_OI.shape[1]
-        if size != units.parts * len(units.kept):
-            return f"{size} where {units.parts} times {len(units.kept)} are recorded"
+        if size != units.size:
+            runs = units.parts * units.each
+            return f"{size} where {runs} times {units.size // runs} are recorded"
         if (units.of, units.kept) != view.units[units.name]:
             return f"other units than the first slice of {units.name!r}"
     return None
@@ -368,7 +370,8 @@ def no_rows(view: View, name: str) -> str | None:
         weight_OI = view.weight(module)
         if weight_OI is None:
             return f"no linear {module!r}"
-        if not 0 <= start < stop <= len(weight_OI):
+        there = start == stop if name in view.empty else start < stop
+        if not (there and 0 <= start <= stop <= len(weight_OI)):
             return f"rows {start}:{stop} of {len(weight_OI)}"
     return None
 
@@ -388,7 +391,8 @@ def no_origin(view: View, module: str) -> str | None:
     if weight_OI is None:
         return "no linear"
     rows = []
-    for origin in view.origins.values():
+    for linear, origin in view.origins.items():
         places = ((origin.module, origin.start, origin.stop), *origin.copies)
-        rows += [(start, stop) for name, start, stop in places if name == module]
+        if linear not in view.empty:
+            rows += [(start, stop) for name, start, stop in places if name == module]
     return _gap(rows, len(weight_OI))

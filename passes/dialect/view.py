@@ -79,6 +79,12 @@ class View:
         return found
 
     @cached_property
+    def empty(self) -> frozenset[str]:
+        """The slices without rows, because all their heads went."""
+        places = self.slices.items()
+        return frozenset(n for n, x in places if x.unit_rows is not None and not x.unit_rows.size)
+
+    @cached_property
     def places(self) -> dict[tuple[str, int, int], set[tuple[str, int, int]]]:
         """The places of linears that are stored several times, and the others of each."""
         found: dict[tuple[str, int, int], set[tuple[str, int, int]]] = {}

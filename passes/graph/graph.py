@@ -276,7 +276,9 @@ def new_linear(
 ) -> nn.Linear:
     """An ``nn.Linear`` around existing tensors: nothing is initialised, nothing is copied."""
     out_features, in_features = weight_OI.shape
-    linear = nn.Linear(in_features, out_features, bias=bias_O is not None, device="meta")
+    # without rows torch warns of what it initialises
+    linear = nn.Linear(in_features, max(out_features, 1), bias=bias_O is not None, device="meta")
+    linear.out_features = out_features
     linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=requires_grad)
     if bias_O is not None:
         linear.bias = nn.Parameter(bias_O.detach(), requires_grad=requires_grad)

@@ -67,6 +67,8 @@ class Moved:
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     leaves: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     mixed: dict[fx.Node, int] = field(default_factory=dict)
+    tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Operations with a table that has as many numbers as rows, and it."""
 
     def layout(self, node: fx.Node) -> Layout:
         """The rows of a node. Raises :class:`Unknown` with the reason."""
@@ -78,6 +80,10 @@ class Moved:
                 found = replace(found, dims=(*before, *found.dims), open=False)
             self.layouts[node] = found
         return self.layouts[node]
+
+    def resolved(self, index: Any) -> Any:
+        """An index with its ends as numbers, where they can be told."""
+        return index
 
     def _found(self, node: fx.Node) -> Layout:
         slices = self.leaf(node)

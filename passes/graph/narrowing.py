@@ -28,20 +28,25 @@ def narrow(gm: fx.GraphModule, found: Heads, kept: int) -> None:
     calls = {names[0]: node for node, names in moved.leaves.items() if len(names) == 1}
     for node, names in found.taken.items():
         own = set(names) <= set(found.slices)
-        new = kept if own else found.width
-        take(moved, node, [calls[name] for name in names], (found.width, new))
+        sizes = [d for d in moved.layout(node).dims if d is not None]
+        if own:
+            sizes[-1] = sizes[-1] // found.width * kept
+        take(moved, node, [calls[name] for name in names], sizes)
+    leave_products(gm.graph, found, calls[next(iter(found.slices))])
+
+
+def leave_products(graph: fx.Graph, found: Heads, call: fx.Node) -> None:
+    """Erase what took slices from a product of several, and the product; who reads the sizes of it
+    reads those of a linear's ``call`` instead."""
+    moved = found.moved
+    assert moved is not None
     for node in found.products:
         reads = [u for u in node.users if reads_size(u)]
         if reads and moved.layout(node).is_flat:
-            with gm.graph.inserting_before(reads[0]):
-                alone = as_in(moved, calls[next(iter(found.slices))], node)
+            with graph.inserting_before(reads[0]):
+                alone = as_in(moved, call, node)
             for user in reads:
                 user.replace_input_with(node, alone)
-    erase_products(gm.graph, found)
-
-
-def erase_products(graph: fx.Graph, found: Heads) -> None:
-    """Erase what took slices from a product of several, and the product."""
     old = {*found.taken, *found.products} - {*found.leaves}
     old |= {user for node in found.products for user in node.users}
     erase_dead(graph, [node for node in graph.nodes if node in old])
@@ -97,11 +102,10 @@ def as_in(moved: Moved, new: fx.Node, node: fx.Node) -> fx.Node:
     return new
 
 
-def take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, int]) -> None:
-    """Put a node that takes slices out of a product of several in terms of their own linears."""
-    graph, (old, kept), layout = node.graph, widths, moved.layout(node)
-    sizes = [d for d in layout.dims if d is not None]
-    sizes[-1] = sizes[-1] // old * kept if old != kept else sizes[-1]
+def take(moved: Moved, node: fx.Node, calls: list[fx.Node], sizes: list[int]) -> None:
+    """Put a node that takes slices out of a product of several in terms of their own linears;
+    ``sizes`` are those of the rows, as they are to be."""
+    graph, layout = node.graph, moved.layout(node)
     new: Any = calls[0]
     with graph.inserting_before(node):
         if len(calls) > 1:
@@ -113,10 +117,13 @@ def take(moved: Moved, node: fx.Node, calls: list[fx.Node], widths: tuple[int, i
             front = graph.call_function(operator.getitem, (whole, slice(None, -1)))
             shape = graph.call_function(operator.add, (front, tuple(sizes)))
             new = graph.call_method("view", (new, shape))
+            if not layout.open:
+                new.meta["ndim"] = len(layout.dims)
             if leading(layout):
                 new = graph.call_method("transpose", (new, 1, 2))
             new.meta.update(node.meta)
+            new.meta.pop("shape", None)  # of rows that may have gone
     node.replace_all_uses_with(new)
 
 
-__all__ = ["SIZED", "as_in", "erase_products", "narrow", "take"]
+__all__ = ["SIZED", "as_in", "leave_products", "narrow", "take"]

@@ -31,7 +31,7 @@ from passes.graph.heads import (
 )
 from passes.graph.hidden import name_of
 from passes.graph.layouts import Layout, Rows, Unknown
-from passes.graph.moved import ATTENTION, Leaf, given
+from passes.graph.moved import ATTENTION, Leaf, Moved, given
 from passes.graph.turned import Turned
 
 _PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2), ATTENTION: (0, 1)}
@@ -354,7 +354,7 @@ def _is_size_of(moved: Turned, layout: Layout, user: fx.Node, inside: set[fx.Nod
     return True
 
 
-def is_repeated(moved: Turned, node: fx.Node) -> bool:
+def is_repeated(moved: Moved, node: fx.Node) -> bool:
     """Whether a node gives rows the size of others, as values are given that of queries."""
     if name_of(node) not in ("expand", "broadcast_to"):
         return False

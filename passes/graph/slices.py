@@ -22,22 +22,42 @@ _KEY = "slices"
 @dataclass(frozen=True)
 class KeptUnits:
     """Which of some hidden units are there (:class:`passes.SelectUnits`): ``kept`` of ``of``,
-    ascending, in each of ``parts`` runs of rows or columns."""
+    ascending, in each of ``parts`` runs of rows or columns, ``each`` neighbours for every one.
+    Where ``span`` is given, the rows are of those from the first number to before the second."""
 
     name: str
     of: int
     kept: tuple[int, ...] = field(repr=False)
     parts: int = 1
+    each: int = 1
+    span: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many rows or columns are there."""
+        return self.parts * len(self._own) * self.each
+
+    @property
+    def whole_size(self) -> int:
+        """How many there were."""
+        first, stop = self.span or (0, self.of)
+        return self.parts * (stop - first) * self.each
+
+    @property
+    def _own(self) -> tuple[int, ...]:
+        first, stop = self.span or (0, self.of)
+        return tuple(unit - first for unit in self.kept if first <= unit < stop)
 
     def places(self) -> Tensor:
         """The rows or columns that are there, in order."""
-        kept = torch.tensor(self.kept, dtype=torch.int64)
-        return torch.cat([part * self.of + kept for part in range(self.parts)])
+        kept, run = torch.tensor(self._own, dtype=torch.int64), self.whole_size // self.parts
+        units = kept[:, None] * self.each + torch.arange(self.each)
+        return torch.cat([part * run + units.flatten() for part in range(self.parts)])
 
     def whole(self, tensor: Tensor, dim: int) -> Tensor:
         """The tensor with zeros where units are not there."""
         shape = list(tensor.shape)
-        shape[dim] = self.parts * self.of
+        shape[dim] = self.whole_size
         return tensor.new_zeros(shape).index_copy(dim, self.places().to(tensor.device), tensor)
 
 

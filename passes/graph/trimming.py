@@ -1,10 +1,10 @@
-"""Leave numbers of a head out of all that lies between queries, keys and their product: the edit
-that goes with ``scores``."""
+"""Leave rows out of all that lies between linears and what reads them: the edit that goes with
+``scores``, of numbers of a head, and with ``whole_heads``."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from passes.graph.heads import reads_size
+from passes.graph.heads import Heads, reads_size
 from passes.graph.hidden import name_of
-from passes.graph.layouts import Layout, Unknown
-from passes.graph.moved import ATTENTION, given, sizes_of, tensor_of, with_sizes
-from passes.graph.narrowing import SIZED, as_in, erase_products, take
+from passes.graph.layouts import Layout, Rows, Unknown
+from passes.graph.moved import ATTENTION, Moved, given, sizes_of, tensor_of, with_sizes
+from passes.graph.narrowing import SIZED, leave_products, take
+from passes.graph.noted import shape_of
 from passes.graph.scores import NotScores, Scores, is_repeated
 
 Edit = Callable[[], None]
@@ -30,18 +31,36 @@ def trim(gm: fx.GraphModule, found: Scores, kept: Sequence[int]) -> Callable[[],
     Raises :class:`NotScores` where something between cannot do with fewer.
     """
     with _disable_current_modes():
-        trimming = _Trimming(gm, found, tuple(kept))
+        stays = torch.zeros(found.width, dtype=torch.bool, device="cpu")
+        stays[list(kept)] = True
         try:
-            edits = [edit for node in found.between for edit in trimming.edits(node)]
+            edit = trimmed(gm, found, lambda rows: stays[found.places(rows)])
         except Unknown as fault:
             raise NotScores(str(fault)) from fault
 
     def apply() -> None:
         for call in found.calls:
             _keep_scale(call, found.width)
+        edit()
+
+    return apply
+
+
+def trimmed(gm: fx.GraphModule, found: Heads, stay: Callable[[Rows], Tensor]) -> Edit:
+    """What leaves rows out between, and takes slices from the linears that compute them, each by
+    itself. ``stay`` says which rows of what was found stay.
+
+    Raises :class:`Unknown` where something between cannot do with fewer.
+    """
+    assert found.moved is not None
+    trimming = _Trimming(gm, found, found.moved, stay)
+    edits = [edit for node in found.between for edit in trimming.edits(node)]
+    sizes = {node: trimming.sizes(node) for node in found.taken}
+
+    def apply() -> None:
         for edit in edits:
             edit()
-        _take_slices(gm, found, len(kept))
+        _take_slices(gm, found, sizes)
 
     return apply
 
@@ -52,38 +71,27 @@ def _keep_scale(call: fx.Node, width: int) -> None:
         call.kwargs = {**call.kwargs, "scale": width**-0.5}
 
 
-def _take_slices(gm: fx.GraphModule, found: Scores, kept: int) -> None:
-    """Take slices from the linears that compute them, each by itself."""
-    moved = found.turned
+def _take_slices(gm: fx.GraphModule, found: Heads, sizes: Mapping[fx.Node, list[int]]) -> None:
+    moved = found.moved
+    assert moved is not None
     calls = {names[0]: node for node, names in moved.leaves.items() if len(names) == 1}
-    own = set(found.query_slices) | set(found.slices)
     for node, names in found.taken.items():
-        new = kept if set(names) <= own else found.width
-        take(moved, node, [calls[name] for name in names], (found.width, new))
-    for node in found.products:
-        reads = [user for user in node.users if reads_size(user)]
-        if reads and moved.layout(node).is_flat:
-            with gm.graph.inserting_before(reads[0]):
-                alone = as_in(moved, calls[next(iter(found.query_slices))], node)
-            for user in reads:
-                user.replace_input_with(node, alone)
-    erase_products(gm.graph, found)
+        take(moved, node, [calls[name] for name in names], sizes[node])
+    own = found.query_slices if isinstance(found, Scores) else found.slices
+    leave_products(gm.graph, found, calls[next(iter(own))])
 
 
 @dataclass(eq=False)
 class _Trimming:
     gm: fx.GraphModule
-    found: Scores
-    kept: tuple[int, ...]
+    found: Heads
+    moved: Moved
+    stay: Callable[[Rows], Tensor]
     tables: dict[tuple[fx.Node, tuple[tuple[int, int], ...]], fx.Node] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.stays = torch.zeros(self.found.width, dtype=torch.bool, device="cpu")
-        self.stays[list(self.kept)] = True
 
     def along(self, layout: Layout) -> list[Tensor]:
         """Which entries of each labelled dimension stay; they must do so independently."""
-        stays = self.stays[self.found.places(layout.rows)]
+        stays = self.stay(layout.rows)
         if not stays.numel():  # nothing is left beside what is turned
             return [torch.ones(size, dtype=torch.bool, device="cpu") for size in stays.shape]
         if not stays.any():  # nothing of what is turned
@@ -99,6 +107,13 @@ class _Trimming:
             raise Unknown("has numbers that stay, and others that do not, in no rows of their own")
         return found
 
+    def sizes(self, node: fx.Node) -> list[int]:
+        """The sizes of the labelled dimensions of a node, as they are after."""
+        layout = self.moved.layout(node)
+        if node not in self.found.between:
+            return [d for d in layout.dims if d is not None]
+        return [int(one.sum()) for one in self.along(layout)]
+
     def edits(self, node: fx.Node) -> list[Edit]:
         """What changes about a node, and about those that read its sizes."""
         layout = self.found.between[node]
@@ -109,7 +124,7 @@ class _Trimming:
             if reads_size(user)
             for edit in self._sizes(user, layout, along)
         ]
-        if node in self.found.turned.leaves or node in self.found.taken:
+        if node in self.moved.leaves or node in self.found.taken:
             return edits
         name = name_of(node) if node.op in ("call_function", "call_method") else ""
         if name in SIZED:
@@ -120,7 +135,7 @@ class _Trimming:
             return edits + self._slice(node)
         if name == "select":
             self._selected(node, given(node, 1, "dim", 0))
-        if node in self.found.turned.tables:
+        if node in self.moved.tables:
             return edits + self._table(node, along)
         return edits
 
@@ -133,8 +148,8 @@ class _Trimming:
             reads += [(x, x.args[1]) for x in user.users if x.target is operator.getitem]
         edits: list[Edit] = []
         for read in user.users:
-            if read not in self.found.between and is_repeated(self.found.turned, read):
-                dims = self.found.turned.layout(read).dims
+            if read not in self.found.between and is_repeated(self.moved, read):
+                dims = self.moved.layout(read).dims
                 own = [-1 if d is None else abs(d) for d in dims]
                 edits.append(partial(_with_args, read, (read.args[0], tuple(own))))
         for read, dim in reads:
@@ -154,10 +169,10 @@ class _Trimming:
             if size is None or bool(along[layout.labelled(axis)].all()):
                 continue
             if size < 0:
-                raise Unknown(f"has batch and numbers of a head together in {node.name!r}")
+                raise Unknown(f"has batch and rows together in {node.name!r}")
             changed[axis - len(layout.dims)] = int(along[layout.labelled(axis)].sum())
         named = sizes[-1]
-        if isinstance(named, fx.Node) and name_of(named) in ("size", "shape"):
+        if isinstance(named, fx.Node) and len(sizes) == 1 and _is_whole_size(named):
             dims = [-1 if d is None else abs(d) for d in layout.dims]
             for at, size in changed.items():
                 dims[at] = size
@@ -167,7 +182,7 @@ class _Trimming:
 
     def _item(self, node: fx.Node) -> list[Edit]:
         source: Any = node.args[0]
-        moved = self.found.turned
+        moved = self.moved
         if source.op in ("call_function", "call_method") and source not in self.found.between:
             name = name_of(source)
             if name in ("split", "split_with_sizes", "chunk", "unbind"):
@@ -194,7 +209,7 @@ class _Trimming:
 
     def _slice(self, node: fx.Node) -> list[Edit]:
         """``aten.slice``."""
-        before = self.found.turned.layout(tensor_of(node))
+        before = self.moved.layout(tensor_of(node))
         dim = given(node, 1, "dim", 0)
         axis = before.axis(dim)
         if before.dims[axis] is None:
@@ -209,14 +224,14 @@ class _Trimming:
         ]
 
     def _selected(self, node: fx.Node, dim: int) -> None:
-        before = self.found.turned.layout(tensor_of(node))
+        before = self.moved.layout(tensor_of(node))
         axis = before.axis(dim)
         if before.dims[axis] is not None and not self.along(before)[before.labelled(axis)].all():
             raise Unknown(f"reads one number of a head by itself, {node.name!r}")
 
     def _pieces(self, split: fx.Node, name: str) -> list[Edit]:
-        before = self.found.turned.layouts.get(tensor_of(split))
-        if before is None or not self.found.is_own(before.rows):
+        before = self.found.between.get(tensor_of(split))
+        if before is None:
             return []
         dim = given(split, 1, "dim", 0) if name == "unbind" else given(split, 2, "dim", 0)
         stays = self.along(before)[before.labelled(before.axis(dim))]
@@ -238,9 +253,12 @@ class _Trimming:
         return [lambda: _with_pieces(split, counts)]
 
     def _table(self, node: fx.Node, along: list[Tensor]) -> list[Edit]:
-        table = self.found.turned.tables[node]
-        if not all(bool(one.all()) for one in along[:-1]):
-            raise Unknown(f"multiplies numbers of a head by a table in {node.name!r}")
+        table, layout = self.moved.tables[node], self.found.between[node]
+        labelled = [at - len(layout.dims) for at, d in enumerate(layout.dims) if d is not None]
+        shape = shape_of(self.gm, table)
+        for at, one in zip(labelled[:-1], along[:-1], strict=True):
+            if not bool(one.all()) and (shape is None or (len(shape) >= -at and shape[at] != 1)):
+                raise Unknown(f"multiplies each head by numbers of its own in {node.name!r}")
         stays = along[-1]
         if bool(stays.all()):
             return []
@@ -319,6 +337,10 @@ def _axes(layout: Layout, entries: Sequence[Any]) -> list[tuple[int, int]]:
     return found
 
 
+def _is_whole_size(node: fx.Node) -> bool:
+    return name_of(node) == "size" and given(node, 1, "dim") is None
+
+
 def _make_number(read: fx.Node, size: int) -> None:
     """Let the readers of a size have a number."""
 
@@ -346,4 +368,4 @@ def _with_pieces(split: fx.Node, counts: Sequence[int]) -> None:
         split.args = (split.args[0], list(counts), *split.args[2:])
 
 
-__all__ = ["trim"]
+__all__ = ["trim", "trimmed"]

@@ -27,8 +27,6 @@ class Turned(Moved):
 
     pairs: list[tuple[Rows, Rows]] = field(default_factory=list)
     """Rows that were added up."""
-    tables: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Operations with a table that has as many numbers as rows, and it."""
     unknown: dict[fx.Node, Unknown] = field(default_factory=dict)
     _depth: int = 0
 
@@ -144,7 +142,7 @@ class Turned(Moved):
         return indexed(self.layout(source), resolved)
 
     def resolved(self, index: Any) -> Any:
-        """An index with its ends as numbers, where they can be told."""
+        """As :meth:`Moved.resolved`, of the sizes of rows and tables."""
         if isinstance(index, tuple):
             found = tuple(self.resolved(one) for one in index)
             return found if any(a is not b for a, b in zip(found, index, strict=True)) else index

@@ -36,6 +36,7 @@ from fxshare.cost_model.recorder import record_step
 from fxshare.errors import ConfigError
 from fxshare.plans.storage import PIVOTED
 from fxshare.result.products import dense_sites
+from passes import slices
 from passes.errors import FxShareError
 
 SHAPE = GPTShape(32, 2, 4, 64)
@@ -471,3 +472,31 @@ def test_a_7b_shape_is_captured_in_three_seconds_and_two_gigabytes(name: str) ->
     if found.groups == found.sites // 2:  # one slice a linear; 1,600 heads take longer to rewrite
         assert found.cpu_seconds < 10
     assert found.peak_bytes < 2e9
+
+
+def test_fewer_hidden_units_are_measured_in_the_model_and_by_themselves() -> None:
+    made = subject(storage="units", kept=0.25)
+    assert [(one.kept, one.of, one.kind) for one in made.plan.units] == [
+        (16, 64, "first_units")
+    ] * 2
+    assert not made.plan.groups
+    assert available(made) == ("dense", "exact", "exact-lowered", "readable", "lowered")
+    names = [part.name for part in alone(made)]
+    assert names == ["mlp_c_fc+mlp_c_proj", "attn_c_attn", "attn_c_proj"]
+    mlps = next(alone(made))
+    x = tuple(torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(at)) for at in (0, 1))
+    dense, fewer = mlps.dense(x), mlps.compiled(x)
+    for number, (a, b) in enumerate(zip(dense, fewer, strict=True)):
+        assert a.shape == b.shape == (1, 3, 32)
+        place = slices(mlps.compiled)[made.plan.units[number].consumer]
+        assert place.unit_columns is not None
+        assert place.unit_columns.kept == tuple(range(16))
+        assert mlps.compiled.get_submodule(place.module).in_features == 16
+    step = next(iter(alone_steps(mlps, {"dense": mlps.dense}, prefill=8, seed=0)))
+    found = [o for o in record_step(mlps.compiled, step.calls["dense"]) if isinstance(o, Matmul)]
+    assert {(o.inner, o.out) for o in found} == {(32, 16), (16, 32)}
+
+
+def test_units_of_a_model_that_shows_no_mlp_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--storage units: .* shows no MLP; .*attn\.c_attn"):
+        subject(storage="units", only=".*attn")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from fxshare.factors.heads import widths_of
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import metric_of
-from fxshare.planning.kinds.heads import AttentionHeads
+from fxshare.factors.whole_heads import whole_heads_order
+from fxshare.planning.kinds.heads import AttentionHeads, NarrowerHeads
 from fxshare.planning.kinds.kind import Scene
 from fxshare.planning.kinds.named import others_of
 from fxshare.planning.nodes import nodes_of
 from fxshare.planning.options import Options
 from fxshare.planning.solver.curve import DENSE
 from fxshare.plans.heads import Heads, heads_of
+from fxshare.plans.whole_heads import WholeHeads, whole_heads_of
 from fxshare.sites.attention import Attention
+from fxshare.sites.head_groups import HeadGroups
 from fxshare.sites.site import Site, SliceSpec
 from tests.planning.build import slice_of
 from tests.planning.models import batches, compiled, llama, types
@@ -86,7 +90,7 @@ def test_a_plan_with_heads_is_made_again_from_its_file() -> None:
     model, gm = alone()
     plan = Plan.from_json(gm.fxshare.plan.to_json())
     assert plan == gm.fxshare.plan
-    assert all(isinstance(one, Heads) for one in plan.units)
+    assert all(isinstance(one, (Heads, WholeHeads)) for one in plan.units)
     again = compiled(model, ALL, plan=plan)
     ids = batches()[0]
     with torch.no_grad():
@@ -105,6 +109,7 @@ def test_a_work_folder_plans_other_budgets_with_heads(tmp_path: Path) -> None:
 
 def test_layers_kept_dense_and_multiples_hold_for_heads() -> None:
     planner = {**ALONE, "keep_dense": [0], "rank_multiple": 2}
+    planner["kinds"] = ["fxshare.planning.kinds.heads:NarrowerHeads"]  # whole heads go one by one
     gm = compiled(llama(), ALL, {"params_kept": 0.96}, planner)
     assert gm.fxshare.plan.units
     assert all(one.layers != (0,) for one in gm.fxshare.plan.units)
@@ -124,9 +129,8 @@ def test_a_kind_that_fits_nothing_says_why() -> None:
 WIDTH, IN, OUT = 4, 5, 3
 
 
-def attention(heads: int = 4, kv_heads: int = 2) -> tuple[Attention, dict[str, SliceStatistics]]:
-    sizes = {"v": (IN, kv_heads * WIDTH), "o": (heads * WIDTH, OUT)}
-    sites = {
+def sites_of(sizes: dict[str, tuple[int, int]]) -> dict[str, Site]:
+    return {
         name: Site(
             name=name,
             calls=(name,),
@@ -139,6 +143,11 @@ def attention(heads: int = 4, kv_heads: int = 2) -> tuple[Attention, dict[str, S
         )
         for name, (a, b) in sizes.items()
     }
+
+
+def attention(heads: int = 4, kv_heads: int = 2) -> tuple[Attention, dict[str, SliceStatistics]]:
+    sizes = {"v": (IN, kv_heads * WIDTH), "o": (heads * WIDTH, OUT)}
+    sites = sites_of(sizes)
     slices = {name: slice_of(b, a, 0, input=name) for name, (a, b) in sizes.items()}
     one = Attention(((sites["v"], sites["v"].slices[0]),), sites["o"], WIDTH)
     return one, slices
@@ -164,6 +173,57 @@ def test_the_curve_counts_both_linears_and_ends_dense() -> None:
     entry = AttentionHeads().entry(found, 3, 0.5)
     assert entry == heads_of(one.values, one.consumer, WIDTH, kept=3, loss=0.5)
     assert entry.stored_numbers == 3 * each
+
+
+def four_weights(heads: int = 4, kv_heads: int = 2) -> tuple[HeadGroups, Scene]:
+    wide, narrow = heads * WIDTH, kv_heads * WIDTH
+    sizes = {"q": (IN, wide), "k": (IN, narrow), "v": (IN, narrow), "o": (wide, OUT)}
+    sites = sites_of(sizes)
+    slices = {name: slice_of(b, a, 0, input=name) for name, (a, b) in sizes.items()}
+    own = ((sites[name], sites[name].slices[0]) for name in "qkv")
+    q, k, v = own
+    one = HeadGroups((q,), (k,), (v,), sites["o"], heads, kv_heads)
+    nodes = nodes_of(tuple(sites.values()), slices)
+    return one, Scene((one,), nodes, Spectra(slices), Options(unit="numbers", rank_multiple=4))
+
+
+def test_the_curve_of_whole_heads_counts_all_four_linears() -> None:
+    one, scene = four_weights(6, 3)
+    (found,) = AttentionHeads().candidates(scene)
+    assert found.slices == {"q", "k", "v", "o"}
+    each = WIDTH * (4 * IN + 2 * OUT)  # two queries, a key and a value, two heads that are read
+    # of ranks none but multiples of four are taken; heads are counted one by one
+    assert found.curve.cost.tolist() == [each, 2 * each, 3 * each]
+    assert found.curve.label[-1] == DENSE
+    assert found.curve.loss[-1] == 0.0
+    o = scene.slices["o"]
+    lost = whole_heads_order(o.gram_II, metric_of([o]), 3).lost
+    assert found.curve.loss.tolist() == pytest.approx(lost[1:].tolist())
+    entry = AttentionHeads().entry(found, 2, 0.5)
+    assert entry == whole_heads_of(one, kept=2, loss=0.5)
+    assert entry.stored_numbers == 2 * each
+    assert entry.cached == (3 * 2 * WIDTH, 2 * 2 * WIDTH)
+    assert not NarrowerHeads().candidates(scene)
+    tied = replace(scene, options=Options(tie=(frozenset({"k", "another"}),)))
+    assert not AttentionHeads().candidates(tied)
+
+
+def test_narrower_and_fewer_heads_do_not_overlap_and_are_told_apart() -> None:
+    one, scene = four_weights()
+    scene = replace(scene, options=Options(unit="numbers"))
+    (narrower,) = AttentionHeads().candidates(
+        replace(scene, parts=(Attention(one.values, one.consumer, WIDTH),))
+    )
+    (fewer,) = AttentionHeads().candidates(scene)
+    assert narrower.key != fewer.key
+    assert narrower.slices < fewer.slices
+    kind, consumer = AttentionHeads(), {"o": scene.slices["o"]}
+    for candidate in (narrower, fewer):
+        entry = kind.entry(candidate, 1, 0.5)
+        assert isinstance(scene.spectra, Spectra)
+        made = kind.carry_out(entry, consumer, scene.spectra, bias=False)
+        assert entry.kind == "heads"
+        assert made.lost == pytest.approx(float(candidate.curve.loss[0]), rel=1e-6)
 
 
 def test_an_attention_that_a_tie_would_tear_is_no_candidate() -> None:

@@ -170,4 +170,6 @@ def _exact(subject: Subject, name: str) -> nn.Module:
 
 def available(subject: Subject) -> tuple[str, ...]:
     """The variants that a subject has."""
-    return tuple(v for v in VARIANTS if subject.make_exact is not None or not v.startswith("exact"))
+    left = set() if subject.make_exact is not None else {"exact", "exact-lowered"}
+    left |= {"notebook"} if subject.plan.units else set()
+    return tuple(variant for variant in VARIANTS if variant not in left)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxshare.bench.speed.only import types_of_only
 from fxshare.bench.speed.separate import PARTS, separated
+from fxshare.bench.speed.units import UNITS, with_fewer_units
 from fxshare.compiling.compile import compile as compile_model
 from fxshare.config import load_config
 from fxshare.embedded.model import GPT, GPTConfig
@@ -41,7 +42,8 @@ class Settings:
     """
 
     kept: float = 0.5
-    storage: StorageName = PLAIN.name
+    storage: StorageName | Literal["units"] = PLAIN.name
+    """Of bases; or hidden units of MLPs go, and all else stays dense."""
     split: Split = "heads"
     basis: Literal["slice", "part", "site"] = "site"
     group_size: int = 1
@@ -55,7 +57,7 @@ class Settings:
                 f"--kept: expected a share of the numbers above 0 and below 1; found {self.kept:g}"
             )
         for option, value, choices in (
-            ("--storage", self.storage, get_args(StorageName)),
+            ("--storage", self.storage, (*get_args(StorageName), UNITS)),
             ("--split", self.split, get_args(Split)),
             ("--basis", self.basis, ("slice", "part", "site")),
         ):
@@ -213,6 +215,9 @@ def _compiled(
         raise ConfigError(f"{name}: expected a model that reads token ids; its forward does not")
     types = types_of_only(types, model, settings.only)
     cached = takes_cache(model)
+    if settings.storage == UNITS:
+        compiled = with_fewer_units(name, model, types, settings.kept, ids)
+        return _subject(name, model, compiled, types, (ids, vocabulary))
     uniform = {"group_size": settings.group_size, "compression_rate": settings.kept}
     if cached:  # a graph of a plain call has no cache; the model's own class keeps its
         types = {**types, "capture": "modules"}
@@ -221,6 +226,17 @@ def _compiled(
     if storage != PLAIN:
         plan = with_storage(record_of(compiled).plan, storage, settings.kept)
         compiled = compile_model(model, [types, uniform], plan=plan, example=ids)
+    return _subject(name, model, compiled, types, (ids, vocabulary))
+
+
+def _subject(
+    name: str,
+    model: nn.Module,
+    compiled: nn.Module,
+    types: dict[str, Any],
+    reads: tuple[Tensor, int],
+) -> Subject:
+    ids, vocabulary = reads
     return Subject(
         name=name,
         dense=model,
@@ -229,7 +245,7 @@ def _compiled(
         plan=record_of(compiled).plan,
         vocabulary=vocabulary,
         context=context_of(model),
-        kv_cache=cached,
+        kv_cache=takes_cache(model),
     )
 
 

@@ -54,6 +54,7 @@ from fxshare.capture.tracing.writing import without_aliases
 from fxshare.errors import CaptureError
 from passes.errors import FxShareError
 from passes.graph.graph import structure_copy
+from passes.graph.noted import NOTED
 
 
 def trace(
@@ -95,7 +96,7 @@ def trace(
         notes.insert(0, f"{switches} constants follow train/eval through switches")
     give_signature(graph, contract, shapes.base)
     for node in graph.nodes:
-        node.meta = {key: value for key, value in node.meta.items() if key in ("ndim", "last")}
+        node.meta = {key: value for key, value in node.meta.items() if key in NOTED}
     graph._tracer_cls = None  # else a copy would call ValueTracer without its values
     checked_names(graph, model)
     gm = SteeredGraph(root, graph, type(model).__name__)

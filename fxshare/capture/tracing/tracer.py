@@ -36,6 +36,7 @@ from fxshare.capture.tracing.writing import PLAIN as AS_PLAIN
 from fxshare.capture.tracing.writing import as_operator, written
 from fxshare.errors import CaptureError
 from passes.graph.graph import is_linear
+from passes.graph.noted import noted
 from passes.graph.writes import AUGMENTED
 
 NumberT = TypeVar("NumberT", bool, int, float, str)
@@ -280,8 +281,7 @@ class ValueTracer(fx.Tracer):
                 self._computing = was
             if isinstance(proxy._known, Tensor):
                 # dim=2 may be the last one: passes cannot tell from an untyped graph
-                shape = proxy._known.shape
-                proxy.node.meta |= {"ndim": len(shape), "last": (0, *shape)[-1]}
+                proxy.node.meta |= noted(proxy._known.shape)
             proxy.node.meta[FLOATING] = may_have_gradients(proxy._known)
         return proxy
 

@@ -32,6 +32,7 @@ from fxshare.generation.shell import shell_of
 from fxshare.generation.step import CACHE, CacheKind, Kind
 from fxshare.models.structure import keep_structure, structure_of
 from fxshare.plans.keys import Keys
+from fxshare.plans.whole_heads import WholeHeads
 from fxshare.result.module import record_of
 from fxshare.store.tokenizer import is_tokenizer_file, write_tokenizer
 from fxshare.store.transformers import HF_CONFIG, HF_GENERATION, write_json
@@ -180,9 +181,12 @@ def _captured(subject: Subject) -> tuple[fx.GraphModule, Kind, Any]:
     if narrow:
         one = narrow[0]
         what = "queries and keys" if isinstance(one, Keys) else "values"
+        has, of = "width of heads", f" of its {what}"
+        if isinstance(one, WholeHeads):
+            has, of = "number of heads", f" {one.words.what}"
         raise ExportError(
-            f"to='ort-genai': the cache of ONNX Runtime GenAI has one width of heads, and "
-            f"{one.name!r} of {name} keeps {one.kept} of {one.of} of its {what}; export it to "
+            f"to='ort-genai': the cache of ONNX Runtime GenAI has one {has}, and "
+            f"{one.name!r} of {name} keeps {one.kept} of {one.of}{of}; export it to "
             f"'vllm', 'dense' or 'onnx', or plan without {one.kind} in planner.kinds"
         )
     # what generation keeps of the caller's model stays its own

@@ -24,6 +24,7 @@ from fxshare.plans.cost import Shape
 from fxshare.plans.storage import PLAIN
 from fxshare.plans.units import Units
 from fxshare.sites.attention import Attention
+from fxshare.sites.head_groups import HeadGroups
 from fxshare.sites.mlps import Mlp
 from fxshare.sites.scores import Scores
 
@@ -31,7 +32,7 @@ BASIS = "basis"
 """The name of the first kind, groups that share a basis."""
 
 
-FoundPart: TypeAlias = "Mlp | Attention | Scores"
+FoundPart: TypeAlias = "Mlp | Attention | HeadGroups | Scores"
 """A part of a graph that was found by its structure."""
 
 
@@ -55,6 +56,11 @@ class Scene:
     def attentions(self) -> tuple[Attention, ...]:
         """Its attention calls."""
         return tuple(one for one in self.parts if isinstance(one, Attention))
+
+    @property
+    def head_groups(self) -> tuple[HeadGroups, ...]:
+        """Those of which whole heads may go."""
+        return tuple(one for one in self.parts if isinstance(one, HeadGroups))
 
     @property
     def scores(self) -> tuple[Scores, ...]:

@@ -23,12 +23,19 @@ from fxshare.plans.heads import Heads
 from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
+from fxshare.plans.whole_heads import WholeHeads
 from fxshare.sites.attention import attentions
+from fxshare.sites.head_groups import head_groups
 from fxshare.sites.mlps import mlps
 from fxshare.sites.scores import all_scores
 from fxshare.sites.site import Site
 
-_KINDS: Mapping[type[Units], str] = {Units: "units", Heads: "heads", Keys: "keys"}
+_KINDS: Mapping[type[Units], str] = {
+    Units: "units",
+    Heads: "heads",
+    WholeHeads: "heads",
+    Keys: "keys",
+}
 """Which of our kinds an entry is of, by its keys."""
 
 _METHODS = ("candidates", "entry", "carry_out")
@@ -95,6 +102,7 @@ def kinds_and_parts(
     side_by_side = captured.side_by_side
     own = mlps(captured.graph, sites, side_by_side=side_by_side)
     heads = attentions(captured.graph, sites, side_by_side=side_by_side)
+    whole = head_groups(captured.graph, sites, side_by_side=side_by_side, among=heads)
     scores = all_scores(captured.graph, sites, side_by_side=side_by_side)
     names = [kind.name for kind in kinds]
     missing = []
@@ -121,7 +129,7 @@ def kinds_and_parts(
             FxShareWarning,
             stacklevel=2,
         )
-    return kinds, (*own.found, *heads.found, *scores.found)
+    return kinds, (*own.found, *heads.found, *whole.found, *scores.found)
 
 
 def others_of(kinds: Sequence[Kind], scene: Scene) -> dict[Part, Other]:

@@ -1,4 +1,4 @@
-"""The curve of an attention whose heads become narrower: the same for values and for keys."""
+"""The curve of an attention whose heads become narrower, or fewer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ def curve_of_widths(
     width: int,
     shapes: Callable[[int], Sequence[Shape]],
     lost: npt.NDArray[np.float64],
+    *,
+    multiple: int | None = None,
 ) -> Curve:
     """The loss of every width of a head below ``width`` that a plan may take, and of all of it, the
     dense one. ``shapes`` are those of the weights at a width, ``lost`` what each width loses; what
-    is not finite is no option."""
-    counts = ranks(Shape(width, width), scene.options.rank_multiple)
+    is not finite is no option. Widths are multiples of ``multiple``, by default that of ranks; of
+    1, they are numbers of heads."""
+    counts = ranks(Shape(width, width), multiple or scene.options.rank_multiple)
     counts = counts[(counts < width) & np.isfinite(lost[counts])]
     counts = np.append(counts, width)
     cost = np.array([scene.costs(shapes(int(count))) for count in counts])
