@@ -132,7 +132,7 @@ def bench_encoder(
             mean, lowest = _cosines(gm, held_out, dense)
             row = EncoderRow(size, method, mean, lowest, kept, seconds)
             say(f"{size:.2f} {method}: cosine {mean:.4f}, in {seconds:.0f} processor seconds")
-            if refine is not None and method in METHODS:
+            if refine is not None and method in METHODS and size < 1:
                 after = _refined(gm, model, refine, held_out, dense, seed)
                 row = replace(row, refined=after)
                 say(f"{size:.2f} {method}, refined: cosine {after.cosine:.4f}")
