@@ -29,6 +29,8 @@ from fxshare.refining.refine import refine as refine_model
 from fxshare.result.module import record_of
 
 _LOG = logging.getLogger(__name__)
+_POOLED = 0.5
+"""What is compared are means over tokens, which therefore count half where plans are refined."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,15 @@ def _refined(
     dense: Tensor,
     seed: int,
 ) -> RefinedCosine:
-    result = refine_model(gm, model, refining.batches, minutes=refining.minutes, seed=seed)
+    result = refine_model(
+        gm,
+        model,
+        refining.batches,
+        minutes=refining.minutes,
+        objective="hidden",
+        pool_weight=_POOLED,
+        seed=seed,
+    )
     done = record_of(result).refined[-1]
     cosines = _cosines(result, held_out, dense)
     return RefinedCosine(*cosines, done.steps, done.tokens, done.seconds)
