@@ -29,6 +29,8 @@ from fxshare.refining.refine import refine as refine_model
 from fxshare.result.module import record_of
 
 _LOG = logging.getLogger(__name__)
+_POOLED = 0.5
+"""What is compared are means over tokens, which therefore count half where plans are refined."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def bench_encoder(
             mean, lowest = _cosines(gm, held_out, dense)
             row = EncoderRow(size, method, mean, lowest, kept, seconds)
             say(f"{size:.2f} {method}: cosine {mean:.4f}, in {seconds:.0f} processor seconds")
-            if refine is not None and method in METHODS:
+            if refine is not None and method in METHODS and size < 1:
                 after = _refined(gm, model, refine, held_out, dense, seed)
                 row = replace(row, refined=after)
                 say(f"{size:.2f} {method}, refined: cosine {after.cosine:.4f}")
@@ -157,7 +159,15 @@ def _refined(
     dense: Tensor,
     seed: int,
 ) -> RefinedCosine:
-    result = refine_model(gm, model, refining.batches, minutes=refining.minutes, seed=seed)
+    result = refine_model(
+        gm,
+        model,
+        refining.batches,
+        minutes=refining.minutes,
+        objective="hidden",
+        pool_weight=_POOLED,
+        seed=seed,
+    )
     done = record_of(result).refined[-1]
     cosines = _cosines(result, held_out, dense)
     return RefinedCosine(*cosines, done.steps, done.tokens, done.seconds)
