@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,26 @@ def _problem(slices: dict[str, Any], bits: tuple[Any, ...]) -> tuple[Any, Option
     spectra, nodes = Spectra(slices), _nodes(slices)
     rounding = RoundingPrice(spectra, nodes)
     return make_problem(nodes, spectra, options, rounding=rounding), options
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_slices_of_one_input_are_priced_together_as_each_by_itself(bits: int) -> None:
+    whole = correlated(0, out=20, width=24)
+    assert whole.moment_OO is not None
+    parts = {"q": (0, 7), "k": (7, 8), "v": (8, 20)}
+    slices = {
+        name: replace(
+            whole,
+            weight_OI=whole.weight_OI[start:stop],
+            moment_OO=whole.moment_OO[start:stop, start:stop],
+        )
+        for name, (start, stop) in parts.items()
+    }
+    slices["other"] = replace(correlated(5, out=6, width=24), input="y")
+    price = RoundingPrice(Spectra(slices), _nodes(slices))
+    for name, one in slices.items():
+        alone = lost_by(one, rounded(one, bits).values())
+        assert price.dense(frozenset({name}), bits) == pytest.approx(alone, rel=1e-9)
 
 
 def test_the_choice_is_that_of_brute_force_over_ranks_storages_and_bits() -> None:
