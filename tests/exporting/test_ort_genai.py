@@ -192,3 +192,28 @@ def test_a_cache_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckFailed, match="ort-genai export of LlamaForCausalLM says token"):
         fxshare.export(compiled(), tmp_path / "m", to="ort-genai")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), [("llama", 8), ("gpt2", 4)])
+def test_an_embedding_and_a_head_in_few_bits_say_the_same_tokens(
+    name: str, bits: int, tmp_path: Path
+) -> None:
+    from tests.compiling.test_embedding_bits import config, tables
+
+    original = build.transformers_model(name, use_cache=True)
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, 32, (2, 12), generator=generator) for _ in range(8)]
+    cfg = [*config(original), {"planner": {"search": "off", "bits": [bits]}}]
+    gm = fxshare.compile(original, cfg, calibration=ids)
+    assert {weight.bits for weight in tables(gm)} == {bits}
+    fxshare.export(gm, tmp_path / "m", to="ort-genai")
+    graph = onnx.load(tmp_path / "m" / "model.onnx", load_external_data=False).graph
+    read = {node.op_type for node in graph.node}
+    assert ("MatMulNBits" if bits == 4 else "DequantizeLinear") in read
+    said = []
+    for prompt in ([5], [7, 3, 11, 2], [9, 30, 4, 4, 17, 21, 8]):
+        said.append(say(tmp_path / "m", prompt, NEW))
+        assert said[-1] == greedy(gm, prompt, NEW)
+    # the random GPT-2 repeats one token whatever the prompt is
+    assert len({tuple(tokens) for tokens in said}) > 1 or name == "gpt2"
