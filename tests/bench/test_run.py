@@ -413,7 +413,7 @@ def test_the_command_prints_and_draws(
         (("--original", "a:b"), "--original: names the model"),
         (("--kept", "1.5"), "--kept: expected a share"),
         (("--kept", "nan"), "--kept: expected a share"),
-        (("--storage", "zip"), "--storage: expected plain or pivoted; found 'zip'"),
+        (("--storage", "zip"), "--storage: expected plain or pivoted or units; found 'zip'"),
         (("--split", "rows"), "--split: expected heads or qkv or false"),
         (("--basis", "all"), "--basis: expected"),
         (("--only", "a("), "--only: 'a(' is not a pattern"),
