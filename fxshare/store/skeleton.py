@@ -114,8 +114,8 @@ def _transformers_model(source: SavedSource, config: dict[str, Any]) -> nn.Modul
     config = _offline(config, source.class_name)
     try:
         with torch.device("meta"):
-            config_class: Any = found.config_class
-            model: Any = found(config_class.from_dict(config))
+            made: Any = found
+            model: Any = made(made.config_class.from_dict(config))
         if source.generation_config is not None and hasattr(model, "generation_config"):
             model.generation_config = transformers.GenerationConfig.from_dict(
                 dict(source.generation_config)

@@ -60,15 +60,19 @@ def compare(gm: Any, alone: Any, found: Any, dtype: torch.dtype = torch.float32)
 
 
 def test_two_processes_are_one_to_rounding(tmp_path: Path) -> None:
-    made = run(tmp_path, "equal", "blocks", "sharded", "refusals")
+    made = run(tmp_path, "equal", "refusals")
     model, gm = subject("branches", "shared")
     alone = refined(gm, model, features(), second=features(1, seed=8), **OPTIONS)
     compare(gm, alone, same_bits(made, "equal"))
+
+
+@pytest.mark.slow
+def test_block_by_block_two_processes_are_one_to_rounding(tmp_path: Path) -> None:
+    made = run(tmp_path, "blocks")
     model, gm = subject(dtype=torch.float64)
     alone = refined(gm, model, **BLOCKS)
     assert alone.fxshare.refined[-1].kept
     compare(gm, alone, same_bits(made, "blocks"), torch.float64)
-    compare(gm, refined(gm, model, **OPTIONS), same_bits(made, "sharded"), torch.float64)
 
 
 @pytest.mark.slow
@@ -86,7 +90,7 @@ def test_time_bad_batches_and_ranks_that_fail(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_parts_are_put_together_whatever_happens(tmp_path: Path) -> None:
-    made = run(tmp_path, "sharded_further")
+    made = run(tmp_path, "sharded", "sharded_further")
     model, gm = subject("branches", "shared")
     data = features(6)
     data[2][0, 0, 0] = float("nan")
@@ -94,5 +98,5 @@ def test_parts_are_put_together_whatever_happens(tmp_path: Path) -> None:
     compare(gm, alone, same_bits(made, "some-dropped"))
     model, gm = subject(dtype=torch.float64)
     alone = refined(gm, model, **OPTIONS)
-    for name in ("recomputed", "gone-on"):
+    for name in ("sharded", "recomputed", "gone-on"):
         compare(gm, alone, same_bits(made, name), torch.float64)
