@@ -70,7 +70,7 @@ def sharing_cases(draw: st.DrawFn) -> tuple[Sizes, dict[str, Any]]:
 
 
 @given(exact_cases(), st.sampled_from([torch.float64, torch.float32]))
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 def test_exact_mode_equals_the_original(case: Any, dtype: torch.dtype) -> None:
     sizes, cfg = case
     model = gpt(dtype, **vars(sizes))
@@ -80,7 +80,7 @@ def test_exact_mode_equals_the_original(case: Any, dtype: torch.dtype) -> None:
 
 
 @given(exact_cases(), st.integers(1, 4))
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 def test_sharing_at_full_rank_equals_the_original(case: Any, group_size: int) -> None:
     sizes, cfg = case
     model = gpt(torch.float64, **vars(sizes))
@@ -113,7 +113,7 @@ def test_batch_of_one_and_a_single_token_are_taken() -> None:
 
 
 @given(sharing_cases())
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 def test_report_and_module_hold_what_the_plan_says(case: Any) -> None:
     sizes, cfg = case
     model = gpt(**vars(sizes))

@@ -87,7 +87,7 @@ def cases(draw: st.DrawFn) -> tuple[Sizes, dict[str, Any], dict[str, Any]]:
 
 
 @given(cases(), st.sampled_from([0.4, 0.7, 0.95]))
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 def test_a_plan_is_a_partition_within_its_budget(case: Any, kept: float) -> None:
     sizes, cfg, planner = case
     with torch.random.fork_rng(devices=[]):
