@@ -14,6 +14,7 @@ from passes.graph.graph import calls_by_target, linear_at, put_weight
 from passes.graph.heads import Heads, NotHeads, attention_heads
 from passes.graph.narrowing import narrow
 from passes.graph.slices import KeptUnits, set_slices, slices
+from passes.sharing.whole import check_together, check_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,23 +65,13 @@ class NarrowHeads(Pass):
         known = slices(gm)
         seen: set[str] = set()
         for one in self.selections:
-            if self.apart:
-                raise RequiresError(
-                    f"{self.name}: {one.name!r} stands in no graph that shows what is between its "
-                    "linears; leave it out"
-                )
+            check_together(self.name, one.name, apart=self.apart)
             if not 1 <= one.kept <= one.of:
                 raise RequiresError(
                     f"{self.name}: {one.name!r} keeps a width of {one.kept} of {one.of}, expected "
                     f"1 to {one.of}"
                 )
-            for name in (*one.values, *one.consumers):
-                if name not in known or name in seen or known[name].basis is not None:
-                    raise RequiresError(
-                        f"{self.name}: {name!r} of {one.name!r} is not a slice that is still "
-                        f"whole; the graph has {sorted(known)[:6]}"
-                    )
-                seen.add(name)
+            check_whole(self.name, one.name, (*one.values, *one.consumers), known, seen)
             self._check_shapes(gm, one)
             self._between(gm, one)
 

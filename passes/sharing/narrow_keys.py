@@ -15,6 +15,7 @@ from passes.graph.graph import calls_by_target, linear_at, put_weight
 from passes.graph.scores import NotScores, Scores, attention_scores, calls_by_slices, together
 from passes.graph.slices import KeptUnits, set_slices, slices
 from passes.graph.trimming import trim
+from passes.sharing.whole import check_together, check_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,24 +73,15 @@ class NarrowKeys(Pass):
         known = slices(gm)
         seen: set[str] = set()
         for one in self.selections:
-            if self.apart:
-                raise RequiresError(
-                    f"{self.name}: {one.name!r} stands in no graph that shows what is between its "
-                    "linears; leave it out"
-                )
+            check_together(self.name, one.name, apart=self.apart)
             ascending = sorted(set(one.kept)) == list(one.kept)
             if not (one.kept and ascending and one.kept[0] >= 0 and one.kept[-1] < one.of):
                 raise RequiresError(
                     f"{self.name}: {one.name!r} keeps {list(one.kept)[:8]}, expected ascending "
                     f"numbers from 0 to {one.of - 1}"
                 )
+            check_whole(self.name, one.name, one.weights, known, seen)
             for name, weight in one.weights.items():
-                if name not in known or name in seen or known[name].basis is not None:
-                    raise RequiresError(
-                        f"{self.name}: {name!r} of {one.name!r} is not a slice that is still "
-                        f"whole; the graph has {sorted(known)[:6]}"
-                    )
-                seen.add(name)
                 linear = linear_at(gm, known[name].module)
                 heads, cut = divmod(linear.out_features, one.of)
                 expected = heads * len(one.kept), linear.in_features

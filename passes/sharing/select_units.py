@@ -15,6 +15,7 @@ from passes.errors import EnsuresError, RequiresError, ShapeError
 from passes.graph.graph import calls_by_target, linear_at, new_linear, put_module, put_weight
 from passes.graph.hidden import Hidden, NotHidden, hidden_units, resize
 from passes.graph.slices import KeptUnits, set_slices, slices
+from passes.sharing.whole import check_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,7 @@ class SelectUnits(Pass):
                     f"{self.name}: {one.name!r} keeps units that are not ascending numbers from 0 "
                     f"to {one.of - 1}"
                 )
-            for name in (*one.producers, *one.consumers):
-                if name not in known or name in seen or known[name].basis is not None:
-                    raise RequiresError(
-                        f"{self.name}: {name!r} of {one.name!r} is not a slice that is still "
-                        f"whole; the graph has {sorted(known)[:6]}"
-                    )
-                seen.add(name)
+            check_whole(self.name, one.name, (*one.producers, *one.consumers), known, seen)
             for name, parts in one.producers.items():
                 rows = linear_at(gm, known[name].module).out_features
                 if rows != parts * one.of:
