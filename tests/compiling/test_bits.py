@@ -18,7 +18,7 @@ from fxshare.errors import CheckFailed, PlanError, RefineError, StoreError
 from fxshare.plans.bits import matrix_bytes
 from fxshare.store.tensors import tensors_of
 from fxshare.verifying.multiplied import multiplied_out
-from tests.compiling.test_units import batches, model, outputs
+from tests.compiling.narrowed import batches, model, outputs
 from tests.strategies import no_warnings_of_ours
 
 CONFIG = {

@@ -24,8 +24,8 @@ from fxshare.sites.tensors import dense_weights
 from fxshare.sites.visible import visible_sites
 from fxshare.store.tensors import tensors_of
 from fxshare.verifying.multiplied import multiplied_out
+from tests.compiling.narrowed import batches, model
 from tests.compiling.test_bits import outputs, stored_bytes
-from tests.compiling.test_units import batches, model
 from tests.strategies import no_warnings_of_ours
 
 FORMS = [("gpt2", 4), ("llama", 8), ("gpt2", 8), ("llama", 4)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,26 @@ from fxshare.plans.heads import Heads, heads_of
 from fxshare.result.products import slices_of
 from fxshare.sites.attention import Attentions, attentions
 from fxshare.verifying.multiplied import multiplied_out
-from tests.compiling.test_units import batches, model, outputs
+from tests.compiling.narrowed import (
+    FAMILIES,
+    GENERATING,
+    batches,
+    check_backend,
+    check_computed_and_counted,
+    check_generated,
+    check_lowered_saved_and_loaded,
+    compiled,
+    dense_folder,
+    failed_checks,
+    model,
+    outputs,
+    program_of,
+    refusal_of,
+    sizes_of,
+    with_other_kept,
+)
 from tests.strategies import no_warnings_of_ours
 
-FAMILIES = ("llama", "gpt2", "bert", "phi3")
 KEPT, WIDTH = 5, 8
 
 
@@ -56,31 +71,15 @@ def plan_text(family: str) -> str:
 def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
     """A model, and it compiled with a plan from a file; tests must not change them."""
     original = model(family)
-    plan = Plan.from_json(plan_of(original, front_end).to_json())
-    with no_warnings_of_ours():
-        gm = fxshare.compile(
-            original, fxshare.init(original), calibration=batches(), plan=plan, capture=front_end
-        )
-    return original, gm
+    return original, compiled(original, plan_of(original, front_end), front_end)
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_its_weights_multiply_out_to(family: str, front_end: str) -> None:
     original, gm = pair(family, front_end)
-    assert fxshare.verify(original, gm, batches()[:1]).ok
-    expected = outputs(multiplied_out(original, gm))
-    torch.testing.assert_close(outputs(gm), expected, rtol=1e-5, atol=1e-5)
-    assert (outputs(gm) - outputs(original)).abs().max() > 1e-3
-    plan = gm.fxshare.plan
-    gone = plan.dense_numbers - plan.stored_numbers
-    assert gm.fxshare.report.numbers_after == plan.stored_numbers
-    last = plan.units[-1]
-    assert gone == 3 * last.numbers_per_unit > 0
-    biases = sum(p.numel() for n, p in original.named_parameters() if n.endswith("bias"))
-    left = sum(p.numel() for n, p in gm.named_parameters() if n.endswith("bias"))
-    count = sum(p.numel() for p in original.parameters()) - sum(p.numel() for p in gm.parameters())
-    assert count == gone + biases - left
+    gone = check_computed_and_counted(original, gm)
+    assert gone == 3 * gm.fxshare.plan.units[-1].numbers_per_unit
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,32 +123,13 @@ def test_an_attention_that_keeps_its_width_is_what_it_was(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
-    original, gm = pair(family)
-    lowered = fxshare.lower(gm, prefer="speed")
-    for number, one in enumerate((gm, lowered)):
-        fxshare.save(one, tmp_path / str(number))
-        back = fxshare.load(tmp_path / str(number))
-        mine, theirs = one.state_dict(), back.state_dict()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert torch.equal(outputs(back), outputs(one))
-        assert slices_of(back) == slices_of(one)
-        assert fxshare.verify(original, back).ok
-    assert fxshare.verify(original, fxshare.readable(lowered)).ok
-    torch.testing.assert_close(outputs(lowered), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_lowered_saved_and_loaded(*pair(family), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", GENERATING)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_it_generates_what_the_multiplied_out_model_does(family: str, cache: str) -> None:
-    original, gm = pair(family)
-    ids = batches()[0][:2, :4]
-    options = {"max_new_tokens": 6, "do_sample": False}
-    options |= {"cache_implementation": "static"} if cache == "static" else {}
-    expected = multiplied_out(original, gm).generate(ids, **options)
-    with no_warnings_of_ours():  # no step falls back to the model's own code
-        assert torch.equal(gm.generate(ids, **options), expected)
-        assert torch.equal(fxshare.lower(gm).generate(ids, **options), expected)
+    check_generated(*pair(family), cache)
 
 
 def test_the_cache_is_narrower_as_the_report_says() -> None:
@@ -168,20 +148,14 @@ def test_the_cache_is_narrower_as_the_report_says() -> None:
 
 
 def test_dense_weights_are_exported_with_zeros(tmp_path: Path) -> None:
-    import transformers as tf
-
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "dense", to="dense")
-    dense = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    torch.testing.assert_close(outputs(dense), outputs(gm), rtol=1e-5, atol=1e-5)
-    weight = dense.model.layers[1].self_attn.v_proj.weight
+    weight = dense_folder(gm, tmp_path / "dense").model.layers[1].self_attn.v_proj.weight
     assert int((weight.abs().sum(1) > 0).sum()) == KEPT
 
 
 def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "model.pt2", to="pt2")
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    program = program_of(gm, tmp_path / "model.pt2")
     shapes = {tuple(p.shape) for p in program.parameters()}
     assert {(KEPT, 16), (16, 2 * KEPT)} <= shapes
 
@@ -211,10 +185,7 @@ def test_own_code_does_not_go_on_with_a_narrower_cache() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_torch_compile_with_our_backend_runs_it(family: str) -> None:
-    original, gm = pair(family)
-    torch.compiler.reset()
-    fast = torch.compile(original, backend=fxshare.backend(gm, inner="eager"))
-    torch.testing.assert_close(outputs(fast), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_backend(*pair(family))
 
 
 def broken(gm: Any, change: str) -> Any:
@@ -233,14 +204,7 @@ def broken(gm: Any, change: str) -> Any:
     elif change == "weight":
         read.weight.data[:, 0] *= 1.01
     else:
-        moved = {}
-        for name, place in places.items():
-            for which in ("unit_rows", "unit_columns"):
-                units = getattr(place, which)
-                if units is not None and units.name == entry.name:
-                    place = replace(place, **{which: replace(units, kept=(0, 1, 2, 3, 6))})
-            moved[name] = place
-        result.meta["slices"] = moved
+        with_other_kept(result, entry.name, lambda units: (0, 1, 2, 3, 6))
         value.weight.data[0] *= 1.01
     return result
 
@@ -248,9 +212,7 @@ def broken(gm: Any, change: str) -> Any:
 @pytest.mark.parametrize("change", ["stale bias", "bias", "values", "weight", "index"])
 def test_verify_notices_stale_tensors(change: str) -> None:
     original, gm = pair("gpt2")
-    found = fxshare.verify(original, broken(gm, change), batches()[:1])
-    assert not found.ok
-    failed = " ".join(check.what for check in found.checks if not check.ok)
+    failed = failed_checks(original, broken(gm, change))
     assert "bias" in failed if "bias" in change else "weight" in failed
 
 
@@ -268,11 +230,7 @@ def test_verify_notices_stale_tensors(change: str) -> None:
     ],
 )
 def test_a_plan_file_with_a_wrong_entry_says_which(change: Any, reason: str) -> None:
-    plain = json.loads(plan_text("llama"))
-    change(plain["units"][1])
-    with pytest.raises(PlanError, match=r"unit.*'heads_1'.*") as caught:
-        Plan.from_json(json.dumps(plain))
-    assert reason in str(caught.value)
+    assert reason in refusal_of(plan_text("llama"), change, "heads_1")
 
 
 def test_heads_and_bases_do_not_overlap() -> None:
@@ -321,7 +279,6 @@ def test_heads_that_the_graph_does_not_show_are_refused_with_the_reason() -> Non
 def test_what_stands_in_a_report_tables_and_pictures() -> None:
     from fxshare.cli.plan import plan_text
     from fxshare.cli.why import explain_in_plan
-    from fxshare.cost_model.forecast import linears_of
     from fxshare.views.grid import grid_of
     from fxshare.views.picture import plan_figure
 
@@ -340,6 +297,5 @@ def test_what_stands_in_a_report_tables_and_pictures() -> None:
     kept = {bar.slice: bar.kept for bars in grid_of(plan).cells.values() for bar in bars}
     assert kept[entry.values[0]] == KEPT / WIDTH
     assert plan_figure(plan, title="heads") is not None
-    inner = [(one.inner, one.out) for one in linears_of(plan, 1) if hasattr(one, "inner")]
-    assert (2 * KEPT, 16) in inner
-    assert (16, 32 + 2 * KEPT) in inner
+    assert (2 * KEPT, 16) in sizes_of(plan)
+    assert (16, 32 + 2 * KEPT) in sizes_of(plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,27 @@ from fxshare.result.products import slices_of
 from fxshare.sites.attention import attentions
 from fxshare.sites.scores import AllScores, all_scores
 from fxshare.verifying.multiplied import multiplied_out
-from tests.compiling.test_units import batches, model, outputs
+from tests.compiling.narrowed import (
+    FAMILIES,
+    GENERATING,
+    batches,
+    biases_of,
+    check_backend,
+    check_computed_and_counted,
+    check_generated,
+    check_lowered_saved_and_loaded,
+    compiled,
+    dense_folder,
+    failed_checks,
+    model,
+    outputs,
+    program_of,
+    refusal_of,
+    sizes_of,
+    with_other_kept,
+)
 from tests.strategies import no_warnings_of_ours
 
-FAMILIES = ("llama", "gpt2", "bert", "phi3")
 KEPT, WIDTH = 4, 8
 
 
@@ -54,33 +70,19 @@ def plan_of(original: nn.Module, front_end: str = "fx", *, heads: bool = False) 
 def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
     """A model, and it compiled with a plan from a file; tests must not change them."""
     original = model(family)
-    plan = Plan.from_json(plan_of(original, front_end).to_json())
-    with no_warnings_of_ours():
-        gm = fxshare.compile(
-            original, fxshare.init(original), calibration=batches(), plan=plan, capture=front_end
-        )
-    return original, gm
+    return original, compiled(original, plan_of(original, front_end), front_end)
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_its_weights_multiply_out_to(family: str, front_end: str) -> None:
     original, gm = pair(family, front_end)
-    assert fxshare.verify(original, gm, batches()[:1]).ok
-    expected = outputs(multiplied_out(original, gm))
-    torch.testing.assert_close(outputs(gm), expected, rtol=1e-5, atol=1e-5)
-    assert (outputs(gm) - outputs(original)).abs().max() > 1e-3
-    plan = gm.fxshare.plan
-    gone = plan.dense_numbers - plan.stored_numbers
-    assert gm.fxshare.report.numbers_after == plan.stored_numbers
-    assert gone == (WIDTH - KEPT) * plan.units[-1].numbers_per_unit > 0
-    rotary = {one.rotary for one in plan.units}
-    assert rotary == {"none" if family in ("gpt2", "bert") else "halves"}
-    biases = sum(p.numel() for n, p in original.named_parameters() if n.endswith("bias"))
-    left = sum(p.numel() for n, p in gm.named_parameters() if n.endswith("bias"))
-    count = sum(p.numel() for p in original.parameters()) - sum(p.numel() for p in gm.parameters())
-    assert count == gone + biases - left
-    assert (left < biases) == (family in ("gpt2", "bert"))
+    gone = check_computed_and_counted(original, gm)
+    entries = gm.fxshare.plan.units
+    assert gone == (WIDTH - KEPT) * entries[-1].numbers_per_unit
+    turns = family not in ("gpt2", "bert")
+    assert {one.rotary for one in entries} == {"halves" if turns else "none"}
+    assert (biases_of(gm) < biases_of(original)) != turns
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,32 +102,13 @@ def test_an_attention_that_keeps_its_width_is_what_it_was(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
-    original, gm = pair(family)
-    lowered = fxshare.lower(gm, prefer="speed")
-    for number, one in enumerate((gm, lowered)):
-        fxshare.save(one, tmp_path / str(number))
-        back = fxshare.load(tmp_path / str(number))
-        mine, theirs = one.state_dict(), back.state_dict()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert torch.equal(outputs(back), outputs(one))
-        assert slices_of(back) == slices_of(one)
-        assert fxshare.verify(original, back).ok
-    assert fxshare.verify(original, fxshare.readable(lowered)).ok
-    torch.testing.assert_close(outputs(lowered), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_lowered_saved_and_loaded(*pair(family), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", GENERATING)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_it_generates_what_the_multiplied_out_model_does(family: str, cache: str) -> None:
-    original, gm = pair(family)
-    ids = batches()[0][:2, :4]
-    options = {"max_new_tokens": 6, "do_sample": False}
-    options |= {"cache_implementation": "static"} if cache == "static" else {}
-    expected = multiplied_out(original, gm).generate(ids, **options)
-    with no_warnings_of_ours():  # no step falls back to the model's own code
-        assert torch.equal(gm.generate(ids, **options), expected)
-        assert torch.equal(fxshare.lower(gm).generate(ids, **options), expected)
+    check_generated(*pair(family), cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -165,13 +148,8 @@ def test_the_cache_is_narrower_as_the_report_says() -> None:
 def test_dense_weights_are_exported_with_zeros_and_a_cache_of_one_width_is_refused(
     tmp_path: Path,
 ) -> None:
-    import transformers as tf
-
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "dense", to="dense")
-    dense = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    torch.testing.assert_close(outputs(dense), outputs(gm), rtol=1e-5, atol=1e-5)
-    weight = dense.model.layers[1].self_attn.k_proj.weight
+    weight = dense_folder(gm, tmp_path / "dense").model.layers[1].self_attn.k_proj.weight
     assert int((weight.abs().sum(1) > 0).sum()) == KEPT
     with pytest.raises(ExportError, match=r"one width of heads, and 'keys_1' .* keeps 4 of 8"):
         fxshare.export(gm, tmp_path / "genai", to="ort-genai")
@@ -179,8 +157,7 @@ def test_dense_weights_are_exported_with_zeros_and_a_cache_of_one_width_is_refus
 
 def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "model.pt2", to="pt2")
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    program = program_of(gm, tmp_path / "model.pt2")
     shapes = {tuple(p.shape) for p in program.parameters()}
     assert {(KEPT, 16), (2 * KEPT, 16)} <= shapes
     ids = batches()[0]
@@ -190,10 +167,7 @@ def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_torch_compile_with_our_backend_runs_it(family: str) -> None:
-    original, gm = pair(family)
-    torch.compiler.reset()
-    fast = torch.compile(original, backend=fxshare.backend(gm, inner="eager"))
-    torch.testing.assert_close(outputs(fast), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_backend(*pair(family))
 
 
 def broken(gm: Any, change: str) -> Any:
@@ -214,21 +188,14 @@ def broken(gm: Any, change: str) -> Any:
     else:  # a pair in the place of another
         own = places[entry.queries[0]].unit_rows
         wrong = tuple(n for n in range(WIDTH) if n not in own.kept)
-        moved = {}
-        for name, place in places.items():
-            if place.unit_rows is not None and place.unit_rows.name == entry.name:
-                place = replace(place, unit_rows=replace(place.unit_rows, kept=wrong))
-            moved[name] = place
-        result.meta["slices"] = moved
+        with_other_kept(result, entry.name, lambda units: wrong)
     return result
 
 
 @pytest.mark.parametrize("change", ["stale bias", "query bias", "keys", "queries"])
 def test_verify_notices_stale_tensors(change: str) -> None:
     original, gm = pair("gpt2")
-    found = fxshare.verify(original, broken(gm, change), batches()[:1])
-    assert not found.ok
-    failed = " ".join(check.what for check in found.checks if not check.ok)
+    failed = failed_checks(original, broken(gm, change))
     assert "bias" in failed if "bias" in change else "weight" in failed
 
 
@@ -253,11 +220,7 @@ def test_verify_notices_a_wrong_pair() -> None:
     ],
 )
 def test_a_plan_file_with_a_wrong_entry_says_which(change: Any, reason: str) -> None:
-    plain = json.loads(pair("llama")[1].fxshare.plan.to_json())
-    change(plain["units"][1])
-    with pytest.raises(PlanError, match=r"unit.*'keys_1'.*") as caught:
-        Plan.from_json(json.dumps(plain))
-    assert reason in str(caught.value)
+    assert reason in refusal_of(pair("llama")[1].fxshare.plan.to_json(), change, "keys_1")
 
 
 def test_keys_that_the_graph_does_not_show_are_refused_with_the_reason() -> None:
@@ -281,7 +244,6 @@ def test_keys_that_the_graph_does_not_show_are_refused_with_the_reason() -> None
 def test_what_stands_in_a_report_tables_and_pictures() -> None:
     from fxshare.cli.plan import plan_text
     from fxshare.cli.why import explain_in_plan
-    from fxshare.cost_model.forecast import linears_of
     from fxshare.views.grid import grid_of
     from fxshare.views.picture import plan_figure
 
@@ -299,8 +261,7 @@ def test_what_stands_in_a_report_tables_and_pictures() -> None:
     kept = {bar.slice: bar.kept for bars in grid_of(plan).cells.values() for bar in bars}
     assert kept[entry.queries[0]] == kept[entry.keys[0]] == KEPT / WIDTH
     assert plan_figure(plan, title="keys") is not None
-    inner = [(one.inner, one.out) for one in linears_of(plan, 1) if hasattr(one, "inner")]
-    assert {(16, 2 * KEPT), (16, KEPT)} <= set(inner)
+    assert {(16, 2 * KEPT), (16, KEPT)} <= sizes_of(plan)
 
 
 @pytest.mark.parametrize("kind", ["heads", "units"])

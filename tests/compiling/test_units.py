@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxshare
 from fxshare import Plan
@@ -20,45 +18,24 @@ from fxshare.errors import PlanError, StoreError
 from fxshare.plans.units import units_of
 from fxshare.result.products import slices_of
 from fxshare.sites.mlps import Mlps, mlps
-from fxshare.verifying.multiplied import multiplied_out
+from tests.compiling.narrowed import (
+    FAMILIES,
+    GENERATING,
+    batches,
+    check_backend,
+    check_computed_and_counted,
+    check_generated,
+    check_lowered_saved_and_loaded,
+    compiled,
+    dense_folder,
+    failed_checks,
+    model,
+    program_of,
+    refusal_of,
+    sizes_of,
+    with_other_kept,
+)
 from tests.strategies import no_warnings_of_ours
-from tests.toys import VOCABULARY
-
-
-def model(family: str) -> nn.Module:
-    """Two layers of a family, with biases that are not zero."""
-    import transformers as tf
-
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "vocab_size": VOCABULARY}
-    some = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made: nn.Module
-        if family == "gpt2":
-            small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}
-            config = tf.GPT2Config(**small, **some, vocab_size=VOCABULARY)
-            made = tf.GPT2LMHeadModel(config)
-        elif family == "bert":
-            made = tf.BertModel(tf.BertConfig(**sizes))
-        elif family == "phi3":  # gate and up are one weight
-            made = tf.Phi3ForCausalLM(tf.Phi3Config(**sizes, **some, num_key_value_heads=2))
-        else:
-            made = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **some, num_key_value_heads=1))
-        for name, parameter in made.named_parameters():
-            if name.endswith("bias"):
-                nn.init.normal_(parameter, std=0.3)
-            elif parameter.ndim == 2:  # activations far from linear
-                nn.init.normal_(parameter, std=0.4)
-    return made.eval()
-
-
-FAMILIES = ("llama", "gpt2", "bert", "phi3")
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(VOCABULARY, (4, 8), generator=generator) for _ in range(4)]
 
 
 def found_in(original: nn.Module, front_end: str) -> tuple[Any, Mlps]:
@@ -87,37 +64,14 @@ def plan_text(family: str) -> str:
 def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
     """A model, and it compiled with a plan from a file; tests must not change them."""
     original = model(family)
-    plan = Plan.from_json(plan_of(original, front_end=front_end).to_json())
-    with no_warnings_of_ours():
-        gm = fxshare.compile(
-            original, fxshare.init(original), calibration=batches(), plan=plan, capture=front_end
-        )
-    return original, gm
-
-
-def outputs(module: nn.Module, ids: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        found = module(batches()[0] if ids is None else ids)
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+    return original, compiled(original, plan_of(original, front_end=front_end), front_end)
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_its_weights_multiply_out_to(family: str, front_end: str) -> None:
     original, gm = pair(family, front_end)
-    assert fxshare.verify(original, gm, batches()[:1]).ok
-    expected = outputs(multiplied_out(original, gm))
-    torch.testing.assert_close(outputs(gm), expected, rtol=1e-5, atol=1e-5)
-    assert (outputs(gm) - outputs(original)).abs().max() > 1e-3
-    # counted, and nothing else is stored
-    plan = gm.fxshare.plan
-    gone = plan.dense_numbers - plan.stored_numbers
-    assert gm.fxshare.report.numbers_after == plan.stored_numbers
-    biases = sum(p.numel() for n, p in original.named_parameters() if n.endswith("bias"))
-    left = sum(p.numel() for n, p in gm.named_parameters() if n.endswith("bias"))
-    count = sum(p.numel() for p in original.parameters()) - sum(p.numel() for p in gm.parameters())
-    assert count == gone + biases - left
-    assert gone > 0
+    check_computed_and_counted(original, gm)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,46 +89,23 @@ def test_an_mlp_that_keeps_all_its_units_is_what_it_was(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
-    original, gm = pair(family)
-    lowered = fxshare.lower(gm, prefer="speed")
-    for number, one in enumerate((gm, lowered)):
-        fxshare.save(one, tmp_path / str(number))
-        back = fxshare.load(tmp_path / str(number))
-        mine, theirs = one.state_dict(), back.state_dict()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert torch.equal(outputs(back), outputs(one))
-        assert slices_of(back) == slices_of(one)
-        assert fxshare.verify(original, back).ok
-    assert fxshare.verify(original, fxshare.readable(lowered)).ok
-    torch.testing.assert_close(outputs(lowered), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_lowered_saved_and_loaded(*pair(family), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", GENERATING)
 def test_it_generates_what_the_multiplied_out_model_does(family: str) -> None:
-    original, gm = pair(family)
-    ids = batches()[0][:2, :4]
-    options = {"max_new_tokens": 6, "do_sample": False}
-    expected = multiplied_out(original, gm).generate(ids, **options)
-    assert torch.equal(gm.generate(ids, **options), expected)
-    assert torch.equal(fxshare.lower(gm).generate(ids, **options), expected)
+    check_generated(*pair(family), "dynamic")
 
 
 def test_dense_weights_are_exported_with_zeros(tmp_path: Path) -> None:
-    import transformers as tf
-
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "dense", to="dense")
-    dense = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    torch.testing.assert_close(outputs(dense), outputs(gm), rtol=1e-5, atol=1e-5)
-    weight = dense.model.layers[1].mlp.down_proj.weight
+    weight = dense_folder(gm, tmp_path / "dense").model.layers[1].mlp.down_proj.weight
     assert int((weight.abs().sum(0) > 0).sum()) == 12
 
 
 def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "model.pt2", to="pt2")
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    program = program_of(gm, tmp_path / "model.pt2")
     shapes = {tuple(p.shape) for p in program.parameters()}
     assert (12, 16) in shapes
     assert (16, 12) in shapes
@@ -182,10 +113,7 @@ def test_a_program_of_it_is_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_torch_compile_with_our_backend_runs_it(family: str) -> None:
-    original, gm = pair(family)
-    torch.compiler.reset()
-    fast = torch.compile(original, backend=fxshare.backend(gm, inner="eager"))
-    torch.testing.assert_close(outputs(fast), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_backend(*pair(family))
 
 
 def broken(gm: Any, change: str) -> Any:
@@ -203,24 +131,15 @@ def broken(gm: Any, change: str) -> Any:
     units = places[one.consumer].unit_columns
     assert units is not None
     other = next(unit for unit in range(units.of) if unit not in units.kept)
-    wrong = replace(units, kept=tuple(sorted({*units.kept[1:], other})))
-    moved = {}
-    for name, place in places.items():
-        if place.unit_rows is not None and place.unit_rows.name == one.name:
-            place = replace(place, unit_rows=replace(wrong, parts=place.unit_rows.parts))
-        if place.unit_columns is not None and place.unit_columns.name == one.name:
-            place = replace(place, unit_columns=wrong)
-        moved[name] = place
-    result.meta["slices"] = moved
+    wrong = tuple(sorted({*units.kept[1:], other}))
+    with_other_kept(result, one.name, lambda units: wrong)
     return result
 
 
 @pytest.mark.parametrize("change", ["bias", "weight", "index"])
 def test_verify_notices_a_wrong_index_and_stale_tensors(change: str) -> None:
     original, gm = pair("gpt2")
-    found = fxshare.verify(original, broken(gm, change), batches()[:1])
-    assert not found.ok
-    failed = " ".join(check.what for check in found.checks if not check.ok)
+    failed = failed_checks(original, broken(gm, change))
     assert "bias" in failed if change == "bias" else "weight" in failed
 
 
@@ -252,11 +171,7 @@ def test_a_folder_with_other_units_than_its_plan_is_refused(tmp_path: Path) -> N
     ],
 )
 def test_a_plan_file_with_a_wrong_entry_says_which(change: Any, reason: str) -> None:
-    plain = json.loads(plan_text("llama"))
-    change(plain["units"][1])
-    with pytest.raises(PlanError, match=r"unit.*'units_1'.*") as caught:
-        Plan.from_json(json.dumps(plain))
-    assert reason in str(caught.value)
+    assert reason in refusal_of(plan_text("llama"), change, "units_1")
 
 
 def test_units_and_bases_do_not_overlap_and_plans_before_them_are_read() -> None:
@@ -325,7 +240,6 @@ def test_units_that_the_graph_does_not_show_are_refused_with_the_reason() -> Non
 def test_what_stands_in_a_report_tables_and_pictures() -> None:
     from fxshare.cli.plan import plan_text
     from fxshare.cli.why import explain_in_plan
-    from fxshare.cost_model.forecast import linears_of
     from fxshare.views.grid import grid_of
     from fxshare.views.picture import plan_figure
 
@@ -344,6 +258,5 @@ def test_what_stands_in_a_report_tables_and_pictures() -> None:
     kept = {bar.slice: bar.kept for bars in grid_of(plan).cells.values() for bar in bars}
     assert kept["model.layers.1.mlp.down_proj"] == 0.5
     assert plan_figure(plan, title="units") is not None
-    inner = [(one.inner, one.out) for one in linears_of(plan, 1) if hasattr(one, "inner")]
-    assert (12, 16) in inner
-    assert (16, 24) in inner
+    assert (12, 16) in sizes_of(plan)
+    assert (16, 24) in sizes_of(plan)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,25 @@ from fxshare.generation.narrow_cache import check_width
 from fxshare.plans.whole_heads import WholeHeads, whole_heads_of
 from fxshare.result.products import slices_of
 from fxshare.sites.head_groups import head_groups
-from fxshare.verifying.multiplied import multiplied_out
-from tests.compiling.test_units import batches, model, outputs
-from tests.strategies import no_warnings_of_ours
+from tests.compiling.narrowed import (
+    FAMILIES,
+    GENERATING,
+    batches,
+    check_backend,
+    check_computed_and_counted,
+    check_generated,
+    check_lowered_saved_and_loaded,
+    compiled,
+    dense_folder,
+    failed_checks,
+    model,
+    outputs,
+    refusal_of,
+    sizes_of,
+    with_other_kept,
+)
 
 WIDTH = 8
-FAMILIES = ("llama", "gpt2", "bert", "phi3")
 
 
 @functools.cache
@@ -63,30 +74,15 @@ def plan_of(original: nn.Module, front_end: str = "fx") -> Plan:
 def pair(name: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
     """A model, and it compiled with a plan from a file; tests must not change them."""
     original = family(name)
-    plan = Plan.from_json(plan_of(original, front_end).to_json())
-    with no_warnings_of_ours():
-        gm = fxshare.compile(
-            original, fxshare.init(original), calibration=batches(), plan=plan, capture=front_end
-        )
-    return original, gm
+    return original, compiled(original, plan_of(original, front_end), front_end)
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_computes_what_its_weights_multiply_out_to(name: str, front_end: str) -> None:
     original, gm = pair(name, front_end)
-    assert fxshare.verify(original, gm, batches()[:1]).ok
-    expected = outputs(multiplied_out(original, gm))
-    torch.testing.assert_close(outputs(gm), expected, rtol=1e-5, atol=1e-5)
-    assert (outputs(gm) - outputs(original)).abs().max() > 1e-3
-    plan = gm.fxshare.plan
-    last = plan.units[-1]
-    assert gm.fxshare.report.numbers_after == plan.stored_numbers
-    assert plan.dense_numbers - plan.stored_numbers == last.numbers_per_unit
-    biases = sum(p.numel() for n, p in original.named_parameters() if n.endswith("bias"))
-    left = sum(p.numel() for n, p in gm.named_parameters() if n.endswith("bias"))
-    count = sum(p.numel() for p in original.parameters()) - sum(p.numel() for p in gm.parameters())
-    assert count == last.numbers_per_unit + biases - left
+    gone = check_computed_and_counted(original, gm)
+    assert gone == gm.fxshare.plan.units[-1].numbers_per_unit
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -112,32 +108,13 @@ def test_the_head_that_says_less_goes_and_is_made_up_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
-    original, gm = pair(name)
-    lowered = fxshare.lower(gm, prefer="speed")
-    for number, one in enumerate((gm, lowered)):
-        fxshare.save(one, tmp_path / str(number))
-        back = fxshare.load(tmp_path / str(number))
-        mine, theirs = one.state_dict(), back.state_dict()
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert torch.equal(outputs(back), outputs(one))
-        assert slices_of(back) == slices_of(one)
-        assert fxshare.verify(original, back).ok
-    assert fxshare.verify(original, fxshare.readable(lowered)).ok
-    torch.testing.assert_close(outputs(lowered), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_lowered_saved_and_loaded(*pair(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_it_generates_what_the_multiplied_out_model_does(name: str, cache: str) -> None:
-    original, gm = pair(name)
-    ids = batches()[0][:2, :4]
-    options = {"max_new_tokens": 6, "do_sample": False}
-    options |= {"cache_implementation": "static"} if cache == "static" else {}
-    expected = multiplied_out(original, gm).generate(ids, **options)
-    with no_warnings_of_ours():  # no step falls back to the model's own code
-        assert torch.equal(gm.generate(ids, **options), expected)
-        assert torch.equal(fxshare.lower(gm).generate(ids, **options), expected)
+    check_generated(*pair(name), cache)
 
 
 def test_the_cache_has_fewer_heads_as_the_report_says() -> None:
@@ -163,12 +140,8 @@ def test_the_cache_has_fewer_heads_as_the_report_says() -> None:
 def test_dense_weights_are_exported_with_zeros_and_one_cache_is_refused(
     name: str, tmp_path: Path
 ) -> None:
-    import transformers as tf
-
     _, gm = pair(name)
-    fxshare.export(gm, tmp_path / "dense", to="dense")
-    dense = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    torch.testing.assert_close(outputs(dense), outputs(gm), rtol=1e-5, atol=1e-5)
+    dense_folder(gm, tmp_path / "dense")
     with pytest.raises(ExportError, match=r"one number of heads, and 'whole_heads_1' .* keeps 1"):
         fxshare.export(gm, tmp_path / "genai", to="ort-genai")
 
@@ -183,10 +156,8 @@ def test_programs_and_folders_of_it_are_exported(name: str, to: str, tmp_path: P
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_torch_compile_runs_it_and_with_our_backend(name: str) -> None:
-    original, gm = pair(name)
-    torch.compiler.reset()
-    fast = torch.compile(original, backend=fxshare.backend(gm, inner="eager"))
-    torch.testing.assert_close(outputs(fast), outputs(gm), rtol=1e-5, atol=1e-5)
+    check_backend(*pair(name))
+    _, gm = pair(name)
     whole = torch.compile(gm, fullgraph=True, backend="eager")
     torch.testing.assert_close(outputs(whole), outputs(gm), rtol=1e-5, atol=1e-5)
 
@@ -208,24 +179,18 @@ def broken(gm: Any, change: str) -> Any:
     elif change == "weight":
         read.weight.data[:, 0] *= 1.01
     else:
-        moved = {}
-        for name, place in places.items():
-            for which in ("unit_rows", "unit_columns"):
-                units = getattr(place, which)
-                if units is not None and units.name == entry.name and units.span is None:
-                    other = tuple(1 - head for head in units.kept)
-                    place = replace(place, **{which: replace(units, kept=other)})
-            moved[name] = place
-        result.meta["slices"] = moved
+        with_other_kept(
+            result,
+            entry.name,
+            lambda units: units.kept if units.span else tuple(1 - head for head in units.kept),
+        )
     return result
 
 
 @pytest.mark.parametrize("change", ["stale bias", "bias", "queries", "weight", "index"])
 def test_verify_notices_stale_tensors(change: str) -> None:
     original, gm = pair("gpt2")
-    found = fxshare.verify(original, broken(gm, change), batches()[:1])
-    assert not found.ok
-    failed = " ".join(check.what for check in found.checks if not check.ok)
+    failed = failed_checks(original, broken(gm, change))
     assert "bias" in failed if "bias" in change else "weight" in failed or change == "index"
 
 
@@ -247,11 +212,7 @@ def test_verify_notices_stale_tensors(change: str) -> None:
     ],
 )
 def test_a_plan_file_with_a_wrong_entry_says_which(change: Any, reason: str) -> None:
-    plain = json.loads(pair("llama")[1].fxshare.plan.to_json())
-    change(plain["units"][1])
-    with pytest.raises(PlanError, match=r"unit.*'whole_heads_1'.*") as caught:
-        Plan.from_json(json.dumps(plain))
-    assert reason in str(caught.value)
+    assert reason in refusal_of(pair("llama")[1].fxshare.plan.to_json(), change, "whole_heads_1")
 
 
 def test_heads_that_the_graph_does_not_show_are_refused_with_the_reason() -> None:
@@ -271,7 +232,6 @@ def test_heads_that_the_graph_does_not_show_are_refused_with_the_reason() -> Non
 def test_what_stands_in_a_report_tables_and_pictures() -> None:
     from fxshare.cli.plan import plan_text
     from fxshare.cli.why import explain_in_plan
-    from fxshare.cost_model.forecast import linears_of
     from fxshare.views.grid import grid_of
     from fxshare.views.picture import plan_figure
 
@@ -288,6 +248,5 @@ def test_what_stands_in_a_report_tables_and_pictures() -> None:
     kept = [bar.kept for bars in grid_of(plan).cells.values() for bar in bars]
     assert min(kept) < 1
     assert plan_figure(plan, title="heads") is not None
-    inner = [(one.inner, one.out) for one in linears_of(plan, 1) if hasattr(one, "inner")]
-    assert (WIDTH, 16) in inner
-    assert (16, 3 * WIDTH) in inner
+    assert (WIDTH, 16) in sizes_of(plan)
+    assert (16, 3 * WIDTH) in sizes_of(plan)

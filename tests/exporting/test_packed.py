@@ -15,8 +15,8 @@ import fxshare
 from fxshare import Plan
 from fxshare.errors import CheckFailed
 from fxshare.exporting import packed
+from tests.compiling.narrowed import batches
 from tests.compiling.test_bits import outputs, pair
-from tests.compiling.test_units import batches
 from tests.strategies import no_warnings_of_ours
 from tests.toys import VOCABULARY
 
