@@ -24,7 +24,7 @@ import torch
 import fxshare
 from fxshare.loading.names import load_model
 from fxshare.store.save import save
-from fxshare.verifying.widening import widen
+from fxshare.capture.widening import widen
 
 CONFIG = {
     "weight_types": {

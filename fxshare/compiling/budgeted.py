@@ -55,7 +55,7 @@ def within_budget(
 
     with stage("plan", _LOG) as running:
         made = plan_within_budget(
-            stages.captured,
+            stages.measuring,
             stages.sites,
             stages.skipped,
             weights,
