@@ -22,9 +22,9 @@ from unittest import mock
 import torch
 
 import fxshare
+from fxshare.capture.widening import widen
 from fxshare.loading.names import load_model
 from fxshare.store.save import save
-from fxshare.verifying.widening import widen
 
 CONFIG = {
     "weight_types": {

@@ -2,9 +2,11 @@
 all of them together.
 
 The model is cast to bfloat16, and shares are of the bytes that its matched weights have then; bytes
-are counted in the saved folder. Losses are computed in float32: of a language model nats per token
-above dense, on one corpus or two, of an encoder how far sentence embeddings turn, one less the mean
-cosine. Every method sees the same calibration tokens.
+are counted in the saved folder. Sizes are said in hundredths: where dense weights in few bits take
+what rounds to one (4 bits with their scales 0.2813), every method may take as much. Losses are
+computed in float32: of a language model nats per token above dense, on one corpus or two, of an
+encoder how far sentence embeddings turn, one less the mean cosine. Every method sees the same
+calibration tokens, and all plans are made on one set of statistics.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from torch import Tensor, nn
 from fxshare.base.machine import environment, interleaved, median_seconds
 from fxshare.base.progress import stage
 from fxshare.bench.encoder import embeddings
+from fxshare.bench.frontier_refined import refined_on
+from fxshare.bench.frontier_table import EVERYTHING, HUNDREDTH, Frontier, Row
 from fxshare.bench.perplexity import evaluate
 from fxshare.bench.quality import Case
+from fxshare.bench.refined import ROWS, Refined
 from fxshare.capture import quiet
-from fxshare.compiling.compile import compile as compile_model
+from fxshare.compiling.several import Several
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.factors.rounding import nearest
 from fxshare.result.module import ShareModule, record_of
@@ -41,32 +46,13 @@ from passes import structure_copy
 
 _LOG = logging.getLogger(__name__)
 SIZES = (0.5, 0.4, 0.33, 0.28, 0.25, 0.2, 0.15)
-EVERYTHING = "everything"
-_PLANNED: Mapping[str, Mapping[str, Any]] = {
+PLANNED: Mapping[str, Mapping[str, Any]] = {
+    # first, since how precisely it has to be priced holds for the others too
+    EVERYTHING: {"kinds": ["basis", "units", "heads"], "bits": [16, 8, 4]},
     "bases": {"kinds": ["basis"]},
     "bases, 8 bits": {"kinds": ["basis"], "bits": [8]},
     "units": {"kinds": ["units"]},
-    EVERYTHING: {"kinds": ["basis", "units", "heads"], "bits": [16, 8, 4]},
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method. ``size`` is the share that was allowed (None where the method has one size),
-    ``kept`` what the file takes; losses are increases in nats per token."""
-
-    case: str
-    method: str
-    size: float | None
-    kept: float
-    increase: float
-    second: float | None
-    predicted: float | None
-    seconds: float
-    prompt: float | None = None
-    one: float | None = None
-    """Tokens a second of a prompt and of one token alone, where they were measured, over those of
-    the dense model in turn with it."""
 
 
 @dataclass(frozen=True)
@@ -80,43 +66,14 @@ class Texts:
     held_out: Sequence[Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Frontier:
-    """All rows, and what they were measured on."""
-
-    environment: dict[str, object]
-    seed: int
-    search: str
-    dense_loss: dict[str, float]
-    rows: tuple[Row, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain data."""
-        return asdict(self)
-
-    def best(self, case: str, size: float, *, alone: bool = False) -> Row | None:
-        """What loses least at no more than a share of the bytes; with ``alone`` of single
-        methods."""
-        fits = [
-            row
-            for row in self.rows
-            if row.case == case and (row.kept if row.size is None else row.size) <= size + 5e-3
-        ]
-        fits = [row for row in fits if not (alone and row.method == EVERYTHING)]
-        return min(fits, key=lambda row: row.increase, default=None)
-
-
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """A case, its model in bfloat16, and the folder that keeps its statistics."""
+    """A case, its model in bfloat16, and what compiles it."""
 
     case: Case | Texts
     model: nn.Module
-    batches: Sequence[Any]
+    several: Several
     second: Tensor | None
-    work: Path
-    seed: int
     speed: bool
 
     def losses(self, model: nn.Module) -> tuple[float, float | None]:
@@ -167,18 +124,26 @@ class _Bench:
         speeds = self.speeds(model)
         return Row(self.case.name, method, size, kept, increase, gap, predicted, seconds, *speeds)
 
+    def refined(
+        self, found: Sequence[tuple[Row, nn.Module]], minutes: float, seed: int
+    ) -> dict[int, Refined | None]:
+        """What some plans lose after refining, by the ids of their rows."""
+        given = self.case.calibration
+        batches = list(torch.split(given, ROWS)) if isinstance(given, Tensor) else given
+
+        def increase(gm: nn.Module) -> float:
+            return self.losses(gm)[0] - self.dense[0]
+
+        return {
+            id(row): refined_on(gm, self.model, batches, increase, minutes=minutes, seed=seed)
+            for row, gm in found
+        }
+
     def planned(self, size: float, planner: Mapping[str, Any]) -> nn.Module:
         """The plan of a budget."""
-        extra = {"budget": {"bytes_kept": size}, "planner": dict(planner)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FxShareWarning)
-            return compile_model(
-                self.model,
-                [dict(self.case.weight_types), extra],
-                calibration=self.batches,
-                seed=self.seed,
-                work=self.work,
-            )
+            return self.several.compiled({"bytes_kept": size}, planner)
 
 
 @stage("bench frontier", _LOG)
@@ -188,63 +153,84 @@ def bench_frontier(
     sizes: Sequence[float] = SIZES,
     second: Mapping[str, Tensor] | None = None,
     batch: int = 8,
-    search: str = "off",
+    methods: Sequence[str] | None = None,
+    search: str = "kinds",
+    refine: float | None = None,
     speed: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Frontier:
     """Measure every method on every case at every size. ``second`` are tokens of another corpus, by
     the names of cases; ``speed`` also measures tokens a second of language models, which is
-    slow."""
+    slow. The best single method and everything are also refined at each size, for ``refine``
+    minutes each."""
     start = time.perf_counter()
     rows: list[Row] = []
     dense: dict[str, float] = {}
     for case in cases:
-        with tempfile.TemporaryDirectory() as work:
-            bench = _bench_of(case, (second or {}).get(case.name), batch, Path(work), (seed, speed))
-            dense[case.name] = bench.dense[0]
-            what = "1 - cosine" if isinstance(case, Texts) else "nats per token"
-            say(f"{case.name}: dense {bench.dense[0]:.4f} {what}, bfloat16")
-            for row in _rows(bench, sizes, search):
-                what = "" if row.size is None else f" {row.size:.2f}"
-                say(
-                    f"{case.name}{what} {row.method}: {row.kept:.3f} of the bytes, "
-                    f"+{row.increase:.4f}"
-                )
-                rows.append(row)
+        bench = _bench_of(case, (second or {}).get(case.name), (batch, search, seed, speed))
+        dense[case.name] = bench.dense[0]
+        what = "1 - cosine" if isinstance(case, Texts) else "nats per token"
+        say(f"{case.name}: dense {bench.dense[0]:.4f} {what}, bfloat16")
+        found = []
+        for row, gm in _rows(bench, sizes, methods or tuple(PLANNED)):
+            what = "" if row.size is None else f" {row.size:.2f}"
+            say(f"{case.name}{what} {row.method}: {row.kept:.3f} of the bytes, +{row.increase:.4f}")
+            rows.append(row)
+            if refine is not None:
+                found.append((row, gm))
+        if refine is not None:
+            so_far = Frontier({}, seed, search, dense, tuple(rows), 0.0)
+            chosen = {id(one) for size in sizes for one in so_far.contenders(case.name, size)}
+            after = bench.refined([it for it in found if id(it[0]) in chosen], refine, seed)
+            rows = [replace(row, refined=after.get(id(row), row.refined)) for row in rows]
     seconds = time.perf_counter() - start
     return Frontier(environment(), seed, search, dense, tuple(rows), seconds)
 
 
-def _bench_of(
-    case: Case | Texts, second: Tensor | None, batch: int, work: Path, how: tuple[int, bool]
-) -> _Bench:
+def _bench_of(case: Case | Texts, second: Tensor | None, how: tuple[int, str, int, bool]) -> _Bench:
+    batch, search, seed, speed = how
     model = structure_copy(case.model, clone_parameters=True).bfloat16()
     given = case.calibration
     batches = list(torch.split(given, batch)) if isinstance(given, Tensor) else list(given)
-    return _Bench(case, model, batches, second, work / "work", *how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FxShareWarning)
+        several = Several.of(model, case.weight_types, batches, search=search, seed=seed)
+    return _Bench(case, model, several, second, speed)
 
 
-def _rows(bench: _Bench, sizes: Sequence[float], search: str) -> Iterator[Row]:
+def _rows(
+    bench: _Bench, sizes: Sequence[float], methods: Sequence[str]
+) -> Iterator[tuple[Row, nn.Module]]:
+    fixed = []
     for bits in (8, 4):
         began = time.perf_counter()
-        options = {"kinds": ["units"], "bits": [bits], "search": "off", "floor": 0.0}
-        gm = bench.planned(1.0, options)
+        gm = bench.planned(1.0, {"kinds": ["units"], "bits": [bits], "search": "off"})
         kept = bytes_in_file(bench.model, gm)
-        yield bench.row(f"dense, {bits} bits, feedback", None, gm, kept, began)
+        fixed.append(max(kept, _planned_share(gm)))
+        yield bench.row(f"dense, {bits} bits, feedback", None, gm, kept, began), gm
         began = time.perf_counter()
         plain = _nearest(bench.model, gm, bits)
-        yield bench.row(f"dense, {bits} bits, nearest", None, plain, kept, began)
+        yield bench.row(f"dense, {bits} bits, nearest", None, plain, kept, began), plain
     for size in sizes:
-        for method, planner in _PLANNED.items():
+        allowed = max([size, *(one for one in fixed if one <= size + HUNDREDTH)])
+        for method in methods:
             began = time.perf_counter()
             try:
-                gm = bench.planned(size, {**planner, "search": search})
+                gm = bench.planned(allowed, PLANNED[method])
             except PlanError as error:
                 _LOG.info("%s %.2f: no plan, %s", method, size, error)
                 continue
             kept = bytes_in_file(bench.model, gm)
-            yield bench.row(method, size, gm, kept, began)
+            yield bench.row(method, size, gm, kept, began), gm
+
+
+def _planned_share(gm: nn.Module) -> float:
+    """What the plan counts for its matched weights over their bytes in bfloat16, and half a byte:
+    what takes so much is within a budget of this share."""
+    plan = record_of(gm).plan
+    assert plan.outlook is not None
+    return (plan.outlook.cost + 0.5) / (2 * plan.dense_numbers)
 
 
 def _nearest(model: nn.Module, gm: nn.Module, bits: int) -> nn.Module:
@@ -275,60 +261,4 @@ def bytes_in_file(model: nn.Module, gm: nn.Module) -> float:
     return (stored - (sum(everything.values()) - before)) / before
 
 
-def table_of(
-    result: Frontier, sizes: Sequence[float], *, second: bool = False
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per case and size, with what loses least named, and what everything
-    loses over the best single method. ``second`` tells of the second corpus, where the winners are
-    those of the first."""
-    methods = list(dict.fromkeys(row.method for row in result.rows if row.size is not None))
-    header = ["model", "bytes kept", *methods, "dense in bits", "least", "everything / best single"]
-
-    def told(row: Row | None) -> str:
-        increase = None if row is None else row.second if second else row.increase
-        return "–" if increase is None else f"{increase:.4f}"
-
-    rows = []
-    for case in result.dense_loss:
-        if second and not any(row.case == case and row.second is not None for row in result.rows):
-            continue
-        for size in sizes:
-            by = {r.method: r for r in result.rows if (r.case, r.size) == (case, size)}
-            fixed = [
-                r
-                for r in result.rows
-                if r.case == case and r.size is None and r.kept <= size + 5e-3
-            ]
-            rounded = min(fixed, key=lambda r: r.increase, default=None)
-            best, alone = result.best(case, size), result.best(case, size, alone=True)
-            cells = [told(by.get(m)) for m in methods] + [told(rounded)]
-            every = by.get(EVERYTHING)
-            ratio = "–"
-            if every is not None and alone is not None and alone.increase > 0:
-                ratio = f"{every.increase / alone.increase:.2f}"
-            named = "–" if best is None else best.method
-            rows.append([case, f"{size:.2f}", *cells, named, ratio])
-    return header, rows
-
-
-def speed_table(result: Frontier) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what was timed, over dense."""
-    header = ["model", "bytes kept", "method", "prompt", "one token"]
-    return header, [
-        [r.case, f"{r.kept:.3f}", r.method, f"{r.prompt:.2f}", f"{r.one:.2f}"]
-        for r in result.rows
-        if r.prompt is not None and r.one is not None
-    ]
-
-
-__all__ = [
-    "EVERYTHING",
-    "SIZES",
-    "Frontier",
-    "Row",
-    "Texts",
-    "bench_frontier",
-    "bytes_in_file",
-    "speed_table",
-    "table_of",
-]
+__all__ = ["PLANNED", "SIZES", "Texts", "bench_frontier", "bytes_in_file"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxshare.bench.frontier import EVERYTHING, Frontier
+from fxshare.bench.frontier_table import EVERYTHING, Frontier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,8 @@ from fxshare.refining.refine import refine
 
 METHODS = ("basis sharing", "planned")
 """Whose plans are refined."""
-_ROWS = 4
+ROWS = 4
+"""Windows of a batch."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def refined(
     seed: int,
 ) -> Refined:
     """``gm`` refined on calibration text alone, of which a tenth says which state is the best."""
-    batches = list(torch.split(calibration, _ROWS))
+    batches = list(torch.split(calibration, ROWS))
     result = refine(gm, model, batches, minutes=minutes, seed=seed)
     done = result.fxshare.refined[-1]
     return Refined(increase(result), done.steps, done.tokens, done.seconds)
@@ -51,4 +52,4 @@ def columns(found: Sequence[Refined]) -> tuple[list[str], list[str]]:
     return header, cells
 
 
-__all__ = ["METHODS", "Refined", "columns", "refined"]
+__all__ = ["METHODS", "ROWS", "Refined", "columns", "refined"]

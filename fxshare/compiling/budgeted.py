@@ -15,7 +15,8 @@ from fxshare.compiling.refined import after_refining
 from fxshare.compiling.stages import Stages
 from fxshare.compiling.together import one_plan
 from fxshare.errors import CalibrationError, PlanError
-from fxshare.planning.budget import Budgeted, plan_within_budget
+from fxshare.planning.budget import Budgeted, plan_on, plan_within_budget
+from fxshare.planning.gathered import Gathered, gathered
 from fxshare.planning.held_back import Parts
 from fxshare.planning.offered import Offered
 from fxshare.planning.trials import AfterRefining
@@ -30,8 +31,10 @@ def within_budget(
     loss: Loss | None,
     seed: int,
     work: Work | None = None,
+    on: Gathered | None = None,
 ) -> Budgeted:
-    """The plan under the configuration's budget, with its factors.
+    """The plan under the configuration's budget, with its factors; ``on`` statistics that were
+    gathered before, or on those that it gathers.
 
     Raises :class:`CalibrationError` without calibration data, and what
     :func:`plan_within_budget` raises.
@@ -54,22 +57,45 @@ def within_budget(
         return after_refining(stages, weights, plans, data, loss=loss, seed=seed)
 
     with stage("plan", _LOG) as running:
-        made = plan_within_budget(
-            stages.captured,
-            stages.sites,
-            stages.skipped,
-            weights,
-            stages.batches,
-            stages.cfg,
-            loss=loss,
-            seed=seed,
-            work=work,
-            choose=choose if by_refining else None,
-        )
+        chosen_by = choose if by_refining else None
+        if on is not None:
+            made = plan_on(on, stages.cfg, choose=chosen_by)
+        else:
+            made = plan_within_budget(
+                stages.measuring,
+                stages.sites,
+                stages.skipped,
+                weights,
+                stages.batches,
+                stages.cfg,
+                loss=loss,
+                seed=seed,
+                work=work,
+                choose=chosen_by,
+            )
         made.plan = one_plan(made.plan)
         give_back(made.plan.dense_numbers)  # other plans, and the candidates that were judged
         running.found(f"planned mode, {len(made.plan.groups)} groups")
     return made
 
 
-__all__ = ["within_budget"]
+def gathered_for(
+    stages: Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
+) -> Gathered:
+    """The statistics of a model that plans under several budgets are made on."""
+    assert stages.batches is not None
+    check_values(weights)
+    return gathered(
+        stages.measuring,
+        stages.sites,
+        stages.skipped,
+        weights,
+        stages.batches,
+        stages.cfg,
+        loss=loss,
+        seed=seed,
+        work=None,
+    )
+
+
+__all__ = ["gathered_for", "within_budget"]

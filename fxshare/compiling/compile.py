@@ -135,6 +135,22 @@ def compile(
     with working(stages, work, loss, seed) as (stages, held):
         plan, factors, statistics = _plan_and_factors(stages, plan, loss, seed, held)
     give_back(plan.dense_numbers)  # what was kept to plan with
+    return finished(stages, plan, factors, statistics, own, copy=copy, check=check, start=start)
+
+
+def finished(
+    stages: Stages,
+    plan: Plan,
+    factors: Factorised,
+    statistics: Statistics | None,
+    own: Sequence[Pass] = (),
+    *,
+    copy: bool = False,
+    check: bool = True,
+    start: float,
+) -> Compiled:
+    """The compiled model of a plan and its factors, verified."""
+    cfg = stages.cfg
     result, record = built(stages, plan, factors, statistics, own, copy=copy, start=start)
     if cfg.lower is not None:
         with stage("lower", _LOG):
@@ -143,8 +159,8 @@ def compile(
     compiled = attach(result, record, Verbs(generate, save_pretrained))
     # a pass of the user's own may mean to change the function: then there is nothing to hold it to
     exact = all(p.exact for p in own)
-    if check and exact and record.inputs and device_of(model).type != "meta":
-        verify(model, compiled, strict=True)
+    if check and exact and record.inputs and device_of(stages.model).type != "meta":
+        verify(stages.model, compiled, strict=True)
     return compiled
 
 

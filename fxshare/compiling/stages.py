@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from fxshare.calibration.losses import Loss
 from fxshare.calibration.room import make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Caller, Captured, Mode, capture
+from fxshare.capture.widening import to_measure
 from fxshare.compiling.together import agree, held
 from fxshare.config import ConfigSource, ShareConfig, load_config
 from fxshare.data.usable import usable, usable_batches
@@ -85,6 +87,11 @@ class Stages:
         """What is compiled."""
         return self.captured.model
 
+    @cached_property
+    def measuring(self) -> Captured:
+        """The capture as statistics and losses are taken of it."""
+        return to_measure(self.captured)
+
     def calibrate(
         self,
         *,
@@ -100,7 +107,7 @@ class Stages:
         first, batches = _peek(self.batches)
         weights = dense_weights(self.model, self.sites) if gradients else {}
         room = make_room(
-            self.captured,
+            self.measuring,
             self.sites,
             weights,
             self.captured.caller(first),
@@ -110,7 +117,7 @@ class Stages:
         )
         room.say(_LOG, asked=self.cfg.calibration.max_memory is not None)
         return calibrate(
-            self.captured,
+            self.measuring,
             batches if batches is not None else (),
             self.sites,
             max_tokens=self.cfg.calibration.max_tokens,

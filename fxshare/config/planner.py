@@ -79,15 +79,16 @@ class Planner(Section):
         default=(), description="Sets of slice names that must share one basis."
     )
     search: Annotated[
-        Literal["off", "quick", "thorough", "refined"],
+        Literal["off", "kinds", "quick", "thorough", "refined"],
         # YAML 1.1 reads a bare off as false
         BeforeValidator(lambda value: "off" if value is False else value),
-        WithJsonSchema({"enum": ["off", False, "quick", "thorough", "refined"]}),
+        WithJsonSchema({"enum": ["off", False, "kinds", "quick", "thorough", "refined"]}),
     ] = Field(
         default="quick",
         description="How many plans are tried on held-back calibration data: off (one, not "
-        "measured), quick or thorough; refined: those of quick, of which a few are refined for "
-        "some steps and compared by what they lose then.",
+        "measured), kinds (one of each set of kinds and widths of numbers), quick or thorough; "
+        "refined: those of quick, of which a few are refined for some steps and compared by what "
+        "they lose then.",
     )
     remeasure: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=1,

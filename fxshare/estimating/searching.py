@@ -59,6 +59,8 @@ class Searched:
         planner = cfg.planner
         mergeable = not planner.may_share and planner.strategy in ("auto", "same_input")
         found = trials(planner.search, mergeable=mergeable, kinds=beside_basis(planner))
+        # of those of one kind most are solved, and no more
+        found = [trial for trial in found if not trial.alone]
         first, sets = len(found), len({trial.without for trial in found})
         if planner.search == "off":
             return Searched(1, 1, 0, 0.0, 1, parts)

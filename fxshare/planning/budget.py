@@ -10,27 +10,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxshare.base.memory import give_back
-from fxshare.calibration.calibrate import calibrate
-from fxshare.calibration.keeping import Keeping
 from fxshare.calibration.losses import Loss
-from fxshare.calibration.room import Room, make_room
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
 from fxshare.factors.codes import CodedSlices
 from fxshare.factors.group import GroupFactors
-from fxshare.factors.metric import SliceStatistics, slice_statistics
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.finalists import Calls
-from fxshare.planning.held_back import Judged, Parts, hold_back
-from fxshare.planning.judge import Judge, Remembered
+from fxshare.planning.gathered import Gather, Gathered, gathered
 from fxshare.planning.kinds.apart import by_kind
 from fxshare.planning.kinds.kind import FoundPart, Kind
-from fxshare.planning.kinds.named import kinds_and_parts
 from fxshare.planning.loss_limit import within_loss
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, options_of
@@ -50,7 +44,6 @@ from fxshare.sites.tensors import site_biases, substituted
 _LOG = logging.getLogger(__name__)
 _LAST = 0.1
 """Of the room for what may be asked for again, once there is a plan."""
-Gather = Callable[[Captured, int], Statistics]  # on what was captured, of a round
 
 
 @dataclass(eq=False)
@@ -92,103 +85,73 @@ def plan_within_budget(
     Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
     each other, and :class:`CalibrationError` where gradients are missing or not finite.
     """
-    assert cfg.budget is not None
     start = time.perf_counter()
-    planner, model = cfg.planner, captured.model
-    kinds, parts = kinds_and_parts(planner, captured, sites)
-    data = hold_back(captured, batches, planner.search)
-    give_back(sum(weight.nbytes for weight in weights.values()))  # what capturing left behind
-    room = _room(captured, sites, weights, data.fit[0], cfg, work)
-    gather = _gathering(data.fit, sites, weights, cfg, loss, seed, (room.keeping, work))
-    statistics = gather(captured, 0)
-    most_bytes, biases = room.kept // 4, site_biases(model, sites)
+    check_layers(cfg.planner, sites)
+    on = gathered(captured, sites, skipped, weights, batches, cfg, loss=loss, seed=seed, work=work)
+    return plan_on(on, cfg, choose=choose, since=start)
 
-    def in_metric(statistics: Statistics) -> Mapping[str, SliceStatistics]:
-        return slice_statistics(
-            sites,
-            weights,
-            statistics,
-            biases=biases,
-            centred=planner.bias,
-            most_bytes=most_bytes,
-        )
 
-    slices = in_metric(statistics)
+def plan_on(
+    on: Gathered, cfg: ShareConfig, *, choose: Choose | None = None, since: float | None = None
+) -> Budgeted:
+    """:func:`plan_within_budget` on statistics that were gathered, of which other plans may be
+    asked for too. Where it is said ``since`` when work on this one is done, it is the only one; of
+    others the slope, and what each kind loses by itself, are not measured."""
+    assert cfg.budget is not None
+    start = time.perf_counter() if since is None else since
+    planner, model = cfg.planner, on.captured.model
+    kinds, parts = on.kinds(planner)
     options = options_of(cfg.budget, planner, model)
-    write_problem(work, lambda: Stored.of(model, sites, skipped, slices, statistics, cfg, parts))
-    check_layers(planner, sites)
-    judge = None
-    if planner.search != "off":
-        judged = data.judged(captured, statistics, loss)
-        judge = Judge(captured, sites, judged, loss=loss, remembered=_memory_of(work))
-    search = _search(model, sites, weights, options, cfg, judge, work)
-    search = replace(search, room=room.kept - most_bytes, kinds=kinds, parts=parts)
+    statistics = on.statistics
+    write_problem(
+        on.work,
+        lambda: Stored.of(model, on.sites, on.skipped, on.slices, statistics, cfg, parts),
+    )
+    search = _search(on, options, cfg)
+    search = replace(search, kinds=kinds, parts=parts)
     first = _trials(planner, options, kinds if parts else ())[0]
-    search, spectra = priced(search, slices, model, cfg, first)
-    fit = _fit(captured, search, data, statistics, loss, work)
+    search, spectra = priced(search, on.slices, model, cfg, first, on.known)
 
     def remeasured(best: Planned, spectra: SpectraByMetric, number: int) -> SpectraByMetric:
-        again = _remeasured(captured, search, best, spectra, number, gather)
-        return search.spectra(in_metric(again), number + 1)
+        again = _remeasured(on.captured, search, best, spectra, number, on.gather)
+        return search.spectra(on.in_metric(again, planner), number + 1)
 
-    found = _searched(search, spectra, cfg, remeasured, fit)
+    found = _searched(search, spectra, cfg, remeasured, on.fit)
     if choose is not None:
-        found = choice(found, search, skipped, lambda plans: choose(plans, data))
-    best = found.best
+        found = choice(found, search, on.skipped, lambda plans: choose(plans, on.data))
+    best, judge = found.best, search.judge
     along = Slope(0.0, 0.0, 0)
-    if judge is not None and not judge.is_distance and (best.factors or best.units or best.rounded):
-        along = _along(search, best, fit)
-    kinds_apart = by_kind(search, best)
+    changed = best.factors or best.units or best.rounded
+    if since is not None and judge is not None and not judge.is_distance and changed:
+        along = _along(search, best, on.fit)
+    kinds_apart = () if since is None else by_kind(search, best)
     outlook = _outlook(found, search, statistics, (along, kinds_apart), time.perf_counter() - start)
-    plan = plan_of(best, search, skipped, outlook)
-    best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
+    plan = plan_of(best, search, on.skipped, outlook)
+    if since is not None:
+        best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
     coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
     units: Mapping[str, UnitFactors] = best.units or {}
     return Budgeted(plan, factors, statistics, spectra[True], units, kinds, parts, coded, search)
 
 
-def _search(
-    model: nn.Module,
-    sites: Sequence[Site],
-    weights: Mapping[str, Tensor],
-    options: Options,
-    cfg: ShareConfig,
-    judge: Judge | None,
-    work: Work | None,
-) -> Search:
+def _search(on: Gathered, options: Options, cfg: ShareConfig) -> Search:
     planner = cfg.planner
     return Search(
-        sites=tuple(sites),
-        weights=weights,
-        biases=site_biases(model, sites),
+        sites=tuple(on.sites),
+        weights=on.weights,
+        biases=site_biases(on.captured.model, on.sites),
         options=options,
         budget=math.inf,
-        judge=judge,
+        judge=None if planner.search == "off" else on.judge,
         refit=planner.refit,
         bias=planner.bias,
         relative_floor=cfg.calibration.relative_floor,
         cache=None if planner.cache is None else Path(planner.cache),
-        work=work,
+        work=on.work,
         sketch=planner.sketch,
+        room=on.room.kept - on.kept_of_slices,
     )
-
-
-def _fit(
-    captured: Captured,
-    search: Search,
-    data: Parts,
-    statistics: Statistics,
-    loss: Loss | None,
-    work: Work | None,
-) -> Calls | None:
-    """Some of the calls that the statistics were taken of, for what a search asks of them."""
-    if search.judge is None:
-        return None
-    some, tokens = data.some_to_fit(captured, statistics)
-    every = Judged(some, 0, len(some), 0)
-    judge = Judge(captured, search.sites, every, loss=loss, remembered=_memory_of(work))
-    return Calls(judge, tokens)
 
 
 def _along(search: Search, best: Planned, fit: Calls | None) -> Slope:
@@ -200,65 +163,6 @@ def _along(search: Search, best: Planned, fit: Calls | None) -> Slope:
     found = slope(fit.judge, fit.tokens, old, new, predicted=best.predicted, what=what)
     fit.judge.forget()
     return found
-
-
-def _memory_of(work: Work | None) -> Remembered | None:
-    return None if work is None else work.remembered
-
-
-def _room(
-    captured: Captured,
-    sites: Sequence[Site],
-    weights: Mapping[str, Tensor],
-    batch: object,
-    cfg: ShareConfig,
-    work: Work | None,
-) -> Room:
-    """How memory is divided, said before anything is measured."""
-    again = cfg.planner.search != "off" and cfg.planner.remeasure > 0
-    room = make_room(
-        captured,
-        sites,
-        weights,
-        captured.caller(batch),
-        limit=cfg.calibration.max_memory,
-        gradients=True,
-        rounds=2 if again else 1,
-        folder=None if work is None else work.path,
-    )
-    room.say(_LOG, asked=cfg.calibration.max_memory is not None)
-    return room
-
-
-def _gathering(
-    batches: Sequence[object],
-    sites: Sequence[Site],
-    weights: Mapping[str, Tensor],
-    cfg: ShareConfig,
-    loss: Loss | None,
-    seed: int,
-    where: tuple[Keeping, Work | None],
-) -> Gather:
-    keeping, work = where
-
-    def gather(on: Captured, number: int) -> Statistics:
-        folder = keeping.folder and keeping.folder / f"round-{number}"
-        if work is not None:
-            folder = work.statistics(number)
-        return calibrate(
-            on,
-            batches,
-            sites,
-            max_tokens=cfg.calibration.max_tokens,
-            gradients=True,
-            loss=loss,
-            labels=cfg.planner.labels,
-            seed=seed,
-            weights=weights,
-            keeping=replace(keeping, folder=folder),
-        )
-
-    return gather
 
 
 def _searched(
@@ -303,8 +207,13 @@ def _label(number: int) -> str:
 def _trials(planner: Planner, options: Options, kinds: Sequence[Kind]) -> list[Trial]:
     # a strategy that was asked for by name is kept to: "separate" means no sharing at all
     mergeable = not options.may_share and planner.strategy in ("auto", "same_input")
-    names = [kind.name for kind in kinds] if options.shares_bases else []
-    found = trials(planner.search, mergeable=mergeable, kinds=names)
+    found = trials(
+        planner.search,
+        mergeable=mergeable,
+        kinds=[kind.name for kind in kinds],
+        bits=planner.bits,
+        based=options.shares_bases,
+    )
     return [t if t.strategy != "layers" else replace(t, strategy=planner.strategy) for t in found]
 
 

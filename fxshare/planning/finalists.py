@@ -30,11 +30,18 @@ _FEWEST = 4
 
 
 def best_of_each(plans: Sequence[Planned]) -> list[Planned]:
-    """The best plan of every set of kinds, by what it measures, the fewest kinds first."""
-    found: dict[tuple[str, ...], Planned] = {}
+    """The best plan of every set of kinds and widths, by what it measures, the fewest kinds
+    first."""
+    found: dict[object, Planned] = {}
     for one in sorted(plans, key=lambda one: one.measured):
-        found.setdefault(one.trial.without, one)
-    return sorted(found.values(), key=lambda one: -len(one.trial.without))
+        found.setdefault((one.trial.without, one.trial.bits), one)
+    return sorted(found.values(), key=_freedom)
+
+
+def _freedom(one: Planned) -> tuple[int, bool, int]:
+    """How much a plan was chosen from."""
+    trial = one.trial
+    return -len(trial.without), not trial.bits, len(trial.bits)
 
 
 def finalists(plans: Sequence[Planned]) -> list[Planned]:

@@ -42,7 +42,7 @@ def _contending(plans: Sequence[tuple[str, Planned]]) -> list[tuple[str, Planned
     found: dict[object, tuple[str, Planned]] = {}
     for name, one in ranked:
         trial = one.trial
-        way = trial.merge, trial.blend, trial.loss_aware, trial.without, trial.insists
+        way = trial.merge, trial.blend, trial.loss_aware, *trial.among
         found.setdefault(way, (name, one))
     return list(found.values())[:MOST_REFINED]
 

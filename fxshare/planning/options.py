@@ -52,7 +52,7 @@ def options_for(
         keep_dense=frozenset(planner.keep_dense),
         may_share=tuple(frozenset(types) for types in planner.may_share),
         tie=tuple(frozenset(names) for names in planner.tie),
-        bits=tuple(_WIDTHS[bits] for bits in planner.bits),
+        bits=widths_of(planner.bits),
         shares_bases="basis" in planner.kinds,
     )
 
@@ -104,6 +104,11 @@ def limit_of(whole: int, budget: Budget, sites: Sequence[Site], options: Options
         return float(dense)
     assert budget.flops_kept is not None
     return budget.flops_kept * 2 * dense
+
+
+def widths_of(bits: Sequence[int]) -> tuple[Bits | None, ...]:
+    """Widths of numbers; None for the model's own dtype."""
+    return tuple(_WIDTHS[one] for one in bits)
 
 
 _WIDTHS: Mapping[int, Bits | None] = MappingProxyType({16: None, 8: 8, 4: 4})

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ from fxshare.planning.kinds.basis import (
     rounded_of,
     surely_priced,
 )
-from fxshare.planning.kinds.kind import FoundPart, Kind, Scene
+from fxshare.planning.kinds.kind import BASIS, FoundPart, Kind, Scene
 from fxshare.planning.kinds.named import entries_of, others_of
 from fxshare.planning.made import CarriedOut, dense, stored_in
 from fxshare.planning.nodes import nodes_of
-from fxshare.planning.options import Options, dense_cost
+from fxshare.planning.options import Options, dense_cost, widths_of
 from fxshare.planning.planned import (
     Planned,
     better_half,
@@ -55,7 +56,7 @@ from fxshare.planning.rounding_price import RoundingPrice
 from fxshare.planning.solver.contenders import contenders
 from fxshare.planning.solver.problem import Node, Part, Problem
 from fxshare.planning.solver.solve import solve
-from fxshare.planning.trials import Trial, Tried, is_outdone
+from fxshare.planning.trials import Among, Trial, Tried, is_far, is_outdone
 from fxshare.planning.work import Work
 from fxshare.sites.site import Site
 
@@ -64,8 +65,7 @@ _UNSURE = 0.1
 """Of what a plan is predicted to lose, how much float32 may leave untold."""
 
 
-Among = tuple[tuple[str, ...], bool]
-"""The kinds that a trial does without, and whether the others are taken wherever they fit."""
+Problems: TypeAlias = dict[tuple[int, str, bool, Among], "Problem | None"]
 SpectraByMetric = Mapping[bool, Spectra]
 """The loss-aware spectra of some statistics (True), and those of activation error."""
 
@@ -101,9 +101,7 @@ class Search:
     """Bytes for what is computed and may be asked for again."""
     exact: bool = False
     """Whether groups are priced in float64 although their weights are no finer than float32."""
-    problems: dict[tuple[int, str, bool, Among], Problem | None] = field(
-        default_factory=dict, repr=False
-    )
+    problems: Problems = field(default_factory=dict, repr=False)
     """What was solved on the spectra at hand; None where it had a floor."""
     priced: dict[int, RoundingPrice] = field(default_factory=dict, repr=False)
     """What few bits lose, on the spectra at hand."""
@@ -124,7 +122,7 @@ class Search:
 
     def _run(self, spectra: SpectraByMetric, todo: Sequence[Trial], label: str) -> Found:
         found, failures, bounds = list[Planned](), list[str](), (0.0, 0.0)
-        twins, known = dict[int, Planned](), dict[object, Planned]()
+        twins, known, behind = dict[int, Planned](), dict[object, Planned](), set[Among]()
         trials = track(list(todo), f"searching{label}", total=len(todo))
         for number, trial in enumerate(trials, 1):
             which = f"plan: trial {number} of {len(todo)}, {trial.name}{label}"
@@ -134,8 +132,14 @@ class Search:
             ):
                 _LOG.info("%s: left out, by the loss it is far worse than others", which)
                 continue
+            if trial.among in behind:
+                continue
             try:
                 one = self._plan(trial, spectra[trial.loss_aware])
+                if self.judge and trial.alone and is_far(one.solution.loss, _losses(known)):
+                    _LOG.info("%s: left out, it is predicted to lose far more", which)
+                    behind.add(trial.among)
+                    continue
                 # a trial that led to a plan that was tried already is no better
                 twin = known.get(signature(one))
                 if twin is None:
@@ -145,7 +149,12 @@ class Search:
                 # a floor above the budget, or one that asks for ranks which the weights lack
                 failures.append(f"{trial.name}: {error}")
                 _LOG.info("%s: no plan, %s", which, error)
+                if trial.alone and not trial.floor and not trial.blend:
+                    behind.add(trial.among)
                 continue
+            measured = [other.measured for other in known.values()]
+            if trial.alone and is_far(twin.measured, measured, tried=True):
+                behind.add(trial.among)
             if twin is not one:
                 twins[len(found)] = twin
             found.append(one)
@@ -265,10 +274,12 @@ class Search:
         share = self.budget / dense
         options = replace(
             self.options,
+            bits=widths_of(trial.bits) or self.options.bits,
+            shares_bases=self.options.shares_bases and BASIS not in trial.without,
             floor=max(self.options.floor, trial.floor * share),
             may_share=self.options.may_share if not trial.merge else _same_input_types(nodes),
         )
-        problem = self._problem(spectra, options, trial.strategy, (trial.without, trial.insists))
+        problem = self._problem(spectra, options, trial.strategy, trial.among)
         solution = solve(problem, self.budget, strategy=trial.strategy)
         if trial.blend:
             solution = blend(solution, problem, trial.blend, share, options)
@@ -281,7 +292,7 @@ class Search:
         return Planned(solution, groups, nothing, trial, False, units, rounded, spectra=spectra)
 
     def _problem(
-        self, spectra: Spectra, options: Options, strategy: str, among: Among = ((), False)
+        self, spectra: Spectra, options: Options, strategy: str, among: Among = ((), False, ())
     ) -> Problem:
         """The problem of a strategy. Without a floor of a trial's own it is kept with what it has
         collected: trials that differ in blending only, and other budgets, solve it once. With one
@@ -312,7 +323,7 @@ class Search:
         self, problem: Problem, spectra: Spectra, options: Options, among: Among
     ) -> Problem:
         """The problem with candidates of the kinds that a trial does not do without."""
-        without, insists = among
+        without, insists, _ = among
         kinds = [kind for kind in self.kinds if kind.name not in without]
         if not kinds:
             return problem
@@ -364,6 +375,10 @@ class Search:
     def dense(self, one: Planned) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """See :func:`dense`."""
         return dense(self.sites, self.weights, self.biases, one.factors, one.units, one.coded)
+
+
+def _losses(known: Mapping[object, Planned]) -> list[float]:
+    return [one.predicted for one in known.values()]
 
 
 def _shared(problem: Problem, spectra: Spectra, options: Options, strategy: str) -> Problem:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fxshare.errors import RefineError
 from fxshare.refining.options import Also
 from fxshare.result.products import slices_of
+from passes.graph.graph import bits_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Trainable:
 
 def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Trainable:
     """Bases, coefficients and pivot tables of ``gm``, what is left of MLPs whose units went, and
-    what ``also`` asks for.
+    what ``also`` asks for. With ``also`` what is stored in codes stays as it is.
 
     Raises :class:`RefineError` where there is none, or where they are no plain tensors.
     """
@@ -54,6 +55,8 @@ def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Tra
     pivoted: dict[str, bool] = {}
     units: dict[str, None] = {}
     for place in slices_of(gm).values():
+        if also and _is_coded(gm, place.module):
+            continue  # norms and biases may make up for what its codes lose (2309.02784)
         if place.unit_rows is not None or place.unit_columns is not None:
             units[_name(gm, place.module, first)] = None
         if place.basis is None:
@@ -75,6 +78,11 @@ def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Tra
     return found
 
 
+def _is_coded(gm: nn.Module, module: str) -> bool:
+    weight = getattr(gm.get_submodule(module), "weight", None)
+    return isinstance(weight, Tensor) and bits_of(weight) is not None
+
+
 def _name(gm: nn.Module, module: str, first: Mapping[int, str]) -> str:
     weight = gm.get_submodule(module).weight
     name = first.get(id(weight))
@@ -92,7 +100,8 @@ def _check(name: str, parameter: Tensor) -> None:
         kind = str(parameter.dtype) if plain else type(parameter).__name__
         raise RefineError(
             f"{name!r} is stored as {kind}: codes of a quantised model cannot be trained; refine "
-            "before quantising, and quantise the result"
+            "before quantising, and quantise the result, or train norms and biases alone: "
+            "also=('norms', 'biases')"
         )
     if parameter.device.type == "meta":
         raise RefineError(f"{name!r} is on the meta device: it has no values to train")

@@ -286,9 +286,10 @@ def _result(
     prepared: _Prepared, model: nn.Module, run: Run, held_out: int, second_after: Any
 ) -> Compiled:
     student, options = prepared.student, prepared.options
+    factors = ("factors",) if student.trainable.groups or student.trainable.units else ()
     done = Refinement(
         objective="blocks" if options.objective == "blocks" else prepared.objective.name,
-        trained=("factors", *options.also),
+        trained=(*factors, *options.also),
         steps=run.step,
         tokens=run.tokens,
         seconds=run.elapsed(),

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-import torch
-from torch import fx, nn
-from torch.fx.node import map_aggregate
-
-from fxshare.capture.guards import hold_dtype
 from fxshare.capture.steered import set_training
-from fxshare.verifying.widening import widen
+from fxshare.capture.widening import widened
 from passes.graph.graph import structure_copy
 
 
 def evaluated(module: nn.Module, half: bool) -> nn.Module:
     """A copy in eval mode to run, on the module's own weights; with ``half`` it computes in
     float32, graphs included, and reads each weight as float32 when it is used."""
-    copy = structure_copy(module, one_code=not half)
+    copy = widened(module) if half else structure_copy(module, one_code=True)
     set_training(copy, False)
-    for m in copy.modules():
-        if half and isinstance(m, fx.GraphModule):
-            _cast_to_float32(m)
-    if half:
-        widen(copy)
     return copy
-
-
-def _cast_to_float32(gm: fx.GraphModule) -> None:
-    """Dtypes that are constants of the graph, as torch.export makes them, become float32."""
-
-    def wider(leaf: Any) -> Any:
-        return torch.float32 if leaf in (torch.float16, torch.bfloat16) else leaf
-
-    for node in list(gm.graph.nodes):
-        if node.target is hold_dtype:
-            gm.graph.erase_node(node)
-            continue
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), wider)
-    gm.recompile()

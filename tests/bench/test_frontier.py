@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from fxshare.bench.demo import CONFIG
-from fxshare.bench.frontier import (
+from fxshare.bench.frontier import Texts, bench_frontier
+from fxshare.bench.frontier_plot import curves
+from fxshare.bench.frontier_table import (
     EVERYTHING,
     Frontier,
     Row,
-    Texts,
-    bench_frontier,
+    refined_table,
     speed_table,
     table_of,
 )
-from fxshare.bench.frontier_plot import curves
 from fxshare.bench.quality import Case
+from fxshare.bench.refined import Refined
+from fxshare.cli.bench.frontier import named
 from fxshare.embedded.model import GPT, GPTConfig
+from fxshare.errors import ConfigError
 from fxshare.proposing.propose import init
 
 
@@ -35,15 +39,16 @@ def test_every_method_at_one_size_within_its_bytes() -> None:
     tokens = torch.randint(0, 32, (16, 16))
     case = Case("small", model, CONFIG, tokens, tokens[:8])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = bench_frontier([case], sizes=(0.6,), batch=8, second={"small": tokens[8:]})
+    more = {"second": {"small": tokens[8:]}, "refine": 0.005}
+    found = bench_frontier([case], sizes=(0.6,), batch=8, **more)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     methods = [one.method for one in found.rows]
     assert methods == [
         *(f"dense, {bits} bits, {how}" for bits in (8, 4) for how in ("feedback", "nearest")),
+        EVERYTHING,
         "bases",
         "bases, 8 bits",
         "units",
-        EVERYTHING,
     ]
     for one in found.rows:
         assert math.isfinite(one.increase)
@@ -54,6 +59,7 @@ def test_every_method_at_one_size_within_its_bytes() -> None:
     assert best is not None
     assert cells[-2] == best.method
     assert found.to_dict()["rows"][0]["method"] == methods[0]
+    assert {one.method for one in found.rows if one.refined} >= {EVERYTHING}
 
 
 def test_the_least_is_of_what_fits() -> None:
@@ -99,6 +105,29 @@ def test_a_second_corpus_and_speeds_have_tables_of_their_own() -> None:
     ]
     assert speed_table(found)[1] == [["small", "0.500", "bases", "1.50", "0.50"]]
     assert curves(found, "small") == {"bases": [(0.5, 1.0)]}
+
+
+def test_what_is_refined_has_a_table_of_its_own() -> None:
+    def after(increase: float) -> Refined:
+        return Refined(increase, 7, 100, 1.0)
+
+    rows = (
+        dataclasses.replace(row("dense, 8 bits, nearest", None, 0.5, 0.1), refined=None),
+        dataclasses.replace(row("bases", 0.5, 0.5, 0.8), refined=after(0.4)),
+        dataclasses.replace(row(EVERYTHING, 0.5, 0.5, 0.5), refined=after(0.3)),
+    )
+    found = Frontier({}, 0, "off", {"small": 1.0}, rows, 0.0)
+    assert found.contenders("small", 0.5) == rows[1:]
+    cells = ["small", "0.50", "bases", "0.8000", "0.4000", "0.5000", "0.3000", "0.75", "7 / 7"]
+    assert refined_table(found, (0.5, 0.4))[1] == [cells]
+    assert table_of(found, (0.5,))[1][0][-1] == "5.00"  # codes that are nearest are no plan
+
+
+def test_methods_are_named_as_the_table_names_them() -> None:
+    assert named(None) is None
+    assert named("everything,bases, 8 bits,bases") == [EVERYTHING, "bases, 8 bits", "bases"]
+    with pytest.raises(ConfigError, match="'layers' is no method"):
+        named("bases,layers")
 
 
 def test_embeddings_of_an_encoder_turn_with_fewer_bytes() -> None:

@@ -20,10 +20,12 @@ from fxshare.base.numerics import worst
 from fxshare.calibration.blocks import bytes_needed
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Caller, Captured, capture
+from fxshare.capture import Caller, Captured, capture, widening
+from fxshare.capture.widening import to_measure
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
 from fxshare.sites.match import match
+from passes.graph.graph import structure_copy
 from tests.strategies import no_warnings_of_ours
 from tests.toys import GPT2, LAYERS, LLAMA, LLAMA_LIKE, NANOGPT, TIED_MLP, VOCABULARY, WIDTH
 
@@ -314,6 +316,29 @@ def test_half_precision_models_give_nearly_the_grams_of_float32(dtype: Any, mode
     reference = statistics(LLAMA.model(dtype=dtype).float(), batches(), mode)
     assert_same(reference, found, 8 * torch.finfo(dtype).eps)
     assert found.gram("model.layers.0.mlp.down_proj").dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_measured_as_its_float32_copy_is(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    half = LLAMA.model(dtype=dtype)
+    sites = match(half, load_config(EVERYTHING)).sites
+    captured = capture(half, Caller(half)(batches()[0]), mode="fx")
+    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: False)
+    with no_warnings_of_ours():
+        found, own = (
+            calibrate(one, batches(), sites, gradients=True)
+            for one in (to_measure(captured), captured)
+        )
+    wide = structure_copy(half, clone_parameters=True).float()
+    expected = statistics(wide, batches(), gradients=True)
+    assert_same(found, expected, 1e-6)
+    assert found.mean_loss == pytest.approx(expected.mean_loss, rel=1e-6)
+    last = f"model.layers.{LAYERS - 1}.mlp.down_proj"  # what computing in half loses
+    assert worst(own.gram(last), expected.gram(last)).relative > 1e-4
+    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: True)
+    assert to_measure(captured) is captured
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -73,8 +73,16 @@ def test_a_budget_and_a_rate_contradict() -> None:
         ("may_share", [["attn", "mpl"]], "'mpl' (text) is no weight type. Did you mean 'mlp'?"),
         ("may_share", ["attn"], "planner.may_share.0: expected a list of names, such as [a, b]"),
         ("tie", [[1]], "planner.tie.0.0: expected text; found 1"),
-        ("search", "of", "planner.search: expected one of 'off', 'quick', 'thorough' or 'refined'"),
-        ("search", True, "planner.search: expected one of 'off', 'quick', 'thorough' or 'refined'"),
+        (
+            "search",
+            "of",
+            "planner.search: expected one of 'off', 'kinds', 'quick', 'thorough' or 'refined'",
+        ),
+        (
+            "search",
+            True,
+            "planner.search: expected one of 'off', 'kinds', 'quick', 'thorough' or 'refined'",
+        ),
         ("remeasure", -1, "a whole number of at least 0; found -1"),
         ("refit", 1, "planner.refit: expected true or false; found 1"),
         ("bias", "no", "planner.bias: expected true or false; found 'no' (text)"),

@@ -12,7 +12,7 @@ import torch
 from fxshare.planning import search as searching
 from fxshare.planning.finalists import Calls, decided, finalists
 from fxshare.planning.judge import Lost
-from fxshare.planning.trials import Trial, Tried, again, trials
+from fxshare.planning.trials import Trial, Tried, again, is_far, trials
 from tests.planning.models import batches, compiled, llama, types
 
 ALL = types("q", "k", "v", "o", "gate", "up", "down")
@@ -71,7 +71,34 @@ def test_every_set_of_kinds_is_tried_that_has_one_fewer() -> None:
         ((), True),
         (("units",), True),
         (("heads",), True),
+        (("basis", "heads"), False),
+        (("basis", "units"), False),
     }
+
+
+def test_every_method_of_one_kind_is_a_candidate() -> None:
+    """In every width that numbers may have, with the floors that it would be given by itself, and
+    as dense weights in few bits."""
+    widths = (16, 8, 4)
+    for kinds, based in ((["units"], True), ([], True), (["units"], False)):
+        found = trials("quick", mergeable=True, kinds=kinds, bits=widths, based=based)
+        assert len({trial.name for trial in found}) == len(found)
+        every = {*kinds, *(["basis"] if based else [])}
+        sets = {(frozenset(every - set(t.without)), t.bits) for t in found if t.alone}
+        alone = {(frozenset({kind}), (bits,)) for kind in every for bits in widths}
+        dense = {(frozenset[str](), bits) for bits in ((8,), (4,), (8, 4))}
+        assert sets == alone | dense
+        floors = {(t.floor, t.blend) for t in found if t.bits == (8,) and set(t.without) != every}
+        assert floors == {(0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.0, 0.5)}
+    assert not any(t.alone for t in trials("quick", mergeable=True, bits=[16]))
+    assert len(trials("off", mergeable=True, kinds=["units"], bits=widths)) == 1
+
+
+def test_a_kind_alone_is_left_out_where_its_prediction_says_enough() -> None:
+    assert is_far(4.1, [1.0, 2.0])
+    assert not is_far(3.9, [1.0, 2.0])
+    assert is_far(2.1, [1.0], tried=True)
+    assert not is_far(9.0, [])
 
 
 def test_sets_of_kinds_that_are_far_worse_are_not_tried_again() -> None:
@@ -81,6 +108,9 @@ def test_sets_of_kinds_that_are_far_worse_are_not_tried_again() -> None:
     tried = [Tried(name, 0.0, loss, 1, 1, 1, 0.0) for name, loss in lost.items()]
     left_out = {trial.name for trial in todo} - {trial.name for trial in again(todo, tried)}
     assert left_out == {"planned, bases alone", "uniform, activation error"}
+    alone = {trial.name for trial in todo if trial.alone}  # what was left out before
+    fewer = again(todo, [one for one in tried if one.trial not in alone])
+    assert {trial.name for trial in todo} - {trial.name for trial in fewer} == left_out | alone
     none = [dataclasses.replace(one, measured=one.measured - 1.0) for one in tried]
     assert len(again(todo, none)) == len(todo) - 1  # what gains nothing is no measure
 
@@ -128,13 +158,33 @@ def found() -> Any:
 def test_more_kinds_measure_no_worse_than_fewer_on_what_was_held_back(found: Any) -> None:
     outlook = found.fxshare.plan.outlook
     by_name = {trial.name: trial for trial in outlook.trials}
-    fewer = [t for name, t in by_name.items() if "alone" in name or "without" in name]
+    apart = ("bases alone", "without")
+    fewer = [t for name, t in by_name.items() if any(one in name for one in apart)]
     assert len(fewer) == 10
     whole = [t.measured for t in outlook.trials if t.tokens == outlook.held_back_tokens]
     # which of those that are near each other is kept, more data decides
     assert outlook.measured <= 1.5 * min(whole)
     sets = {trial.without for trial in trials("quick", mergeable=False, kinds=["units", "heads"])}
-    assert len(sets) == 4
+    assert len(sets) == 6
+
+
+def test_a_plan_of_all_kinds_measures_no_worse_than_dense_weights_in_few_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nothing is left out by its prediction; and by it what is far worse is."""
+    planner = {"kinds": ["basis", "units"], "bits": [16, 8, 4], "strategy": "separate"}
+    planner |= {"search": "kinds", "remeasure": 0}
+    tried = []
+    for far in (lambda *_, **__: False, is_far):
+        monkeypatch.setattr(searching, "is_far", far)
+        outlook = compiled(llama(), ALL, {"bytes_kept": 0.7}, planner).fxshare.plan.outlook
+        alone = [t for t in outlook.trials if t.name == "dense in 8 bits"]
+        assert all(t.tokens == outlook.held_back_tokens for t in alone)  # it stays to the end
+        least = min(t.measured for t in (*alone, outlook.trials[0]))
+        assert outlook.measured <= max(1.5 * least, 1e-4)
+        tried.append({t.name for t in outlook.trials})
+    assert "dense in 8 bits" in tried[0]
+    assert tried[1] < tried[0]
 
 
 def test_a_plan_of_several_kinds_says_what_each_loses(found: Any) -> None:

@@ -84,6 +84,7 @@ def test_a_search_tries_each_kind_alone_and_all_together() -> None:
     assert {t.without for t in trials("quick", mergeable=False, kinds=["units"])} == {
         (),
         ("units",),
+        ("basis",),
     }
 
 

@@ -24,6 +24,7 @@ from tests.planning.models import PLAIN, compiled, features, plain_model
     ("effort", "mergeable", "count", "merged"),
     [
         ("off", True, 1, 0),
+        ("kinds", True, 1, 0),
         ("quick", False, 6, 0),
         ("quick", True, 7, 1),
         ("thorough", False, 11, 0),

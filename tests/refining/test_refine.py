@@ -256,6 +256,24 @@ def test_norms_and_biases_on_request(how: Any, tmp_path: Path) -> None:
     assert failed == ["shift of each other refined parameter"]
 
 
+def test_codes_stay_where_norms_and_biases_are_trained() -> None:
+    pytest.importorskip("torchao")
+    planner = {"bits": [8], "search": "off", "kinds": ["basis", "units"]}
+    model, gm = subject("gpt2", "exact", budget={"bytes_kept": 0.2}, planner=planner)
+    assert any(group.bits == 8 for group in gm.fxshare.plan.groups)
+    with pytest.raises(RefineError, match="codes of a quantised model cannot be trained"):
+        refined(gm, model)
+    result = refined(gm, model, also=("norms", "biases"), steps=30, learning_rate=1e-3)
+    old, new = everything(gm), everything(result)
+    trained = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {n for n in old if ".ln_" in n} <= trained
+    assert all(n.endswith("bias") or ".ln_" in n for n in trained)
+    assert result.fxshare.refined[-1].after.objective < result.fxshare.refined[-1].before.objective
+    assert result.fxshare.refined[-1].trained == ("norms", "biases")
+    check = fxshare.verify(model, result)
+    assert check.ok, str(check)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("capture", ["auto", "export", "modules"])
 def test_norms_and_biases_however_captured(capture: str, dtype: torch.dtype) -> None:

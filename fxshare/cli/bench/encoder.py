@@ -29,7 +29,7 @@ def encoder(
         str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
     ] = "0.7,0.5",
     search: Annotated[
-        str, typer.Option("--search", help="off, quick, thorough or refined.")
+        str, typer.Option("--search", help="off, kinds, quick, thorough or refined.")
     ] = "quick",
     kinds: Annotated[
         str, typer.Option("--kinds", help="What planned plans choose from, such as basis,units.")

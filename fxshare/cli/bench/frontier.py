@@ -16,7 +16,8 @@ from fxshare.cli.output import Result, note, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxshare.bench.frontier import Frontier, Texts
+    from fxshare.bench.frontier import Texts
+    from fxshare.bench.frontier_table import Frontier
     from fxshare.bench.quality import Case
 
 
@@ -61,7 +62,18 @@ def frontier(
     sizes: Annotated[
         str, typer.Option("--sizes", help="Shares of the bfloat16 bytes kept, comma separated.")
     ] = "0.5,0.4,0.33,0.28,0.25,0.2,0.15",
-    search: Annotated[str, typer.Option("--search", help="off, quick or thorough.")] = "off",
+    search: Annotated[
+        str, typer.Option("--search", help="off, kinds, quick or thorough.")
+    ] = "kinds",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods that are planned, comma separated.")
+    ] = None,
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            "--refine", metavar="MINUTES", help="Refine everything and the best single method too."
+        ),
+    ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Also measure a prompt and one token, in eager mode.")
     ] = False,
@@ -131,7 +143,9 @@ def frontier(
             cases,
             sizes=sizes_of(sizes),
             second=more,
+            methods=named(methods),
             search=search,
+            refine=refine,
             speed=speed,
             seed=seed,
             say=note,
@@ -141,13 +155,38 @@ def frontier(
     return Result(result.to_dict(), shown(result, sizes_of(sizes), plot))
 
 
+def named(methods: str | None) -> list[str] | None:
+    """Methods by their names, of which one has a comma; None for all.
+
+    Raises :class:`ConfigError` for a name that no method has.
+    """
+    from fxshare.bench.frontier import PLANNED
+
+    if methods is None:
+        return None
+    left, found = methods.replace(", ", ","), list[str]()
+    known = {name.replace(", ", ","): name for name in sorted(PLANNED, key=len, reverse=True)}
+    while left:
+        name = next((one for one in known if f"{left},".startswith(f"{one},")), None)
+        if name is None:
+            raise fxshare.errors.ConfigError(
+                f"bench frontier: --methods {methods}: {left!r} is no method; expected of "
+                f"{'; '.join(PLANNED)}"
+            )
+        found.append(known[name])
+        left = left[len(name) + 1 :]
+    return found
+
+
 def shown(result: Frontier, sizes: Sequence[float], plot: Path | None) -> str:
     """The tables and what they were measured on."""
-    from fxshare.bench.frontier import speed_table, table_of
+    from fxshare.bench.frontier_table import refined_table, speed_table, table_of
 
     lines = [table(*table_of(result, sizes)), ""]
     if any(row.second is not None for row in result.rows):
         lines += ["on the second corpus:", table(*table_of(result, sizes, second=True)), ""]
+    if any(row.refined is not None for row in result.rows):
+        lines += ["refined:", table(*refined_table(result, sizes)), ""]
     if any(row.prompt is not None for row in result.rows):
         lines += ["tokens a second over dense, eager:", table(*speed_table(result)), ""]
     below = [

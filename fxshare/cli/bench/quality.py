@@ -34,7 +34,7 @@ def quality(
         str, typer.Option("--sizes", help="Shares of stored numbers kept, comma separated.")
     ] = "0.9,0.8,0.7,0.6,0.5,0.4",
     search: Annotated[
-        str, typer.Option("--search", help="off, quick, thorough or refined.")
+        str, typer.Option("--search", help="off, kinds, quick, thorough or refined.")
     ] = "quick",
     kinds: Annotated[
         str, typer.Option("--kinds", help="What planned plans choose from, such as basis,units.")

@@ -94,11 +94,14 @@ def allowed(
     least: float = 0.0,
     most: float | None = None,
 ) -> NDArray[np.int64]:
-    """Which options cost at least ``least`` and, dense apart, at most ``most``."""
+    """Which options cost at least ``least`` and, dense apart, at most ``most``; the dearest where
+    none does."""
     keep = cost >= least
     if most is not None:
         keep &= cost <= most
     # dense always remains: nothing else can be done where the floor is above every rank
     if most is None or not keep.any():
         keep |= label == DENSE
+    if not keep.any() and len(cost):  # the dense option is one in few bits
+        keep |= cost == cost.max()
     return np.flatnonzero(keep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.numerics import float_leaves
-from fxshare.verifying.widening import Widened, widen
+from fxshare.capture.widening import Widened, widen
 from passes.graph.graph import structure_copy
 from tests.toys import TOYS, Toy
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from passes.graph.graph import bits_of
+from fxshare.base.placement import device_of, multiplies_bfloat16
+from fxshare.capture.captured import Captured
+from fxshare.capture.guards import hold_dtype
+from passes.graph.graph import bits_of, structure_copy
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -72,6 +76,46 @@ def widen(module: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
+def widened(module: nn.Module) -> nn.Module:
+    """A structure copy that computes in float32, its graphs included."""
+    copy = structure_copy(module)
+    for part in copy.modules():
+        if isinstance(part, fx.GraphModule):
+            _cast_to_float32(part)
+    widen(copy)
+    return copy
+
+
+def to_measure(captured: Captured) -> Captured:
+    """The capture as statistics and losses are taken of it: of a model in half precision one that
+    computes in float32, where the device has no instructions for half (AVX2 takes eight times as
+    long for products of bfloat16). Where the model's own code runs, as it is."""
+    module = captured.module
+    device = device_of(module)
+    half = any(p.dtype in _HALF for p in module.parameters())
+    if captured.side_by_side or not half or device.type != "cpu" or multiplies_bfloat16(device):
+        return captured
+    made = widened(module)
+    for new, old in zip(made.parameters(), module.parameters(), strict=True):
+        if not isinstance(new, Widened):
+            new.requires_grad_(old.requires_grad)
+    return captured.computing(made)
+
+
+def _cast_to_float32(gm: fx.GraphModule) -> None:
+    """Dtypes that are constants of the graph, as torch.export makes them, become float32."""
+
+    def wider(leaf: Any) -> Any:
+        return torch.float32 if leaf in _HALF else leaf
+
+    for node in list(gm.graph.nodes):
+        if node.target is hold_dtype:
+            gm.graph.erase_node(node)
+            continue
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), wider)
+    gm.recompile()
+
+
 def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     stored = tensor.detach()
     # codes read as float32 by themselves
@@ -82,4 +126,4 @@ def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     return nn.Parameter(wide, requires_grad=False) if is_parameter else wide
 
 
-__all__ = ["Widened", "widen"]
+__all__ = ["Widened", "to_measure", "widen", "widened"]
