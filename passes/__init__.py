@@ -55,6 +55,7 @@ from passes.packing.write_out_pivots import WriteOutPivots
 from passes.pipeline import default_passes, lowering_passes
 from passes.runner import Applied, equal_outputs, run
 from passes.sharing.drop_heads import DropHeads, DroppedHeads
+from passes.sharing.drop_joins import DropJoins, kept_joins, takes_apart
 from passes.sharing.look_up_rows import LookedUp, LookUpRows, other_reader
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
@@ -72,6 +73,7 @@ __all__ = [
     "DialectError",
     "DropCats",
     "DropHeads",
+    "DropJoins",
     "DroppedHeads",
     "EnsuresError",
     "FoldGathers",
@@ -132,6 +134,7 @@ __all__ = [
     "hidden_units",
     "is_embedding",
     "is_linear",
+    "kept_joins",
     "linear_calls",
     "lookup_refusal",
     "lookups",
@@ -152,6 +155,7 @@ __all__ = [
     "slices",
     "stacks",
     "structure_copy",
+    "takes_apart",
     "tapped",
     "together",
     "unstacked_as",

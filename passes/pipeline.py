@@ -18,6 +18,7 @@ from passes.packing.merge_slices import MergeSlices
 from passes.packing.stack_bases import StackBases
 from passes.packing.write_out_pivots import WriteOutPivots
 from passes.sharing.drop_heads import DropHeads, DroppedHeads
+from passes.sharing.drop_joins import DropJoins
 from passes.sharing.look_up_rows import LookedUp, LookUpRows
 from passes.sharing.narrow_heads import NarrowedHeads, NarrowHeads
 from passes.sharing.narrow_keys import NarrowedKeys, NarrowKeys
@@ -57,6 +58,7 @@ def default_passes(
     """
     coded = () if codes is None or not codes.weights else (codes,)
     selected = tuple(one for one in units if isinstance(one, SelectedUnits))
+    reading = tuple(name for one in selected for name in one.consumers)
     narrowed = tuple(one for one in units if isinstance(one, NarrowedHeads))
     keys = tuple(one for one in units if isinstance(one, NarrowedKeys))
     dropped = tuple(one for one in units if isinstance(one, DroppedHeads))
@@ -65,6 +67,8 @@ def default_passes(
         *((LookUpRows(sites=tuple(looked_up)),) if looked_up else ()),
         # first, so that every later pass meets one dialect: call_module of nn.Linear, one per slice
         SplitLinear(sites=tuple(sites)),
+        # experts of different widths cannot be put together between their linears
+        *((DropJoins(linears=reading),) if selected and not apart else ()),
         # needs the slices whole; what it makes smaller shares no basis
         *((SelectUnits(selections=selected, apart=apart),) if selected else ()),
         # likewise

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxshare.sites.called import Called
 from fxshare.sites.site import Site
-from passes import LinearCall, NotHidden, hidden_units
+from passes import DropJoins, LinearCall, NotHidden, hidden_units, kept_joins, run, takes_apart
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,26 @@ SIDE_BY_SIDE = (
 
 
 def mlps(gm: fx.GraphModule, sites: Sequence[Site], *, side_by_side: bool = False) -> Mlps:
-    """The MLPs among the sites of a captured graph, before it is rewritten."""
+    """The MLPs among the sites of a captured graph, before it is rewritten; those of experts are
+    looked for in a graph that hands each expert what it made itself."""
     if side_by_side:
         return Mlps((), {site.name: SIDE_BY_SIDE for site in sites})
+    joined: Mapping[fx.Node, str] = {}
+    if takes_apart(gm):
+        gm, _ = run(gm, [DropJoins()], code=False)
+        joined = kept_joins(gm)
     called = Called.of(gm, sites)
     found, reasons = [], {}
     for site in called.sites:
         try:
             found.append(_mlp(gm, site, called.calls, called.made))
         except NotHidden as fault:
-            reasons[site.name] = str(fault)
+            whole = [
+                joined[call.input]
+                for call in called.calls.get(site.name, ())
+                if call.input in joined
+            ]
+            reasons[site.name] = whole[0] if whole else str(fault)
     return Mlps(tuple(found), reasons)
 
 

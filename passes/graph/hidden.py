@@ -36,7 +36,7 @@ _MODULES = (
     *(nn.Softshrink, nn.Hardshrink, nn.LogSigmoid, nn.Threshold, nn.Sigmoid, nn.Tanh),
     *(nn.Identity, nn.Dropout),
 )
-_VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
+VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
 _CHUNKS, _SPLITS = frozenset({"chunk"}), frozenset({"split", "split_with_sizes"})
 _OF_DTYPE = frozenset({"dtype", "device", "ndim", "layout"})
 _FIRST = frozenset({"dropout"})
@@ -146,7 +146,7 @@ class _Search:
                 return [_first(node)]
             if name in ELEMENTWISE or node.target is crossing:
                 return self._tensors(node)
-            if name in _VIEWS | _CHUNKS | _SPLITS | {"glu", "slice"} or self._is_item(node):
+            if name in VIEWS | _CHUNKS | _SPLITS | {"glu", "slice"} or self._is_item(node):
                 return [_first(node)]
         raise NotHidden(
             "reads what is not computed element by element from matched linears alone: "
@@ -178,7 +178,7 @@ class _Search:
             return made[1] // units
         name = name_of(node) if node.op != "call_module" else ""
         have = known[before[0]]
-        if name in _VIEWS:
+        if name in VIEWS:
             self._check_view(node, have * units)
         elif name in _CHUNKS | _SPLITS:
             self._check_pieces(node, have)
@@ -257,7 +257,7 @@ class _Search:
         inside = self.found.parts
         for node in inside:
             for user in node.users:
-                if user in inside or user in consumers or _reads_dtype(user, node):
+                if user in inside or user in consumers or reads_dtype(user, node):
                     continue
                 if name_of(user) in ("size", "sym_size") or user.target is getattr:
                     if self._sizes_are_fine(user):
@@ -288,7 +288,8 @@ def _leaves_last(index: object) -> bool:
     return isinstance(index, slice) and index.stop == -1 and index.step in (None, 1)
 
 
-def _reads_dtype(user: fx.Node, of: fx.Node) -> bool:
+def reads_dtype(user: fx.Node, of: fx.Node) -> bool:
+    """Whether a node reads of another what does not change with its sizes."""
     if user.target is getattr:
         return user.args[1] in _OF_DTYPE
     if user.op not in ("call_method", "call_function"):
@@ -316,7 +317,7 @@ def _given(node: fx.Node, at: int, name: str, default: Any) -> Any:
 
 def last_size(view: fx.Node) -> object:
     """The last size that a view names: a number, a node, or None where it cannot be told."""
-    if view.op == "call_module" or name_of(view) not in _VIEWS:
+    if view.op == "call_module" or name_of(view) not in VIEWS:
         return None
     sizes: Any = view.args[1:] or (view.kwargs.get("size", view.kwargs.get("shape")),)
     if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
@@ -385,6 +386,7 @@ def _scaled(size: Any, units: int, kept: int) -> int:
 
 
 __all__ = [
+    "VIEWS",
     "Hidden",
     "Leaf",
     "NotHidden",
@@ -392,5 +394,6 @@ __all__ = [
     "input_of",
     "last_size",
     "name_of",
+    "reads_dtype",
     "resize",
 ]

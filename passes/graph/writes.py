@@ -72,12 +72,13 @@ def is_in_place(node: fx.Node) -> bool:
     return node.target in _IN_PLACE_OPERATORS or name.endswith("_") or _asks_in_place(node)
 
 
-def is_written(node: fx.Node) -> bool:
+def is_written(node: fx.Node, without: fx.Node | None = None) -> bool:
     """Whether a node writes into the memory of ``node``'s value, directly or through a view.
 
-    Errs on the side of yes: an operation that is not known to make a new tensor counts as a view.
+    Errs on the side of yes: an operation that is not known to make a new tensor counts as a view,
+    but for ``without``.
     """
-    return any(is_in_place(user) for at in sharing_memory(node) for user in _writing(at))
+    return any(is_in_place(user) for at in sharing_memory(node, without) for user in _writing(at))
 
 
 def sharing_memory(node: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:

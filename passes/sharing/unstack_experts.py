@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -133,8 +133,11 @@ class _Writer:
         self.routes: dict[tuple[fx.Node, int], list[fx.Node]] = {}
         # products of which only some outputs are asked for at a time
         self.wholes: dict[object, fx.Node] = {}
+        # what stands for a product, which the next one may read
+        self.instead: dict[fx.Node, fx.Node] = {}
 
     def unstack(self, stack: Stack, count: int) -> None:
+        stack = replace(stack, input=self.instead.get(stack.input, stack.input))
         form = stack.form
         if isinstance(form, Routed):
             self._find_rows(form.experts, count)
@@ -149,11 +152,12 @@ class _Writer:
                 y = self._grouped(stack, form, count)
         y.meta.update(stack.result.meta)
         for node in filter(None, (stack.added, stack.result)):
+            self.instead[node] = y
             operands = node.all_input_nodes
             node.replace_all_uses_with(y)
             self.graph.erase_node(node)
             for operand in operands:
-                _erase_chain(operand)
+                erase_chain(operand)
 
     def _call(self, stack: Stack, number: int, x: fx.Node) -> fx.Node:
         ndim = ndim_of(x)
@@ -255,7 +259,7 @@ class _Writer:
         rest = graph.call_function(operator.getitem, (runs, count))
         left = graph.call_method("size", (rest, 0))
         width = graph.call_method("size", (parts[0], 1))
-        parts.append(_noted(graph.call_method("new_zeros", (rest, (left, width))), 2))
+        parts.append(_noted(graph.call_method("new_zeros", (parts[0], (left, width))), 2))
         return graph.call_function(torch.cat, (parts,))
 
 
@@ -270,7 +274,7 @@ def _noted(node: fx.Node, ndim: int) -> fx.Node:
     return node
 
 
-def _erase_chain(node: fx.Node) -> None:
+def erase_chain(node: fx.Node) -> None:
     """Erase a node that nothing reads, and what is left without a reader before it: views of the
     stack, and inputs that were widened for a product."""
     if node.users or node.op in ("placeholder", "output") or is_in_place(node):
@@ -278,7 +282,7 @@ def _erase_chain(node: fx.Node) -> None:
     operands = node.all_input_nodes
     node.graph.erase_node(node)
     for operand in operands:
-        _erase_chain(operand)
+        erase_chain(operand)
 
 
 def _erase_unread(weight: fx.Node) -> None:

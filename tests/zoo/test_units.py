@@ -20,8 +20,7 @@ from tests.zoo.families import FAMILIES, Family
 # one of each kind of MLP; the others repeat what these show and are run with -m slow
 _KINDS = ("qwen2", "opt", "t5")
 NONE = {
-    "mixtral": "'index_select",
-    "gpt_oss": "'index_select",
+    "gpt_oss": "'getitem",
     "nn_multihead": "'layers_",
 }
 """Families in which no MLP is found, and what lies between."""
