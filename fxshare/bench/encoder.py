@@ -39,6 +39,8 @@ class Refining:
 
     minutes: float
     batches: Sequence[Mapping[str, Tensor]]
+    held_out: Sequence[Mapping[str, Tensor]] | None = None
+    """What says which state is the best; a tenth of ``batches`` where None."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _refined(
         model,
         refining.batches,
         minutes=refining.minutes,
+        heldout=refining.held_out,
         objective="hidden",
         pool_weight=_POOLED,
         seed=seed,

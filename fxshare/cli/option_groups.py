@@ -38,7 +38,7 @@ from fxshare.cli.output import note, say
 
 if TYPE_CHECKING:
     from fxshare.config import ShareConfig
-    from fxshare.data.batches import Batch
+    from fxshare.data.batches import Batch, Sampling
     from fxshare.loading.names import LoadedModel
     from fxshare.proposing.proposal import Proposal
 
@@ -209,12 +209,30 @@ class Data:
 
     def batches(self, loaded: LoadedModel) -> list[Batch] | None:
         """The batches; None without ``--calibration``."""
-        from fxshare.data.batches import Sampling, sample_batches
-        from fxshare.models.traits import vocabulary_of
+        from fxshare.data.batches import sample_batches
 
         if self.calibration is None:
             self._check_unused()
             return None
+        return sample_batches(self.calibration, self._sampling(loaded), **self._reading(loaded))
+
+    def batches_to_refine_on(self, loaded: LoadedModel) -> tuple[list[Batch], list[Batch]]:
+        """Padded texts and pieces of them to train on, and others to measure on."""
+        from fxshare.data.batches import batches_to_refine_on
+
+        assert self.calibration is not None
+        sampling = self._sampling(loaded)
+        return batches_to_refine_on(self.calibration, sampling, **self._reading(loaded))
+
+    def _reading(self, loaded: LoadedModel) -> dict[str, Any]:
+        from fxshare.models.traits import vocabulary_of
+
+        vocabulary = vocabulary_of(loaded.model)
+        return {"tokenizer": loaded.tokenizer, "vocabulary": vocabulary, "key": self.text_key}
+
+    def _sampling(self, loaded: LoadedModel) -> Sampling:
+        from fxshare.data import batches
+
         if self.tokens is not None and self.samples is not None:
             raise fxshare.errors.ConfigError(
                 f"--tokens {self.tokens} and --samples {self.samples} both say how much data to "
@@ -226,19 +244,13 @@ class Data:
         samples = self.samples
         if self.tokens is not None:
             samples = max(1, -(-self.tokens // size))
-        return sample_batches(
-            self.calibration,
-            Sampling(
-                length=size,
-                count=samples,
-                padded=self.padded,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                bos=not self.no_bos,
-            ),
-            tokenizer=loaded.tokenizer,
-            vocabulary=vocabulary_of(loaded.model),
-            key=self.text_key,
+        return batches.Sampling(
+            length=size,
+            count=samples,
+            padded=self.padded,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            bos=not self.no_bos,
         )
 
     def _check_unused(self) -> None:

@@ -65,6 +65,17 @@ class Windows:
         assert found is not None
         return found
 
+    def parted(
+        self, spec: str, apart: str | None, loaded: LoadedModel
+    ) -> tuple[list[Batch], list[Batch] | None]:
+        """The batches to train on, and those to measure on: of a source of their own or, of padded
+        texts, a tenth of the texts; of the others pieces are trained on too. None: not divided."""
+        if apart is not None:
+            return self.of(spec, loaded), self.of(apart, loaded)
+        if not self.padded:
+            return self.of(spec, loaded), None
+        return Data(calibration=spec, **vars(self)).batches_to_refine_on(loaded)
+
 
 @dataclass(frozen=True)
 class Training:
@@ -172,7 +183,8 @@ def refine_model(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Data to measure on along the way. Default: a tenth of --data, drawn by the seed.",
+            help="Data to measure on along the way. Default: a tenth of --data, drawn by the seed; "
+            "of --padded texts, of whose others pieces are trained on too.",
         ),
     ] = None,
     second: Annotated[
@@ -241,14 +253,14 @@ def refine_model(
         if original.tokenizer is not None
         else replace(original, tokenizer=compiled.tokenizer)
     )
-    batches = windows.of(data, read)
+    batches, apart = windows.parted(data, held_out, read)
     note(f"refining {folder} ({type(original.model).__name__})")
     gm = fxshare.refine(
         compiled.model,
         original.model,
         batches,
         **training.keywords,
-        heldout=None if held_out is None else windows.of(held_out, read),
+        heldout=apart,
         second=None if second is None else windows.of(second, read),
         seed=windows.seed,
         work=output.with_name(f"{output.name}.work") if resume and work is None else work,

@@ -15,8 +15,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from fxshare.data.crops import cropped
 from fxshare.data.documents import TEXT_FILES, documents, text_blocks
-from fxshare.data.starts import before_text, started, warn_of_others
+from fxshare.data.starts import around_text, before_text, started, warn_of_others
 from fxshare.data.stream import (
     TextTokenizer,
     check_fit,
@@ -38,6 +39,8 @@ DEFAULT_SAMPLES = 1024
 """What is taken of a large source where no number is given."""
 # Characters in which L tokens surely are, for a token of usual text has less than five.
 _PER_TOKEN = 16
+_WHOLE = 32
+"""Texts that are not cut at the length of a sample are cut at so many times that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,31 @@ def sample_batches(
         return _padded_batches(*source.rows(), sampling)
     windows = source.windows()
     return list(torch.split(windows, sampling.batch_size or rows_of_a_batch(len(windows))))
+
+
+def batches_to_refine_on(
+    spec: str,
+    sampling: Sampling,
+    *,
+    tokenizer: TextTokenizer | None,
+    vocabulary: int | None = None,
+    key: str | None = None,
+) -> tuple[list[Batch], list[Batch]]:
+    """Padded batches to train on and to measure on, of different texts: a tenth of them is
+    measured on, and of the others pieces are taken too (:func:`fxshare.data.crops.cropped`), for
+    ``count`` and the kinds of sources as in :func:`sample_batches`, whose errors it raises.
+
+    :class:`DataError` too where there is one text only.
+    """
+    source = _Source(spec, tokenizer, vocabulary, key, sampling)
+    rows, filling = source.rows(whole=True)
+    if len(rows) < 2:
+        raise DataError(f"{spec}: expected 2 texts at least, one to measure on, found {len(rows)}")
+    chosen = set(random.Random(sampling.seed).sample(range(len(rows)), max(len(rows) // 10, 1)))
+    apart = [row[: sampling.length] for at, row in enumerate(rows) if at in chosen]
+    others = [row for at, row in enumerate(rows) if at not in chosen]
+    fit = cropped(others, sampling.length, around=source.around, seed=sampling.seed)
+    return _padded_batches(fit, filling, sampling), _padded_batches(apart, filling, sampling)
 
 
 def rows_of_a_batch(count: int) -> int:
@@ -157,8 +185,9 @@ class _Source:
         windows = torch.stack([ids for _, ids in sorted(found[:count], key=lambda one: one[0])])
         return started(windows, before)
 
-    def rows(self) -> tuple[list[Tensor], int]:
-        """Padded samples, each int64 (2..L,), and the id to fill up with."""
+    def rows(self, *, whole: bool = False) -> tuple[list[Tensor], int]:
+        """Padded samples, each int64 (2..L,), and the id to fill up with; with ``whole`` texts are
+        not cut at L, but at many times that."""
         if self.spec.partition(":")[0] == "stdlib":
             raise DataError(
                 f"{self.spec}: is one stream of tokens without documents, and a padded sample is a "
@@ -166,20 +195,21 @@ class _Source:
             )
         path, key = file_and_key(self.spec, self.key)
         if path.suffix not in TEXT_FILES:
-            return self._token_rows(path, key), 0
+            return self._token_rows(path, key, whole), 0
         generator = random.Random(self.sampling.seed)
         count = self.sampling.count
         if count is None and path.stat().st_size > LARGE:
             count = self._count()
         # what is cut off anyway is neither kept nor tokenised
-        most = _PER_TOKEN * self.sampling.length
+        length = self.sampling.length * (_WHOLE if whole else 1)
+        most = _PER_TOKEN * length
         texts = (document[:most] for document in documents(path, key))
         chosen = _reservoir(texts, None if count is None else _with_spare(count), generator)
         if not chosen:
             raise no_text(self.spec, path.stat().st_size)
         found = []
         for at, text in chosen:
-            ids = self._document(text)[: self.sampling.length]
+            ids = self._document(text)[:length]
             if len(ids) >= 2:  # one token alone has no next one
                 found.append((at, ids))
         if not found:
@@ -190,7 +220,7 @@ class _Source:
         rows = [ids for _, ids in sorted(found[:count], key=lambda one: one[0])]
         return rows, int(rows[0][0]) if filling is None else int(filling)
 
-    def _token_rows(self, path: Path, key: str | None) -> list[Tensor]:
+    def _token_rows(self, path: Path, key: str | None, whole: bool) -> list[Tensor]:
         ids = token_rows(path, key)
         if ids.ndim != 2:
             raise DataError(
@@ -211,12 +241,21 @@ class _Source:
         for _, at in sorted(chosen):
             row = ids[at] if mask is None else ids[at][mask[at].bool()]
             if len(row) >= 2:
-                rows.append(row[:length].to(torch.int64))
+                rows.append((row if whole else row[:length]).to(torch.int64))
         if not rows:
             raise DataError(f"{self.spec}: expected rows of 2 tokens or more, found none")
         if count is not None:
             self._warn_of_few(len(rows), count)
         return rows
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many ids a tokenizer has put before and after each text."""
+        path, _ = file_and_key(self.spec, self.key)
+        if path.suffix not in TEXT_FILES:
+            return 0, 0
+        before, after = around_text(self.tokenizer)
+        return len(before) if self.sampling.bos else 0, len(after)
 
     def _before(self) -> tuple[int, ...]:
         return before_text(self.tokenizer) if self.sampling.bos else ()
@@ -278,4 +317,12 @@ def _padded_batches(rows: list[Tensor], filling: int, sampling: Sampling) -> lis
     return batches
 
 
-__all__ = ["DEFAULT_SAMPLES", "LARGE", "Batch", "Sampling", "rows_of_a_batch", "sample_batches"]
+__all__ = [
+    "DEFAULT_SAMPLES",
+    "LARGE",
+    "Batch",
+    "Sampling",
+    "batches_to_refine_on",
+    "rows_of_a_batch",
+    "sample_batches",
+]

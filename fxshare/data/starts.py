@@ -21,15 +21,20 @@ _PROBE = "a"
 def before_text(tokenizer: object) -> tuple[int, ...]:
     """The ids that a tokenizer of transformers puts before a text; others put none, or say it
     themselves by ``encode``."""
+    return around_text(tokenizer)[0]
+
+
+def around_text(tokenizer: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that it puts before a text, and those after it."""
     if not hasattr(tokenizer, "save_pretrained"):
-        return ()
+        return (), ()
     of_transformers: Any = tokenizer
     plain = list(of_transformers.encode(_PROBE, add_special_tokens=False))
-    whole = list(of_transformers.encode(_PROBE))
+    whole = [int(one) for one in of_transformers.encode(_PROBE)]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
-            return tuple(int(one) for one in whole[:start])
-    return ()
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    return (), ()
 
 
 def started(windows_NL: Tensor, before: tuple[int, ...]) -> Tensor:

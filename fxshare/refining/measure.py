@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,8 @@ from fxshare.base.spent import part
 from fxshare.base.unfinished import temporary_folder
 from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
-from fxshare.refining.objectives import Objective, data_loss
+from fxshare.refining.objectives import Objective, Summed, data_loss
+from fxshare.refining.parts import parts_of
 from fxshare.refining.student import Student
 from fxshare.result.refinement import Measured
 
@@ -48,19 +51,19 @@ class Teacher:
 
 
 class Targets:
-    """A teacher's targets by the number of the batch, so that a batch that comes again needs them
-    once: the first 64 MB in memory. With ``files`` a gigabyte at most is in the system's place for
-    temporary files (``TMPDIR``) for as long as this is alive, where four times that is free; what
-    does not fit is computed again."""
+    """A teacher's targets by the number of the batch and of its part, so that a batch that comes
+    again needs them once: the first 64 MB in memory. With ``files`` a gigabyte at most is in the
+    system's place for temporary files (``TMPDIR``) for as long as this is alive, where four times
+    that is free; what does not fit is computed again."""
 
     def __init__(self, teacher: Teacher, *, files: bool = False) -> None:
         self._teacher = teacher
         self._left = _IN_FILES if files else 0
-        self._held: dict[int, Any] = {}
+        self._held: dict[tuple[int, int], Any] = {}
         self._bytes = 0
         self._folder: Path | None = None
 
-    def of(self, number: int, call: Call, device: torch.device) -> Any:
+    def of(self, number: tuple[int, int], call: Call, device: torch.device) -> Any:
         """Those of a batch, on ``device``."""
         if number in self._held:
             found = self._held[number]
@@ -74,14 +77,14 @@ class Targets:
             self._write(number, found, size)
         return found
 
-    def _write(self, number: int, found: Any, size: int) -> None:
+    def _write(self, number: tuple[int, int], found: Any, size: int) -> None:
         try:
             if self._folder is None:
                 self._folder = temporary_folder(self)
                 if shutil.disk_usage(self._folder).free < _FREE * _IN_FILES:
                     self._left = 0
                     return
-            path = self._folder / f"{number}.pt"
+            path = self._folder / f"{number[0]}_{number[1]}.pt"
             torch.save(found, path)
         except (OSError, RuntimeError) as error:  # torch's, where a disk is full
             _LOG.info("refine: the teacher's outputs are not kept: %s", error)
@@ -113,21 +116,20 @@ class Measure:
         """The losses of its present state; infinite where they are not finite."""
         began = time.monotonic()
         student.round()
-        total = data = 0.0
-        count = predicted = 0
+        data, predicted = 0.0, 0
         self.bad = None
         losses = self._all_losses(student)
-        for number, (value, tokens, own, targets) in enumerate(losses):
-            if not math.isfinite(value) and self.bad is None:
+        for number, (found, own, targets) in enumerate(losses):
+            if not math.isfinite(float(found.mean)) and self.bad is None:
                 self.bad = number
-            total, count = total + value, count + tokens
             data, predicted = data + own, predicted + targets
-        self.tokens, self.seconds = count, time.monotonic() - began
-        mean = total / max(count, 1)
+        total = functools.reduce(operator.add, (found for found, _, _ in losses))
+        self.tokens, self.seconds = total.count, time.monotonic() - began
+        mean = float(total.mean)
         result = Measured(mean if math.isfinite(mean) else math.inf)
         return replace(result, data_loss=data / predicted) if predicted else result
 
-    def _all_losses(self, student: Student) -> list[tuple[float, int, float, int]]:
+    def _all_losses(self, student: Student) -> list[tuple[Summed, float, int]]:
         count, size = len(self._batches), here().size
         # where ranks pass together those without a batch pass along
         padded = -(-count // size) * size if student.is_sharded else count
@@ -137,17 +139,22 @@ class Measure:
         return losses[:count]
 
     @torch.no_grad()
-    def _losses(self, student: Student, number: int) -> tuple[float, int, float, int]:
-        """Of one batch: the objective's sum, over how many, and that of the data's own loss."""
+    def _losses(self, student: Student, number: int) -> tuple[Summed, float, int]:
+        """Of one batch: the objective's, and the data's own loss with how many it is of."""
         batch = self._batches[number]
-        call = self._caller(batch)
-        targets = self._targets.of(number, call, student.device)
-        output = student(call)
-        found = self._teacher.objective.loss(output, targets, call, batch)
-        own = data_loss(output, call)
-        if own is None:
-            return float(found.total), found.count, 0.0, 0
-        return float(found.total), found.count, float(own.total), own.count
+        objective = self._teacher.objective
+        # ranks that have parts of what is trained run equally many passes
+        whole = student.is_sharded or not objective.adds_up
+        losses, data, predicted = [], 0.0, 0
+        for at, one in enumerate([batch] if whole else parts_of(batch)):
+            call = self._caller(one)
+            targets = self._targets.of((number, at), call, student.device)
+            output = student(call)
+            losses.append(objective.loss(output, targets, call, one).to_sum())
+            own = data_loss(output, call)
+            if own is not None:
+                data, predicted = data + float(own.total), predicted + own.count
+        return functools.reduce(operator.add, losses), data, predicted
 
 
 __all__ = ["Measure", "Targets", "Teacher"]

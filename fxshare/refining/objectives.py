@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,15 +27,41 @@ from fxshare.refining.options import ObjectiveName, RefineOptions
 
 @dataclass(frozen=True)
 class Summed:
-    """A loss summed over ``count`` tokens or rows."""
+    """A loss summed over ``count`` tokens or rows, and with a ``weight`` above 0 that of the means
+    over the tokens of ``samples``."""
 
     total: Tensor
     count: int
+    of_means: Tensor | None = None
+    samples: int = 0
+    weight: float = 0.0
 
     @property
     def mean(self) -> Tensor:
-        """The loss for each of them."""
-        return self.total / max(self.count, 1)
+        """The loss for each token, and for each sample by its weight."""
+        of_rows = self.total / max(self.count, 1)
+        if self.of_means is None:
+            return of_rows
+        return (1 - self.weight) * of_rows + self.weight * self.of_means / max(self.samples, 1)
+
+    def to_sum(self) -> Summed:
+        """In double precision on the CPU, to add many up."""
+        of_means = self.of_means
+        if of_means is not None:
+            of_means = of_means.detach().double().cpu()
+        return replace(self, total=self.total.detach().double().cpu(), of_means=of_means)
+
+    def __add__(self, other: Summed) -> Summed:
+        of_means = self.of_means
+        if of_means is not None and other.of_means is not None:
+            of_means = of_means + other.of_means
+        return Summed(
+            self.total + other.total,
+            self.count + other.count,
+            of_means,
+            self.samples + other.samples,
+            self.weight,
+        )
 
 
 class Objective(ABC):
@@ -43,6 +69,11 @@ class Objective(ABC):
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the losses of a batch's parts add up to that of the batch."""
+        return False
 
     def targets(self, output: Any, call: Call) -> Any:
         """What is kept of the teacher's output; None where none is needed."""
@@ -63,6 +94,10 @@ class ToLogits(Objective):
 
     temperature: float = 1.0
     data_weight: float = 0.0
+
+    @property
+    def adds_up(self) -> bool:
+        return not self.data_weight
 
     def targets(self, output: Any, call: Call) -> Tensor:
         return distribution(_rows(_logits(output, self.name, "teacher"), call), self.temperature)
@@ -95,6 +130,10 @@ class ToOutputs(Objective):
 
     pool_weight: float = 0.0
 
+    @property
+    def adds_up(self) -> bool:
+        return True
+
     def targets(self, output: Any, call: Call) -> list[Tensor]:
         found = [
             rows.detach() for rows in (*output_rows(output, call), *self._pooled(output, call))
@@ -116,10 +155,10 @@ class ToOutputs(Objective):
                 "the compiled model"
             )
         total, count = _distance(rows, targets), sum(len(r) for r in rows)
-        if pooled:
-            of_means = _distance(pooled, targets[len(rows) :]) / sum(len(p) for p in pooled)
-            total = (1 - self.pool_weight) * total + self.pool_weight * count * of_means
-        return Summed(total, count)
+        if not pooled:
+            return Summed(total, count)
+        of_means = _distance(pooled, targets[len(rows) :])
+        return Summed(total, count, of_means, sum(len(p) for p in pooled), self.pool_weight)
 
     def _pooled(self, output: Any, call: Call) -> list[Tensor]:
         """The means ``(B, D)`` over the tokens of every output ``(B, T, D)``, where they count."""

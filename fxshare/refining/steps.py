@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
 from fxshare.refining.measure import Targets, Teacher
+from fxshare.refining.objectives import Summed
 from fxshare.refining.options import RefineOptions
+from fxshare.refining.parts import parts_of
 from fxshare.refining.recompute import is_short, recomputed
 from fxshare.refining.student import Student
 
@@ -153,18 +157,27 @@ class Stepper:
         finite."""
         student, share = self.student, 1 / self._options.accumulate
         batch = self._batches.fit[number]
-        call = self._caller(batch)
-        targets = self._targets.of(number, call, student.device)
-        cast = torch.autocast(student.device.type, torch.bfloat16, enabled=self._autocast)
+        # ranks that have parts of what is trained run equally many passes
+        whole = student.is_sharded or not self._objective.adds_up
         with torch.enable_grad(), student.offloading(self._options.offload):
-            with cast:
-                output = self._output(call)
-            found = self._objective.loss(output, targets, call, batch)
+            losses = [
+                self._loss(one, (number, at))
+                for at, one in enumerate([batch] if whole else parts_of(batch))
+            ]
+            found = functools.reduce(operator.add, losses)
             mean = found.mean
             finite = math.isfinite(float(mean.detach()))
             if mean.requires_grad and (finite or student.is_sharded):
                 student.backward(mean, share=share)
         return found.count if finite else None
+
+    def _loss(self, batch: object, number: tuple[int, int]) -> Summed:
+        """Of a batch or a part of it, with the number that its targets are kept by."""
+        call = self._caller(batch)
+        targets = self._targets.of(number, call, self.student.device)
+        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self._autocast):
+            output = self._output(call)
+        return self._objective.loss(output, targets, call, batch)
 
     def _output(self, call: Any) -> Any:
         if self._run is self._module:

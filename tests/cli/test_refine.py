@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 import fxshare as library
+from fxshare.cli.refine import Windows
 from fxshare.refining.steps import Stepper
 from tests.cli.conftest import Ran
 
@@ -140,3 +145,38 @@ def test_a_target_that_is_there_is_refused(fxshare: Run, saved: Path, tmp_path: 
     replaced = fxshare("refine", own, *USUAL, "--steps", 2, "-o", own, "--force", "--json")
     assert replaced.code == 0, replaced.err
     assert len(library.load(own, "cli_toy:make").fxshare.refined) == 2
+
+
+class Masked(torch.nn.Module):
+    """A model that padded texts can be given to."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return input_ids * attention_mask
+
+
+def test_padded_texts_are_divided_and_pieces_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    rows = torch.arange(10)[:, None] * 30 + torch.arange(30)
+    np.save(path, rows.numpy())
+    loaded: Any = SimpleNamespace(model=Masked(), tokenizer=None)
+
+    def texts(batches: Any) -> list[Any]:
+        return [
+            ids[mask.bool()].tolist()
+            for b in batches
+            for ids, mask in zip(*b.values(), strict=True)
+        ]
+
+    windows = Windows(padded=True, length=8, batch_size=4)
+    fit, apart = (texts(found) for found in windows.parted(str(path), None, loaded))
+    assert len(apart) == 1
+    text = apart[0][0] // 30
+    assert apart[0] == rows[text, :8].tolist()
+    # pieces from any place of the other texts, as many tokens as they have
+    assert len(fit) >= 9 + 9 * 30 // 8
+    assert any(one[0] % 30 for one in fit)
+    assert all(one == list(range(one[0], one[0] + 8)) and one[0] // 30 != text for one in fit)
+    given, apart = (texts(found) for found in windows.parted(str(path), str(path), loaded))
+    assert given == apart == rows[:, :8].tolist()
+    plain = Windows(length=8, batch_size=4)
+    assert plain.parted(str(path), None, loaded)[1] is None

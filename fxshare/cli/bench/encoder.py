@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from fxshare.bench.encoder import EncoderRow
 
 
+_ROWS = 8
+"""Texts of a batch."""
+
+
 def encoder(
     model: Model,
     calibration: Annotated[
@@ -39,7 +43,8 @@ def encoder(
         typer.Option(
             "--refine",
             metavar="MINUTES",
-            help="Refine Basis Sharing and planned plans so long each, on texts of --calibration.",
+            help="Refine Basis Sharing and planned plans so long each, on texts of --calibration "
+            "and pieces of them.",
         ),
     ] = None,
     refine_samples: Annotated[
@@ -48,7 +53,7 @@ def encoder(
             "--refine-samples",
             min=2,
             metavar="N",
-            help="Texts to refine on. Default: as many as --samples.",
+            help="Texts to refine on. Default: all of --calibration.",
         ),
     ] = None,
     threads: Threads = 0,
@@ -68,7 +73,7 @@ def encoder(
     """
     from fxshare.bench.encoder import Refining, bench_encoder
     from fxshare.bench.speed.device import threads as using
-    from fxshare.data.batches import Sampling, sample_batches
+    from fxshare.data.batches import Sampling, batches_to_refine_on, sample_batches
     from fxshare.loading.names import load_model
     from fxshare.models.traits import vocabulary_of
     from fxshare.proposing.propose import init
@@ -79,24 +84,26 @@ def encoder(
     if refine is not None:
         RefineOptions(minutes=refine)  # a wrong value is told before anything is compiled
     loaded = load_model(model, allow_missing=allow_missing)
-    types = init(loaded.model).model_dump(include={"weight_types", "block_pattern"})
+    # half precision without instructions for it takes many times as long, and rounds each step
+    dense = loaded.model.float()
+    types = init(dense).model_dump(include={"weight_types", "block_pattern"})
 
-    def batches(spec: str, count: int) -> list[Any]:
-        return sample_batches(
-            spec,
-            Sampling(length=length, count=count, padded=True, batch_size=8, seed=seed),
-            tokenizer=loaded.tokenizer,
-            vocabulary=vocabulary_of(loaded.model),
-        )
+    reading: dict[str, Any] = {"tokenizer": loaded.tokenizer, "vocabulary": vocabulary_of(dense)}
 
-    fit, held_out = batches(calibration, samples), batches(data, texts)
+    def sampling(count: int | None) -> Sampling:
+        return Sampling(length=length, count=count, padded=True, batch_size=_ROWS, seed=seed)
+
+    fit: list[Any] = sample_batches(calibration, sampling(samples), **reading)
+    held_out: list[Any] = sample_batches(data, sampling(texts), **reading)
     refining = None
     if refine is not None:
-        further = fit if refine_samples is None else batches(calibration, refine_samples)
-        refining = Refining(refine, further)
+        further: tuple[Any, Any] = batches_to_refine_on(
+            calibration, sampling(refine_samples), **reading
+        )
+        refining = Refining(refine, *further)
     with using(threads):
         found = bench_encoder(
-            loaded.model,
+            dense,
             types,
             fit,
             held_out,
