@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-import fxshare
-from fxshare import Plan
-from fxshare.compiling.stages import prepare
-from fxshare.config import load_config
 from fxshare.plans.keys import keys_of
 from fxshare.sites.scores import all_scores
-from fxshare.verifying.multiplied import multiplied_out
-from tests.strategies import no_warnings_of_ours
 from tests.zoo.families import FAMILIES, Family
+from tests.zoo.narrowed import check_carried_out, prepared
 
 # one of each way to divide a product, to turn heads and to repeat them; the others repeat what
 # these show and are run with -m slow
@@ -55,8 +49,7 @@ def _all() -> list[Any]:
 
 @pytest.mark.parametrize("one", _all())
 def test_queries_and_keys_are_narrower_and_the_rest_is_what_it_says(one: Family) -> None:
-    subject = one.subject()
-    stages = prepare(subject.model, load_config(subject.config), one.batches(), None, None)
+    stages = prepared(one)
     graph = stages.captured.graph
     found = all_scores(graph, stages.sites, side_by_side=stages.captured.side_by_side)
     if one.name in NORMS:
@@ -71,16 +64,4 @@ def test_queries_and_keys_are_narrower_and_the_rest_is_what_it_says(one: Family)
     entries = [
         keys_of(x, kept=x.width // 2, name=f"keys_{number}") for number, x in enumerate(found.found)
     ]
-    plan = Plan(mode="planned", sites=stages.sites, units=tuple(entries))
-    with no_warnings_of_ours():
-        gm = fxshare.compile(
-            subject.model, subject.config, calibration=one.batches(), plan=plan, check=False
-        )
-    call = one.call(seed=3)
-    assert fxshare.verify(subject.model, gm, call).ok
-    assert fxshare.verify(subject.model, fxshare.lower(gm, prefer="speed"), call).ok
-    expected = multiplied_out(subject.model, gm)
-    if getattr(gm, "can_generate", lambda: False)() and "input_ids" in call:
-        ids = call["input_ids"][:1, :5]
-        options = {"max_new_tokens": 4, "do_sample": False}
-        assert torch.equal(gm.generate(ids, **options), expected.generate(ids, **options))
+    check_carried_out(one, stages, entries)
