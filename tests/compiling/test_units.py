@@ -20,6 +20,7 @@ from fxshare.errors import PlanError, StoreError
 from fxshare.plans.units import units_of
 from fxshare.result.products import slices_of
 from fxshare.sites.mlps import Mlps, mlps
+from fxshare.sites.tensors import site_tensors
 from fxshare.verifying.multiplied import multiplied_out
 from tests.strategies import no_warnings_of_ours
 from tests.toys import VOCABULARY
@@ -43,17 +44,20 @@ def model(family: str) -> nn.Module:
             made = tf.BertModel(tf.BertConfig(**sizes))
         elif family == "phi3":  # gate and up are one weight
             made = tf.Phi3ForCausalLM(tf.Phi3Config(**sizes, **some, num_key_value_heads=2))
+        elif family == "mixtral":  # and the experts of a layer are one, too
+            sizes |= {"num_key_value_heads": 1, "num_local_experts": 3}
+            made = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **some))
         else:
             made = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **some, num_key_value_heads=1))
         for name, parameter in made.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.3)
-            elif parameter.ndim == 2:  # activations far from linear
+            elif parameter.ndim > 1:  # activations far from linear
                 nn.init.normal_(parameter, std=0.4)
     return made.eval()
 
 
-FAMILIES = ("llama", "gpt2", "bert", "phi3")
+FAMILIES = ("llama", "gpt2", "bert", "phi3", "mixtral")
 
 
 def batches() -> list[Tensor]:
@@ -68,12 +72,15 @@ def found_in(original: nn.Module, front_end: str) -> tuple[Any, Mlps]:
 
 
 def plan_of(original: nn.Module, kept: float = 0.5, front_end: str = "fx") -> Plan:
-    """As one would write it: the first MLP whole, of the others a share of the units."""
+    """As one would write it: the first MLP whole, of the others a share of the units; experts have
+    names of their own, and fewer units the later they are."""
     stages, found = found_in(original, front_end)
-    entries = [
-        units_of(one.producers, one.consumer, kept=one.units if at == 0 else int(kept * one.units))
-        for at, one in enumerate(found.found)
-    ]
+    entries = []
+    for at, one in enumerate(found.found):
+        expert = one.consumer.slices[0].head or 0
+        left = one.units if at == 0 else int(kept * one.units) - expert
+        name = one.consumer.name if ".experts." in one.consumer.name else None
+        entries.append(units_of(one.producers, one.consumer, kept=left, name=name))
     return Plan(mode="planned", sites=stages.sites, units=tuple(entries))
 
 
@@ -125,12 +132,11 @@ def test_an_mlp_that_keeps_all_its_units_is_what_it_was(family: str) -> None:
     original, gm = pair(family)
     first = gm.fxshare.plan.units[0]
     assert first.kept == first.of
-    known = dict(original.named_parameters())
     for site in gm.fxshare.plan.sites:
         if site.name in first.sites:
             place = slices_of(gm)[site.slices[0].name]
             stored = gm.get_submodule(place.module).weight
-            assert stored.data_ptr() == known[f"{site.name}.weight"].data_ptr()
+            assert stored.data_ptr() == site_tensors(original, site)[0].data_ptr()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +156,7 @@ def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_
     torch.testing.assert_close(outputs(lowered), outputs(gm), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
 def test_it_generates_what_the_multiplied_out_model_does(family: str) -> None:
     original, gm = pair(family)
     ids = batches()[0][:2, :4]
@@ -215,9 +221,12 @@ def broken(gm: Any, change: str) -> Any:
     return result
 
 
-@pytest.mark.parametrize("change", ["bias", "weight", "index"])
-def test_verify_notices_a_wrong_index_and_stale_tensors(change: str) -> None:
-    original, gm = pair("gpt2")
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [*(("gpt2", change) for change in ("bias", "weight", "index")), ("mixtral", "index")],
+)
+def test_verify_notices_a_wrong_index_and_stale_tensors(family: str, change: str) -> None:
+    original, gm = pair(family)
     found = fxshare.verify(original, broken(gm, change), batches()[:1])
     assert not found.ok
     failed = " ".join(check.what for check in found.checks if not check.ok)
