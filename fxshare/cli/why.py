@@ -11,6 +11,7 @@ import fxshare
 if TYPE_CHECKING:
     from torch import nn
 
+    from fxshare.compiling.shown import Shown
     from fxshare.config import ShareConfig
     from fxshare.plans.plan import Group, Plan
     from fxshare.plans.units import Units
@@ -24,11 +25,12 @@ def explain(
     model: nn.Module, name: str, cfg: ShareConfig | None, record: Record | None
 ) -> list[str]:
     """Lines about the module or slice ``name``; a ``ConfigError`` if there is none."""
-    plan = _plan(model, cfg, record)
+    matching = None if record is not None or cfg is None else _shown(model, cfg)
+    plan = _plan(matching, cfg, record)
     sites = () if plan is None else plan.sites
     found = [] if plan is None else _planned(plan, name, cfg, record)
     if found:
-        return found
+        return [*found, *_of_an_mlp(matching, name)]
     modules = dict(model.named_modules(remove_duplicate=False))
     if name in modules and name:
         inside = [call for site in sites for call in site.readers if call.startswith(f"{name}.")]
@@ -82,15 +84,38 @@ def _planned(plan: Plan, name: str, cfg: ShareConfig | None, record: Record | No
     return []
 
 
-def _plan(model: nn.Module, cfg: ShareConfig | None, record: Record | None) -> Plan | None:
+def _shown(model: nn.Module, cfg: ShareConfig) -> Shown:
     from fxshare.compiling.shown import shown
+
+    return shown(model, cfg)
+
+
+def _of_an_mlp(matching: Shown | None, name: str) -> list[str]:
+    """Whether hidden units of a site may go, where they compete; why not, of what reads none."""
+    if matching is None or matching.mlps is None:
+        return []
+    for one in matching.mlps.found:
+        sites = (*one.producers, one.consumer)
+        if any(name in (*x.readers, *(s.name for s in x.slices)) for x in sites):
+            made = _few([site.name for site in one.producers])
+            return [
+                f"of an MLP with {one.units} hidden units: {made}, read by {one.consumer.name}; "
+                "some of them may go"
+            ]
+    for site in matching.sites:
+        reason = matching.mlps.reasons.get(site.name)
+        if reason is not None and name in (*site.readers, *(s.name for s in site.slices)):
+            return [f"no hidden units are told from what it reads: it {reason}"]
+    return []
+
+
+def _plan(matching: Shown | None, cfg: ShareConfig | None, record: Record | None) -> Plan | None:
     from fxshare.planning.rules import exact_plan, make_plan
 
     if record is not None:
         return record.plan
-    if cfg is None:
+    if cfg is None or matching is None:
         return None
-    matching = shown(model, cfg)
     if cfg.mode == "planned":  # what shares is decided by data; what matches is not
         return exact_plan(matching.sites, matching.skipped).model_copy(update={"mode": "planned"})
     return make_plan(cfg, matching.sites, matching.skipped)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxshare.base.surroundings import outside_inference, plain_surroundings
-from fxshare.compiling.stages import prepare
+from fxshare.compiling.stages import Stages, prepare
 from fxshare.config import ShareConfig
 from fxshare.errors import CaptureError
 from fxshare.models.traits import example_ids
 from fxshare.models.wrapped import unwrapped
 from fxshare.sites.match import match
+from fxshare.sites.mlps import Mlps, mlps
 from fxshare.sites.site import Site, Skipped
 
 
@@ -24,6 +25,8 @@ class Shown:
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     by_names: str = ""
+    mlps: Mlps | None = None
+    """Whose hidden units may go, where they are a kind that competes."""
 
 
 @plain_surroundings()
@@ -39,8 +42,15 @@ def shown(model: nn.Module, cfg: ShareConfig) -> Shown:
     else:
         try:
             stages = prepare(outside_inference(unwrapped(model)), cfg, None, example, None)
-            return Shown(stages.sites, stages.skipped)
+            return Shown(stages.sites, stages.skipped, mlps=_mlps(stages))
         except CaptureError as error:
             reason = str(error).splitlines()[0]
     matching = match(model, cfg)
     return Shown(matching.sites, matching.skipped, reason)
+
+
+def _mlps(stages: Stages) -> Mlps | None:
+    if "units" not in stages.cfg.planner.kinds:
+        return None
+    captured = stages.captured
+    return mlps(captured.graph, stages.sites, side_by_side=captured.side_by_side)

@@ -354,6 +354,13 @@ def test_before_planning_there_is_nothing_to_explain_yet(fxshare: Run, budget: P
     ran = fxshare("inspect", "cli_toy:make", "-c", budget, *keep, "--why", "blocks.0.fc")
     assert ran.code == 0
     assert "is decided with data" in ran.out
+    assert "hidden units" not in ran.out
+    units = ("-c", budget, *keep, "--set", "planner.kinds=[basis, units]", "--why", "blocks.0.fc")
+    ran = fxshare("inspect", "cli_toy:make", *units)
+    assert "is decided with data" in ran.out
+    assert "of an MLP with 24 hidden units: blocks.0.fc, read by blocks.0.proj" in ran.out
+    ran = fxshare("inspect", "cli_toy:make", "--set", "capture=modules", *units)
+    assert "no hidden units are told from what it reads: it stands in no graph" in ran.out
     ran = fxshare("validate", "cli_toy:make", "-c", budget, *keep, "--json")
     assert ran.code == 0, ran.err
     assert (ran.json["weights"], ran.json["params_kept"]) == (2304, None)

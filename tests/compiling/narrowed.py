@@ -43,12 +43,15 @@ def model(family: str) -> nn.Module:
             made = tf.BertModel(tf.BertConfig(**sizes))
         elif family == "phi3":  # gate and up are one weight
             made = tf.Phi3ForCausalLM(tf.Phi3Config(**sizes, **some, num_key_value_heads=2))
+        elif family == "mixtral":  # and the experts of a layer are one, too
+            sizes |= {"num_key_value_heads": 1, "num_local_experts": 3}
+            made = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **some))
         else:
             made = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **some, num_key_value_heads=1))
         for name, parameter in made.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.3)
-            elif parameter.ndim == 2:  # activations far from linear
+            elif parameter.ndim > 1:  # activations far from linear
                 nn.init.normal_(parameter, std=0.4)
     return made.eval()
 

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare import FxShareWarning
+from fxshare.compiling.stages import prepare
+from fxshare.config import load_config
 from fxshare.sites.match import match
+from fxshare.sites.mlps import mlps
 from fxshare.sites.tensors import site_tensors
+from fxshare.verifying.multiplied import multiplied_out
+from tests.strategies import no_warnings_of_ours
 
 E, WIDTH, INNER = 3, 8, 12
 TYPES = {"up": {"pattern": r".*\.up$", "split": "gate_up"}, "down": {"pattern": r".*\.down$"}}
@@ -109,6 +114,40 @@ def test_experts_are_compressed_saved_and_lowered(how: str, mode: str, tmp_path:
     loaded = fxshare.load(tmp_path / "saved", model=Mixture(how).eval())
     torch.testing.assert_close(loaded(x), gm(x), rtol=0, atol=0)
     torch.testing.assert_close(fxshare.lower(gm)(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+UNITS = {"budget": {"params_kept": 0.7}, "planner": {"search": "off", "kinds": ["units"]}}
+
+
+@pytest.mark.parametrize("how", ["all at once", "einsum", "one by one"])
+def test_every_expert_keeps_a_number_of_units_of_its_own(how: str, tmp_path: Path) -> None:
+    model = Mixture(how).eval()
+    with no_warnings_of_ours():
+        gm = fxshare.compile(model, [CONFIG, UNITS], calibration=_data())
+    entries = gm.fxshare.plan.units
+    assert {one.consumer.rpartition(".")[0] for one in entries} <= {
+        "layers.0.down",
+        "layers.1.down",
+    }
+    assert len({one.kept for one in entries}) > 1
+    assert gm.fxshare.report.params_kept <= 0.7
+    x = _data()[0]
+    expected = multiplied_out(model, gm)(x)
+    torch.testing.assert_close(gm(x), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - model(x)).abs().max() > 1e-3
+    assert fxshare.verify(model, gm, _data()[:1]).ok
+    fxshare.save(gm, tmp_path / "saved")
+    loaded = fxshare.load(tmp_path / "saved", model=Mixture(how).eval())
+    torch.testing.assert_close(loaded(x), gm(x), rtol=0, atol=0)
+    torch.testing.assert_close(fxshare.lower(gm)(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_are_put_together_otherwise_keep_their_units_and_it_says_why() -> None:
+    model = Mixture("in halves").eval()
+    stages = prepare(model, load_config(CONFIG), _data(), None, None)
+    found = mlps(stages.captured.graph, stages.sites)
+    assert not found.found
+    assert "'cat_2' (call_function) comes before it" in found.reasons["layers.1.down.2"]
 
 
 def test_a_square_stack_is_told_by_the_graph_alone() -> None:

@@ -18,6 +18,7 @@ from fxshare.errors import PlanError, StoreError
 from fxshare.plans.units import units_of
 from fxshare.result.products import slices_of
 from fxshare.sites.mlps import Mlps, mlps
+from fxshare.sites.tensors import site_tensors
 from tests.compiling.narrowed import (
     FAMILIES,
     GENERATING,
@@ -45,12 +46,15 @@ def found_in(original: nn.Module, front_end: str) -> tuple[Any, Mlps]:
 
 
 def plan_of(original: nn.Module, kept: float = 0.5, front_end: str = "fx") -> Plan:
-    """As one would write it: the first MLP whole, of the others a share of the units."""
+    """As one would write it: the first MLP whole, of the others a share of the units; experts have
+    names of their own, and fewer units the later they are."""
     stages, found = found_in(original, front_end)
-    entries = [
-        units_of(one.producers, one.consumer, kept=one.units if at == 0 else int(kept * one.units))
-        for at, one in enumerate(found.found)
-    ]
+    entries = []
+    for at, one in enumerate(found.found):
+        expert = one.consumer.slices[0].head or 0
+        left = one.units if at == 0 else int(kept * one.units) - expert
+        name = one.consumer.name if ".experts." in one.consumer.name else None
+        entries.append(units_of(one.producers, one.consumer, kept=left, name=name))
     return Plan(mode="planned", sites=stages.sites, units=tuple(entries))
 
 
@@ -68,31 +72,30 @@ def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_it_computes_what_its_weights_multiply_out_to(family: str, front_end: str) -> None:
     original, gm = pair(family, front_end)
     check_computed_and_counted(original, gm)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_an_mlp_that_keeps_all_its_units_is_what_it_was(family: str) -> None:
     original, gm = pair(family)
     first = gm.fxshare.plan.units[0]
     assert first.kept == first.of
-    known = dict(original.named_parameters())
     for site in gm.fxshare.plan.sites:
         if site.name in first.sites:
             place = slices_of(gm)[site.slices[0].name]
             stored = gm.get_submodule(place.module).weight
-            assert stored.data_ptr() == known[f"{site.name}.weight"].data_ptr()
+            assert stored.data_ptr() == site_tensors(original, site)[0].data_ptr()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
     check_lowered_saved_and_loaded(*pair(family), tmp_path)
 
 
-@pytest.mark.parametrize("family", GENERATING)
+@pytest.mark.parametrize("family", [*GENERATING, "mixtral"])
 def test_it_generates_what_the_multiplied_out_model_does(family: str) -> None:
     check_generated(*pair(family), "dynamic")
 
@@ -136,9 +139,12 @@ def broken(gm: Any, change: str) -> Any:
     return result
 
 
-@pytest.mark.parametrize("change", ["bias", "weight", "index"])
-def test_verify_notices_a_wrong_index_and_stale_tensors(change: str) -> None:
-    original, gm = pair("gpt2")
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [*(("gpt2", change) for change in ("bias", "weight", "index")), ("mixtral", "index")],
+)
+def test_verify_notices_a_wrong_index_and_stale_tensors(family: str, change: str) -> None:
+    original, gm = pair(family)
     failed = failed_checks(original, broken(gm, change))
     assert "bias" in failed if change == "bias" else "weight" in failed
 
