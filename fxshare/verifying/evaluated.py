@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from fxshare.capture import Call
 from fxshare.capture.guards import hold_dtype
 from fxshare.capture.steered import set_training
+from fxshare.result.module import record_of
 from fxshare.verifying.widening import widen
 from passes.graph.graph import structure_copy
 
@@ -21,13 +23,28 @@ def evaluated(module: nn.Module, half: bool) -> nn.Module:
     set_training(copy, False)
     for m in copy.modules():
         if half and isinstance(m, fx.GraphModule):
-            _cast_to_float32(m)
+            cast_to_float32(m)
     if half:
         widen(copy)
     return copy
 
 
-def _cast_to_float32(gm: fx.GraphModule) -> None:
+def as_float32(call: Call) -> Call:
+    """A call whose numbers are in float32, for such a copy."""
+    return {
+        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def only_in_its_dtype(gm: nn.Module) -> bool:
+    """Whether the graph was traced on a path that the model takes in its own dtype only."""
+    graph = gm.graph if isinstance(gm, fx.GraphModule) else fx.Graph()
+    holds = any(node.target is hold_dtype for node in graph.nodes)
+    return holds and record_of(gm).front_end == "fx"
+
+
+def cast_to_float32(gm: fx.GraphModule) -> None:
     """Dtypes that are constants of the graph, as torch.export makes them, become float32."""
 
     def wider(leaf: Any) -> Any:
