@@ -31,6 +31,9 @@ from fxshare.result.module import record_of
 _LOG = logging.getLogger(__name__)
 _POOLED = 0.5
 """What is compared are means over tokens, which therefore count half where plans are refined."""
+_RATE = 5e-4
+"""Of all-MiniLM-L6-v2 at half its numbers 150 processor seconds took the cosine from 0.909 to 0.936
+with it, to 0.932 with 1e-3 and to 0.910 with 3e-3; a test would take a tenth of the time."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ def _refined(
         heldout=refining.held_out,
         objective="hidden",
         pool_weight=_POOLED,
+        also=("norms", "biases"),
+        learning_rate=_RATE,
         seed=seed,
     )
     done = record_of(result).refined[-1]

@@ -81,7 +81,7 @@ def widened(module: nn.Module) -> nn.Module:
     copy = structure_copy(module)
     for part in copy.modules():
         if isinstance(part, fx.GraphModule):
-            _cast_to_float32(part)
+            cast_to_float32(part)
     widen(copy)
     return copy
 
@@ -102,7 +102,7 @@ def to_measure(captured: Captured) -> Captured:
     return captured.computing(made)
 
 
-def _cast_to_float32(gm: fx.GraphModule) -> None:
+def cast_to_float32(gm: fx.GraphModule) -> None:
     """Dtypes that are constants of the graph, as torch.export makes them, become float32."""
 
     def wider(leaf: Any) -> Any:
@@ -126,4 +126,4 @@ def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     return nn.Parameter(wide, requires_grad=False) if is_parameter else wide
 
 
-__all__ = ["Widened", "to_measure", "widen", "widened"]
+__all__ = ["Widened", "cast_to_float32", "to_measure", "widen", "widened"]

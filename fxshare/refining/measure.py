@@ -26,6 +26,7 @@ from fxshare.refining.objectives import Objective, Summed, data_loss
 from fxshare.refining.parts import parts_of
 from fxshare.refining.student import Student
 from fxshare.result.refinement import Measured
+from fxshare.verifying.evaluated import as_float32
 
 _LOG = logging.getLogger(__name__)
 _KEPT_BYTES = 1 << 26
@@ -35,17 +36,20 @@ _FREE = 4
 
 @dataclass
 class Teacher:
-    """What the student is to come near to: a module in eval mode, or none."""
+    """What the student is to come near to: a module in eval mode, or none; with ``wide`` it takes
+    float32."""
 
     module: nn.Module | None
     objective: Objective
+    wide: bool = False
 
     def targets(self, call: Call, device: torch.device) -> Any:
         """What the objective keeps of its output, on the student's device."""
         if self.module is None or not self.objective.needs_teacher:
             return None
         with torch.no_grad():
-            output = self.module(**to_device(call, device_of(self.module)))
+            given = to_device(call, device_of(self.module))
+            output = self.module(**(as_float32(given) if self.wide else given))
             found = self.objective.targets(output, call)
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), found)
 

@@ -29,6 +29,7 @@ from fxshare.refining.balance import balance
 from fxshare.refining.batches import Batches, divided
 from fxshare.refining.blocks import Blockwise, train_blocks
 from fxshare.refining.checkpoint import Checkpoints
+from fxshare.refining.float32 import is_wide
 from fxshare.refining.measure import Measure, Teacher
 from fxshare.refining.objectives import Objective, objective_of
 from fxshare.refining.options import ObjectiveName, RefineOptions, also_of
@@ -228,13 +229,16 @@ def _prepared(
     caller = record_of(gm).caller(model)
     if options.shard and here().size > 1:
         check_graph(gm)
-    student = Student(gm, trainable_of(gm, model, options.also))
-    module = None if teacher is None else evaluated(runnable(unwrapped(teacher)), False)
+    wide = is_wide(gm, options)
+    student = Student(gm, trainable_of(gm, model, options.also), wide=wide)
+    module = None if teacher is None else evaluated(runnable(unwrapped(teacher)), wide)
     call = caller(data.fit[0])
     with torch.no_grad():
         output = student(call)
     objective = objective_of(options, loss, output, call, teacher=module is not None)
-    return _Prepared(student, objective, Teacher(module, objective), data, caller, options, loss)
+    return _Prepared(
+        student, objective, Teacher(module, objective, wide), data, caller, options, loss
+    )
 
 
 def _refined(prepared: _Prepared, model: nn.Module, checkpoints: Checkpoints | None) -> Compiled:

@@ -15,11 +15,13 @@ from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
 from fxshare.capture.steered import set_training
 from fxshare.errors import RefineError
+from fxshare.refining.float32 import in_float32, widen
 from fxshare.refining.parameters import Trainable
 from fxshare.refining.shards import Shards, local, passing
 from fxshare.result.module import Compiled, record_of
 from fxshare.result.record import Record
 from fxshare.rewriting.lowering import shared_copy
+from fxshare.verifying.evaluated import as_float32
 from passes.graph.graph import structure_copy
 
 State = Mapping[str, Tensor]
@@ -33,38 +35,50 @@ class Student:
     ``gm``, and frozen.
 
     Parameters in half precision are trained in float32 and rounded before each run: a step is
-    smaller than their last digit.
+    smaller than their last digit. With ``wide`` the module computes in float32 on what they are
+    rounded to.
     """
 
-    def __init__(self, gm: nn.Module, trainable: Trainable) -> None:
+    def __init__(self, gm: nn.Module, trainable: Trainable, *, wide: bool = False) -> None:
         self.gm = gm
         self.trainable = trainable
+        self._wide = wide
         named = dict(gm.named_parameters())
+        self._dtypes = {name: named[name].dtype for name in trainable.names}
         self._stored = {
-            name: nn.Parameter(named[name].detach().clone(memory_format=torch.preserve_format))
+            name: nn.Parameter(self._read(named[name]).clone(memory_format=torch.preserve_format))
             for name in trainable.names
         }
         instead: dict[int, object] = {
-            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+            id(parameter): nn.Parameter(self._read(parameter), requires_grad=False)
             for parameter in named.values()
         }
         instead.update({id(named[name]): own for name, own in self._stored.items()})
-        self.module: nn.Module = structure_copy(gm, memo=instead, one_code=True)
+        self.module: nn.Module = structure_copy(gm, memo=instead, one_code=not wide)
         set_training(self.module, False)
+        if wide:
+            widen(self.module)
         self.masters: dict[str, Tensor] = {
-            name: own.detach() if own.itemsize > 2 else own.detach().float()
+            name: own.detach()
+            if own.dtype == self._dtypes[name] and own.itemsize > 2
+            # of its own, since it is rounded on its way to the module
+            else own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True)
             for name, own in self._stored.items()
         }
         """What the optimiser changes; of a parameter in full precision its own memory. After
         :meth:`shard` this rank's rows, as all states and gradients."""
         self._shards: Shards | None = None
-        half = any(own.dtype == torch.float16 for own in self._stored.values())
+        half = any(own.dtype == torch.float16 for own in self._stored.values())  # not where wide
         self._loss_scale = _LOSS_SCALE if half else 1.0
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Those in which the trained parameters are stored."""
-        return {own.dtype for own in self._stored.values()}
+        return set(self._dtypes.values())
+
+    def _read(self, parameter: Tensor) -> Tensor:
+        """A parameter as the module reads it."""
+        return in_float32(parameter.detach()) if self._wide else parameter.detach()
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +89,8 @@ class Student:
         """The output for a call; ``run`` in place of the module, where it was compiled."""
         module = self.module if run is None else run
         with self._passing():
-            return module(**to_device(call, self.device))
+            given = to_device(call, self.device)
+            return module(**(as_float32(given) if self._wide else given))
 
     def backward(self, loss: Tensor, *, share: float = 1.0) -> None:
         """Add the gradient of a share of ``loss`` to what is there."""
@@ -171,8 +186,8 @@ class Student:
     def round(self) -> None:
         """Put the masters, rounded, where the module reads them."""
         for name, own in self._stored.items():
-            if own.dtype != self.masters[name].dtype:
-                local(own.detach()).copy_(self.masters[name])
+            if self._dtypes[name] != self.masters[name].dtype:
+                local(own.detach()).copy_(self.masters[name].to(self._dtypes[name]))
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is trained."""

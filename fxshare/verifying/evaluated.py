@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, fx, nn
 
+from fxshare.capture import Call
+from fxshare.capture.guards import hold_dtype
 from fxshare.capture.steered import set_training
 from fxshare.capture.widening import widened
+from fxshare.result.module import record_of
 from passes.graph.graph import structure_copy
 
 
@@ -15,3 +18,18 @@ def evaluated(module: nn.Module, half: bool) -> nn.Module:
     copy = widened(module) if half else structure_copy(module, one_code=True)
     set_training(copy, False)
     return copy
+
+
+def as_float32(call: Call) -> Call:
+    """A call whose numbers are in float32, for such a copy."""
+    return {
+        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def only_in_its_dtype(gm: nn.Module) -> bool:
+    """Whether the graph was traced on a path that the model takes in its own dtype only."""
+    graph = gm.graph if isinstance(gm, fx.GraphModule) else fx.Graph()
+    holds = any(node.target is hold_dtype for node in graph.nodes)
+    return holds and record_of(gm).front_end == "fx"

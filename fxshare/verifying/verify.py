@@ -9,21 +9,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
 from fxshare.base.progress import stage
 from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import Call, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
-from fxshare.capture.guards import hold_dtype
 from fxshare.errors import CheckFailed, MatchError
 from fxshare.models.wrapped import unwrapped
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product
 from fxshare.sites.tensors import site_tensors
-from fxshare.verifying.evaluated import evaluated
+from fxshare.verifying.evaluated import as_float32, evaluated, only_in_its_dtype
 from fxshare.verifying.multiplied import is_large, multiplied_out
 from passes.errors import FxShareError
 from passes.graph.modes import cast_dtypes
@@ -116,7 +115,7 @@ def verify(
         raise FxShareError(
             "nothing to verify on: the model was captured without example inputs; give inputs=..."
         )
-    half = dtype_of(model) in (torch.float16, torch.bfloat16) and not _own_way(gm)
+    half = dtype_of(model) in (torch.float16, torch.bfloat16) and not only_in_its_dtype(gm)
     left, right = evaluated(model, half), evaluated(gm, half)
     depth = 2 * len(record.plan.sites) + 1
     dtype = torch.float32 if half else dtype_of(model)
@@ -124,7 +123,7 @@ def verify(
         dtype = max((dtype, *cast_dtypes(gm.graph)), key=lambda d: torch.finfo(d).eps)
     limit = tolerance(dtype, depth)
     if half:
-        calls = [(what, _as_float32(call)) for what, call in calls]
+        calls = [(what, as_float32(call)) for what, call in calls]
     if record.plan.mode == "exact":
         checks = _outputs(left, left, right, calls, limit)
     else:
@@ -211,20 +210,6 @@ def _takes(model: nn.Module, call: Call) -> bool:
 
 def _shape(call: Call) -> str:
     return " ".join("×".join(map(str, t.shape)) for t in tensors(call)[:1])
-
-
-def _as_float32(call: Call) -> Call:
-    return {
-        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in call.items()
-    }
-
-
-def _own_way(gm: nn.Module) -> bool:
-    """Whether the graph was traced on a path that the model takes in its own dtype only."""
-    graph = gm.graph if isinstance(gm, fx.GraphModule) else fx.Graph()
-    holds = any(node.target is hold_dtype for node in graph.nodes)
-    return holds and record_of(gm).front_end == "fx"
 
 
 def _weights(model: nn.Module, gm: nn.Module) -> Check:
