@@ -173,6 +173,12 @@ def tensors(call: Call) -> list[Tensor]:
     return [v for v in leaves(dict(call)) if isinstance(v, Tensor)]
 
 
+def as_float32(call: Call) -> Call:
+    """A call whose numbers are in float32, for a copy that computes in it."""
+    wide: Call = mapped(Tensor, lambda t: t.float() if t.is_floating_point() else t, dict(call))
+    return wide
+
+
 def to_device(call: Call, device: torch.device) -> Call:
     """The call with every tensor on ``device``."""
     moved: Call = mapped(Tensor, lambda t: t.to(device), dict(call))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxshare.base.placement import device_of
-from fxshare.capture.call import Call, bind, completed, to_device, without_labels
+from fxshare.capture.call import Call, as_float32, bind, completed, to_device, without_labels
 from fxshare.capture.switches import without_cache
 
 
@@ -20,7 +20,8 @@ class Caller:
     ``keep`` names the optional labels that stay in a call; data brings them along for training,
     and a graph that was captured without has no input for them. ``mask`` says whether one of ones
     is filled in, and ``options`` are what is no tensor, for batches that do not say it.
-    ``cache_off`` is no where the model refuses ``use_cache=False``.
+    ``cache_off`` is no where the model refuses ``use_cache=False``. With ``wide`` the numbers of a
+    batch are made float32.
     """
 
     model: nn.Module
@@ -28,6 +29,7 @@ class Caller:
     mask: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     cache_off: bool = True
+    wide: bool = False
 
     def __call__(self, batch: object) -> Call:
         """The batch bound to the names of ``forward``, without labels, with what a Hugging Face
@@ -43,7 +45,8 @@ class Caller:
         call: Call = {**self.options, **bind(self.model, batch)}
         call = without_labels(self.model, call, self.keep)
         call = completed(self.model, call, mask=self.mask)
-        return without_cache(self.model, call) if self.cache_off else call
+        call = without_cache(self.model, call) if self.cache_off else call
+        return as_float32(call) if self.wide else call
 
 
 __all__ = ["Caller"]

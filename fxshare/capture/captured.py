@@ -41,17 +41,24 @@ class Captured:
     notes: tuple[str, ...]
     seconds: float
     contract: Contract | None = None
+    wide: bool = False
+    """Whether a graph of a model in half precision computes in float32."""
 
     @property
     def caller(self) -> Caller:
         """Makes a call of a batch: ``captured.caller(batch)``. Labels stay in it where the capture
         saw them; a mask, and options that are no tensors, are filled in where it had them."""
         if self.shapes is None:
-            return Caller(self.model)
+            return Caller(self.model, wide=self.wide)
         base = self.shapes.base
         options = {name: value for name, value in base.items() if not holds_tensor(value)}
         return Caller(
-            self.model, tuple(base), mask=MASK in base, options=options, cache_off=SWITCH in base
+            self.model,
+            tuple(base),
+            mask=MASK in base,
+            options=options,
+            cache_off=SWITCH in base,
+            wide=self.wide,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def to_measure(captured: Captured) -> Captured:
     for new, old in zip(made.parameters(), module.parameters(), strict=True):
         if not isinstance(new, Widened):
             new.requires_grad_(old.requires_grad)
-    return captured.computing(made)
+    return replace(captured.computing(made), wide=True)
 
 
 def cast_to_float32(gm: fx.GraphModule) -> None:

@@ -110,7 +110,7 @@ class Stages:
             self.measuring,
             self.sites,
             weights,
-            self.captured.caller(first),
+            self.measuring.caller(first),
             limit=self.cfg.calibration.max_memory,
             gradients=gradients,
             folder=folder,

@@ -21,12 +21,11 @@ from fxshare.base.processes import here
 from fxshare.base.spent import part
 from fxshare.base.unfinished import temporary_folder
 from fxshare.capture import Call, device_of
-from fxshare.capture.call import to_device
+from fxshare.capture.call import as_float32, to_device
 from fxshare.refining.objectives import Objective, Summed, data_loss
 from fxshare.refining.parts import parts_of
 from fxshare.refining.student import Student
 from fxshare.result.refinement import Measured
-from fxshare.verifying.evaluated import as_float32
 
 _LOG = logging.getLogger(__name__)
 _KEPT_BYTES = 1 << 26

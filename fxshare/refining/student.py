@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxshare.base.processes import here
 from fxshare.calibration.offload import offloaded
 from fxshare.capture import Call, device_of
-from fxshare.capture.call import to_device
+from fxshare.capture.call import as_float32, to_device
 from fxshare.capture.steered import set_training
 from fxshare.errors import RefineError
 from fxshare.refining.float32 import in_float32, widen
@@ -21,7 +21,6 @@ from fxshare.refining.shards import Shards, local, passing
 from fxshare.result.module import Compiled, record_of
 from fxshare.result.record import Record
 from fxshare.rewriting.lowering import shared_copy
-from fxshare.verifying.evaluated import as_float32
 from passes.graph.graph import structure_copy
 
 State = Mapping[str, Tensor]

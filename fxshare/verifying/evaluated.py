@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fxshare.capture import Call
 from fxshare.capture.guards import hold_dtype
 from fxshare.capture.steered import set_training
 from fxshare.capture.widening import widened
@@ -18,14 +17,6 @@ def evaluated(module: nn.Module, half: bool) -> nn.Module:
     copy = widened(module) if half else structure_copy(module, one_code=True)
     set_training(copy, False)
     return copy
-
-
-def as_float32(call: Call) -> Call:
-    """A call whose numbers are in float32, for such a copy."""
-    return {
-        k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in call.items()
-    }
 
 
 def only_in_its_dtype(gm: nn.Module) -> bool:

@@ -16,13 +16,14 @@ from fxshare.base.progress import stage
 from fxshare.base.surroundings import plain_surroundings
 from fxshare.capture import Call, device_of, dtype_of, quiet, resized, tensors
 from fxshare.capture.adapted import runnable
+from fxshare.capture.call import as_float32
 from fxshare.errors import CheckFailed, MatchError
 from fxshare.models.wrapped import unwrapped
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product
 from fxshare.sites.tensors import site_tensors
-from fxshare.verifying.evaluated import as_float32, evaluated, only_in_its_dtype
+from fxshare.verifying.evaluated import evaluated, only_in_its_dtype
 from fxshare.verifying.multiplied import is_large, multiplied_out
 from passes.errors import FxShareError
 from passes.graph.modes import cast_dtypes

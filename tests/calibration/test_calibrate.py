@@ -341,6 +341,20 @@ def test_half_precision_is_measured_as_its_float32_copy_is(
     assert to_measure(captured) is captured
 
 
+def test_inputs_in_half_precision_are_measured_in_float32_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pixels, say: numbers that meet weights in the first step."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).bfloat16()
+    data = [torch.randn(5, 6).bfloat16() for _ in range(3)]
+    sites = match(model, load_config({"weight_types": {"w": {"pattern": "[02]"}}})).sites
+    captured = capture(model, Caller(model)(data[0]), mode="fx")
+    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: False)
+    found = calibrate(to_measure(captured), data, sites)
+    rows = torch.cat(data).double()
+    assert worst(found.gram("0"), rows.T @ rows / len(rows)).relative < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_compiled_in_their_dtype(dtype: torch.dtype) -> None:
     cfg = {**EVERYTHING, "group_size": 1, "compression_rate": 0.5}
