@@ -229,7 +229,7 @@ def _prepared(
     caller = record_of(gm).caller(model)
     if options.shard and here().size > 1:
         check_graph(gm)
-    wide = is_wide(gm, options)
+    wide = loss is None and is_wide(gm, options)
     student = Student(gm, trainable_of(gm, model, options.also), wide=wide)
     module = None if teacher is None else evaluated(runnable(unwrapped(teacher)), wide)
     call = caller(data.fit[0])
