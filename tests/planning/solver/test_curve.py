@@ -84,3 +84,12 @@ def test_floor_and_ceiling_bound_every_option_but_dense(
 def test_losses_that_are_none_are_refused(wrong: float) -> None:
     with pytest.raises(PlanError, match="not finite or below zero"):
         curve([(1, wrong), (2, 0.0)])
+
+
+def test_under_a_floor_above_everything_the_dearest_is_left() -> None:
+    """Dense weights in few bits are an option like others, and cost less than the floor."""
+    cost, label = np.array([1, 3, 4]), np.array([1, 2, 3])
+    assert allowed(cost, label, least=5.0).tolist() == [2]
+    assert allowed(cost, label, least=4.0).tolist() == [2]
+    assert allowed(cost, np.array([1, 2, DENSE]), least=5.0).tolist() == [2]
+    assert allowed(cost[:0], label[:0]).tolist() == []
