@@ -8,18 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from passes.base import Pass
-from passes.graph.graph import linear_at
-from passes.graph.hidden import VIEWS, Hidden, NotHidden, hidden_units, name_of, reads_dtype
+from passes.graph.graph import attribute, linear_at
+from passes.graph.hidden import (
+    VIEWS,
+    Hidden,
+    NotHidden,
+    hidden_units,
+    input_of,
+    name_of,
+    reads_dtype,
+)
 from passes.graph.noted import NOTED
 from passes.graph.stacks import ndim_of
 from passes.graph.writes import is_in_place, is_written
-from passes.sharing.unstack_experts import erase_chain, expert_rows, joined_rows
-
-_ENDS = ("cpu", torch.int64)
-Way = tuple[object, ...]
+from passes.sharing.joins import Join, Way, cut_of, join_of
+from passes.sharing.unstack_experts import erase_chain
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class DropJoins(Pass):
         z_1 = getattr(self.experts.down_proj, '1')(silu(up_1))
 
     Experts may then be of different widths. Likewise ``torch.stack`` and ``select``, and runs of
-    rows that ``torch.cat`` puts together and ``torch.tensor_split`` takes apart at the same ends.
+    rows that ``torch.cat`` puts together and ``torch.tensor_split`` takes apart at the same ends,
+    or ``torch.split`` in the same sizes.
     """
 
     name: ClassVar[str] = "drop-joins"
@@ -101,7 +108,7 @@ def _taken(gm: fx.GraphModule) -> Iterator[_Taken]:
     """What of a graph is taken apart to be read by the linears of experts."""
     found: dict[object, _Taken] = {}
     for node in list(gm.graph.nodes):
-        cut = _cut(node)
+        cut = cut_of(node)
         if cut is None:
             continue
         way, parts, rest = cut
@@ -123,34 +130,6 @@ def _taken(gm: fx.GraphModule) -> Iterator[_Taken]:
         if one.readers:
             _look_through_expand(one)
             yield one
-
-
-def _cut(node: fx.Node) -> tuple[Way, dict[fx.Node, int], list[fx.Node]] | None:
-    """How a node takes a part of its first argument, the parts by node, and the sizes that are read
-    of what is no part."""
-    arguments: Any = node.args
-    if (node.op, node.target) == ("call_method", "index_select") and len(arguments) == 3:
-        _, dim, rows = arguments
-        at = _number_of(rows)
-        return None if at is None or dim != 0 else (("rows", at[0]), {node: at[1]}, [])
-    if (node.op, node.target) == ("call_method", "select") and len(arguments) == 3:
-        source, dim, number = arguments
-        if not isinstance(dim, int) or not isinstance(number, int) or number < 0:
-            return None
-        return ("stack", _from_end(dim, ndim_of(source))), {node: number}, []
-    if node.target is operator.getitem and type(arguments[1]) is int and arguments[1] >= 0:
-        ndim = ndim_of(arguments[0])
-        return None if ndim is None else (("stack", -ndim), {node: arguments[1]}, [])
-    ends = _ends(node)
-    items: Any = [(user, user.args[1]) for user in node.users if user.target is operator.getitem]
-    if ends is None or len(items) < len(node.users):
-        return None
-    last = max((number for _, number in items), default=0)
-    rest = [size for user, number in items if number == last for size in user.users]
-    if not all(size.target == "size" and size.args[1:] == (0,) for size in rest):
-        return None
-    parts = {user: number for user, number in items if number < last}
-    return ("runs", ends, last), parts, rest
 
 
 def _look_through_expand(one: _Taken) -> None:
@@ -180,81 +159,6 @@ def _look_through_expand(one: _Taken) -> None:
     one.source, one.cuts = source, [node]
 
 
-def _number_of(rows: object) -> tuple[fx.Node, int] | None:
-    """Of which routing some rows are, and those of which expert."""
-    if not isinstance(rows, fx.Node) or rows.target is not operator.getitem:
-        return None
-    routing: Any = rows.args[0]
-    number: Any = rows.args[1]
-    return (routing, number) if routing.target is expert_rows else None
-
-
-def _from_end(dim: int, ndim: int | None) -> int:
-    return dim if ndim is None or dim < 0 else dim - ndim
-
-
-def _ends(node: fx.Node) -> fx.Node | None:
-    """Where a node cuts rows into runs: at the ends that another node has."""
-    if node.target is not torch.tensor_split or len(node.args) != 2:
-        return None
-    ends = node.args[1]
-    if not isinstance(ends, fx.Node) or ends.target != "to" or ends.args[1:] != _ENDS:
-        return None
-    return ends.args[0] if isinstance(ends.args[0], fx.Node) else None
-
-
-@dataclass(frozen=True)
-class _Join:
-    way: Way
-    parts: tuple[fx.Node, ...]
-    rest: fx.Node | None = None
-    """The number of rows that are no expert's."""
-
-
-def _join(node: fx.Node) -> _Join | None:
-    """What a node puts together, and how; None where it does not."""
-    arguments: Any = node.args
-    if node.target is joined_rows:
-        rows, parts = arguments
-        found = [_number_of(one) for one in rows]
-        routing = found[0][0] if found and found[0] is not None else None
-        if routing is None or found != [(routing, n) for n in range(len(parts))]:
-            return None
-        if routing.args[1:] != (len(parts),):
-            return None
-        return _Join(("rows", routing), tuple(parts))
-    if node.target is torch.stack:
-        dim: Any = arguments[1] if len(arguments) > 1 else node.kwargs.get("dim", 0)
-        return _Join(("stack", _from_end(dim, ndim_of(node))), tuple(arguments[0]))
-    if node.target is not torch.cat or node.kwargs or len(arguments) != 1:
-        return None
-    *parts, zeros = arguments[0]
-    runs = [_run_of(part) for part in parts]
-    source = runs[0].args[0] if runs and runs[0] is not None else None
-    ends = _ends(source) if isinstance(source, fx.Node) else None
-    if ends is None or zeros.target != "new_zeros":
-        return None
-    if any(run is None or run.args != (source, number) for number, run in enumerate(runs)):
-        return None
-    left = zeros.args[1][0]
-    read = left.args[0] if isinstance(left, fx.Node) and left.target == "size" else None
-    if not isinstance(read, fx.Node) or read.target is not operator.getitem:
-        return None
-    if read.args != (source, len(parts)) or left.args[1:] != (0,):
-        return None
-    return _Join(("runs", ends, len(parts)), tuple(parts), left)
-
-
-def _run_of(part: fx.Node) -> fx.Node | None:
-    """The run of rows that a product of an expert, or one in slices, is computed from."""
-    while part.op == "call_module" or part.target in (torch.cat, operator.getitem):
-        first: Any = part.args[0]
-        if part.target is operator.getitem and _ends(first) is not None:
-            return part
-        part = first[0] if isinstance(first, (list, tuple)) else first
-    return None
-
-
 def _width(gm: fx.GraphModule, part: fx.Node) -> int | None:
     """How many numbers of each row an expert makes; None where its part is no product."""
     arguments: Any = part.args
@@ -272,15 +176,15 @@ def _width(gm: fx.GraphModule, part: fx.Node) -> int | None:
     return None
 
 
-def _between(gm: fx.GraphModule, one: _Taken) -> tuple[Hidden, Mapping[fx.Node, _Join]]:
+def _between(gm: fx.GraphModule, one: _Taken) -> tuple[Hidden, Mapping[fx.Node, Join]]:
     """What lies between the joins and the parts that are taken, and the joins.
 
     Raises :class:`NotHidden` where that is more than steps of single rows that nothing else reads.
     """
-    joins: dict[fx.Node, _Join] = {}
+    joins: dict[fx.Node, Join] = {}
 
     def leaf(node: fx.Node) -> tuple[str, int] | None:
-        join = _join(node)
+        join = join_of(node)
         if join is None or join.way != one.way or max(one.parts.values()) >= len(join.parts):
             return None
         widths = {_width(gm, part) for part in join.parts}
@@ -294,30 +198,32 @@ def _between(gm: fx.GraphModule, one: _Taken) -> tuple[Hidden, Mapping[fx.Node, 
     if len(joins) > 1 and len({ndim_of(node) or node for node in joins}) > 1:
         raise NotHidden("reads what is put together in tensors of different dimensions")
     for node in found.parts:
-        if node in joins:
-            continue
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        name = name_of(node) if module is None else ""
-        if (
-            name in VIEWS
-            or name == "dropout"
-            or isinstance(module, nn.Dropout)
-            or is_in_place(node)
-        ):
+        if node not in joins and not _is_row_by_row(gm, node, found):
             raise NotHidden(
                 f"reads what {node.name!r} makes of the rows of all experts at once, which is not "
                 "the same for each apart"
             )
-    for node in found.parts:
         for user in node.users:
-            counts = not reads_dtype(user, node) or "ndim" in user.args or user.target == "dim"
+            counts = not reads_dtype(user, node) or "ndim" in user.args or name_of(user) == "dim"
             if counts and user not in found.parts and user not in one.cuts:
                 raise NotHidden(f"reads rows of all experts that {user.name!r} counts")
     return found, joins
 
 
+def _is_row_by_row(gm: fx.GraphModule, node: fx.Node, between: Hidden) -> bool:
+    """Whether a step is the same for some rows apart, which may have a dimension less."""
+    if node.op == "call_module":
+        plain = not isinstance(gm.get_submodule(str(node.target)), nn.Dropout)
+    else:
+        plain = name_of(node) not in VIEWS | {"dropout"}
+    others = [one for one in node.all_input_nodes if one not in between.parts]
+    tensors = [attribute(gm, str(one.target)) for one in others if one.op == "get_attr"]
+    flat = all(not isinstance(one, Tensor) or one.ndim < 2 for one in tensors)
+    return plain and flat and not is_in_place(node)
+
+
 def _hand_out(
-    gm: fx.GraphModule, one: _Taken, between: Hidden, joins: Mapping[fx.Node, _Join]
+    gm: fx.GraphModule, one: _Taken, between: Hidden, joins: Mapping[fx.Node, Join]
 ) -> None:
     own: dict[int, dict[fx.Node, fx.Node]] = {
         number: {node: join.parts[number] for node, join in joins.items()}
@@ -336,7 +242,7 @@ def _hand_out(
             if user not in between.parts and user not in one.cuts:  # its dtype, which all have
                 user.replace_input_with(node, first[node])
     for taken, number in one.parts.items():
-        taken.replace_all_uses_with(own[number][one.source])
+        taken.replace_all_uses_with(own[number][input_of(one.cuts[0])])
     for join in joins.values():
         for size in one.rest:
             assert join.rest is not None, "runs have a rest"

@@ -56,6 +56,10 @@ _EMBEDDINGS = """\
 Embeddings are not counted above. `embedding: true` factorises them, with the head that is tied to
 one ([how](../how-to/write-a-configuration.md#embeddings-and-the-head));
 `tests/zoo/test_embeddings.py` does it for every family here that reads tokens.
+
+[Hidden units](../explanation/planning.md#hidden-units) go in MLPs that the graph shows, those
+inside the experts of mixtral and qwen2_moe among them; gpt_oss, whose gates and ups alternate row
+by row, keeps its own. `tests/zoo/test_units.py` lets half of them go.
 """
 
 

@@ -48,6 +48,9 @@ HOW: dict[str, Multiply] = {
     "batches": lambda x, w, _: torch.matmul(x, w.mT),
     "einsum": lambda x, w, _: torch.einsum("eti,eoi->eto", x, w),
     "one by one": lambda x, w, _: torch.stack([F.linear(x[e], w[e]) for e in range(E)]),
+    "sizes": lambda x, w, _: torch.cat(
+        [F.linear(run, w[e]) for e, run in enumerate(x.split([3, 0, 4]))]
+    ),
     "runs": lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends),
 }
 _SHAPES = {
@@ -56,6 +59,7 @@ _SHAPES = {
     "all read one": (S, WIDTH),
     "batches": (2, E, S, WIDTH),
     "runs": (S, WIDTH),
+    "sizes": (S, WIDTH),
 }
 
 
@@ -222,6 +226,31 @@ def test_gate_and_up_may_be_two_stacks_and_have_the_dtype_of_one() -> None:
 
 def _weighted(y: Tensor) -> Tensor:
     return gated(y) * torch.linspace(0, 1, S, dtype=y.dtype)[:, None]
+
+
+class Scaled(nn.Module):
+    """What lies between has a number for all, in a tensor of as many dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Mixture("all at once", gated)
+        self.experts.between = self.between
+        self.scale = nn.Parameter(torch.full((1, 1, 1), 2.0, dtype=torch.float64))
+
+    def between(self, y: Tensor) -> Tensor:
+        return gated(y) * self.scale
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        found: Tensor = self.experts(x, given)
+        return found
+
+
+def test_a_number_in_more_dimensions_than_an_expert_has_is_left() -> None:
+    gm = _graph(Scaled(), "all at once")
+    _, (applied,) = run(gm, [DropJoins()])
+    assert applied.rewrites == 0
+    calls = {call.name: call.input for call in linear_calls(gm)}
+    assert "makes of the rows of all experts" in kept_joins(gm)[calls["experts.down.1"]]
 
 
 LEFT: dict[str, tuple[str, Between, str]] = {
