@@ -59,7 +59,9 @@ class GraphCopy:
 
     def module(self) -> fx.GraphModule:
         """The copy as a module, which shares everything with the graph."""
-        return SteeredGraph(self._owned, self._graph)
+        made = SteeredGraph(self._owned, self._graph)
+        made.training = self._gm.training  # of what it calls each module has its own
+        return made
 
 
 class _Again(nn.Module):

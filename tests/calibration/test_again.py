@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.calibration.again import elementwise_again
+from fxshare.capture import capture
 
 
 class Written(nn.Module):
@@ -84,3 +85,12 @@ def test_outputs_and_gradients_are_the_same(of: type[Written], stretches: int) -
     # the graph that was given is as it was, and its parameters are those of the copy
     assert all(not str(n.target).startswith("again_") for n in gm.graph.nodes)
     assert next(again.parameters()) is next(gm.parameters())
+
+
+def test_a_graph_that_holds_eval_mode_alone_is_run_in_it() -> None:
+    """As torch.export makes them."""
+    model, x = Written().eval(), torch.randn(4, 6)
+    graph = capture(model, {"x": x}, mode="export").graph
+    again = elementwise_again(graph)
+    assert any("again" in str(node.target) for node in again.graph.nodes)
+    torch.testing.assert_close(again(x), model(x))
