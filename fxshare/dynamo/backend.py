@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import beyond_rounding, relative_error
-from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of
+from fxshare.dynamo.linears import DynamoLinear, keep_sources, linears_of, parameters_of
 from fxshare.errors import GuardError, MatchError
 from fxshare.factors.empty import selected
 from fxshare.plans.heads import Heads
@@ -79,7 +79,8 @@ def backend(compiled: nn.Module, *, inner: str | Inner = "inductor", check: bool
     FxShareError
         ``compiled`` was not made by fxshare, or there is no such inner backend. While torch.compile
         runs, torch wraps errors in its ``BackendCompilerFailed``, with ours inside: a graph whose
-        linears are none of ``compiled``'s sites (:class:`MatchError`), another dtype or device.
+        linears are none of ``compiled``'s sites, or that reads what is compressed as a bare
+        parameter, such as a stack of experts (:class:`MatchError`), another dtype or device.
     """
     if isinstance(compiled, Plan):
         raise FxShareError(
@@ -134,6 +135,7 @@ class Backend:
         """Rewrite one of dynamo's graphs and hand it on."""
         linears = linears_of(gm, example_inputs)
         sites = self._sites(linears)
+        self._check_parameters(gm, example_inputs)
         if linears and not sites:
             seen = ", ".join(sorted({repr(one.name) for one in linears})[:4])
             names = ", ".join(repr(s.name) for s in record_of(self.compiled).plan.sites[:4])
@@ -145,6 +147,19 @@ class Backend:
         if not sites:
             return self.inner(gm, example_inputs)
         return _held(self.inner(self._rewritten(gm, sites), example_inputs), sites, example_inputs)
+
+    def _check_parameters(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Refuse a graph that reads what is compressed as a parameter that is no linear's weight:
+        it would stay dense."""
+        plan = record_of(self.compiled).plan
+        inside = [x for x in plan.sites if any(s.name in plan.rewritten for s in x.slices)]
+        for name, numbers in parameters_of(gm, example_inputs):
+            if any(f".{name}." in f".{x.name}." and not numbers % x.weights for x in inside):
+                raise MatchError(
+                    f"fxshare.backend rewrites linears, and {name!r}, of which parts are "
+                    "compressed, is a parameter that the model multiplies by itself: run the "
+                    "compiled module, torch.compile(gm)"
+                )
 
     def _sites(self, linears: Sequence[DynamoLinear]) -> dict[Site, list[DynamoLinear]]:
         found: dict[Site, list[DynamoLinear]] = {}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 _LINEARS = (F.linear, torch._C._nn.linear)
 _STEP = re.compile(r"\._modules\['([^']*)'\]")
+_PARAMETER = re.compile(r"\._parameters\['([^']*)'\]$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +54,34 @@ def linears_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Dynamo
     return found
 
 
+def parameters_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[tuple[str, int]]:
+    """The names of the parameters that a graph reads, as dynamo reached them, and their sizes."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    found = []
+    for node, value in zip(inputs, example_inputs, strict=True):
+        source = _source(node)
+        own = _PARAMETER.search(source)
+        if own is not None and isinstance(value, Tensor):
+            found.append((".".join([*_STEP.findall(source), own[1]]), value.numel()))
+    return found
+
+
 def _module_name(weight: object) -> str | None:
     """``h.0.c_fc`` of an input that dynamo took from ``L['self']._modules['h']…``."""
     if not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return None
-    source = getattr(weight.meta.get("grapharg"), "source", None)
-    text = getattr(source, "name", None)
-    text = text() if callable(text) else text
-    if not isinstance(text, str) or not text.endswith("._parameters['weight']"):
+    text = _source(weight)
+    if not text.endswith("._parameters['weight']"):
         return None
     return ".".join(_STEP.findall(text))
+
+
+def _source(node: fx.Node) -> str:
+    """Where dynamo took an input from; nothing where it does not say."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    text = getattr(source, "name", None)
+    text = text() if callable(text) else text
+    return text if isinstance(text, str) else ""
 
 
 def keep_sources(old: fx.GraphModule, new: fx.GraphModule) -> None:

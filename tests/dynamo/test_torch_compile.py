@@ -304,6 +304,33 @@ def test_another_model_and_another_dtype_are_refused() -> None:
         assert isinstance(caught.value.inner_exception, FxShareError)
 
 
+class Experts(nn.Module):
+    """Two of them in one parameter, between no linear and one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, 8, 6))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.bmm(x.expand(2, -1, -1), self.down.transpose(1, 2)))
+        return y
+
+
+def test_parameters_that_would_stay_dense_are_refused() -> None:
+    model, x = Experts().eval(), torch.randn(1, 5, 6)
+    for pattern, refused in (("down", True), ("out", False)):
+        cfg = {"weight_types": {"w": {"pattern": pattern}}, "compression_rate": 0.5}
+        gm = fxshare.compile(model, {**cfg, "group_size": 1}, example=x)
+        torch.compiler.reset()
+        fast = torch.compile(model, backend=fxshare.backend(gm, inner="eager"))
+        if refused:
+            with pytest.raises(BackendCompilerFailed, match=r"'down', of which parts.*compile\(gm"):
+                fast(x)
+        else:
+            assert worst(gm(x), fast(x)).relative <= limit(gm)
+
+
 def test_bad_arguments_of_the_backend() -> None:
     gm = compiled(gpt(), SHARING)
     with pytest.raises(FxShareError, match="a Plan has no factors"):
