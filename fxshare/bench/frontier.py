@@ -37,6 +37,7 @@ from fxshare.capture import quiet
 from fxshare.compiling.several import Several
 from fxshare.errors import FxShareWarning, PlanError
 from fxshare.factors.rounding import nearest
+from fxshare.refining.options import RefineOptions
 from fxshare.result.module import ShareModule, record_of
 from fxshare.rewriting.lowering import lower
 from fxshare.sites.tensors import dense_weights, substitute
@@ -164,6 +165,8 @@ def bench_frontier(
     the names of cases; ``speed`` also measures tokens a second of language models, which is
     slow. The best single method and everything are also refined at each size, for ``refine``
     minutes each."""
+    if refine is not None:
+        RefineOptions(minutes=refine)  # a wrong value is told before anything is compiled
     start = time.perf_counter()
     rows: list[Row] = []
     dense: dict[str, float] = {}

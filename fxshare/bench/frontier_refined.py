@@ -6,6 +6,7 @@ Norms and biases are trained as well as factors, of plans in few bits these alon
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -14,6 +15,7 @@ from fxshare.bench.refined import Refined
 from fxshare.errors import RefineError
 from fxshare.refining.refine import refine
 
+_LOG = logging.getLogger(__name__)
 _ALSO = ("norms", "biases")
 
 
@@ -29,7 +31,8 @@ def refined_on(
     """``gm`` refined on calibration data; None where nothing of it can be trained."""
     try:
         result = refine(gm, model, batches, minutes=minutes, also=_ALSO, seed=seed)
-    except RefineError:
+    except RefineError as error:
+        _LOG.info("not refined: %s", error)
         return None
     done = result.fxshare.refined[-1]
     return Refined(increase(result), done.steps, done.tokens, done.seconds)

@@ -89,12 +89,13 @@ def widened(module: nn.Module) -> nn.Module:
 
 def to_measure(captured: Captured) -> Captured:
     """The capture as statistics and losses are taken of it: of a model in half precision one that
-    computes in float32, where the device has no instructions for half (AVX2 takes eight times as
-    long for products of bfloat16). Where the model's own code runs, as it is."""
+    computes in float32, on a CPU that has no instructions for it (of float16 none is taken to
+    have some). Where the model's own code runs, as it is."""
     module = captured.module
     device = device_of(module)
-    half = any(p.dtype in _HALF for p in module.parameters())
-    if captured.side_by_side or not half or device.type != "cpu" or multiplies_bfloat16(device):
+    half = {p.dtype for p in module.parameters()}.intersection(_HALF)
+    able = half == {torch.bfloat16} and multiplies_bfloat16(device)
+    if captured.side_by_side or not half or able or device.type != "cpu":
         return captured
     made = widened(module)
     for new, old in zip(made.parameters(), module.parameters(), strict=True):

@@ -35,7 +35,7 @@ def in_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if plain and tensor.dtype in _HALF else tensor
 
 
-def widen(module: nn.Module) -> None:
+def widen_rest(module: nn.Module) -> None:
     """Let a copy whose parameters are in float32 compute in it: its buffers and the dtypes that
     its graphs name."""
     for part in module.modules():
@@ -46,4 +46,4 @@ def widen(module: nn.Module) -> None:
             cast_to_float32(part)
 
 
-__all__ = ["in_float32", "is_wide", "widen"]
+__all__ = ["in_float32", "is_wide", "widen_rest"]

@@ -15,7 +15,7 @@ from fxshare.capture import Call, device_of
 from fxshare.capture.call import as_float32, to_device
 from fxshare.capture.steered import set_training
 from fxshare.errors import RefineError
-from fxshare.refining.float32 import in_float32, widen
+from fxshare.refining.float32 import in_float32, widen_rest
 from fxshare.refining.parameters import Trainable
 from fxshare.refining.shards import Shards, local, passing
 from fxshare.result.module import Compiled, record_of
@@ -56,7 +56,7 @@ class Student:
         self.module: nn.Module = structure_copy(gm, memo=instead, one_code=not wide)
         set_training(self.module, False)
         if wide:
-            widen(self.module)
+            widen_rest(self.module)
         self.masters: dict[str, Tensor] = {
             name: own.detach()
             if own.dtype == self._dtypes[name] and own.itemsize > 2
