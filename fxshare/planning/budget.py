@@ -88,15 +88,20 @@ def plan_within_budget(
     start = time.perf_counter()
     check_layers(cfg.planner, sites)
     on = gathered(captured, sites, skipped, weights, batches, cfg, loss=loss, seed=seed, work=work)
-    return plan_on(on, cfg, choose=choose, since=start)
+    return plan_on(on, cfg, choose=choose, since=start, only=True)
 
 
 def plan_on(
-    on: Gathered, cfg: ShareConfig, *, choose: Choose | None = None, since: float | None = None
+    on: Gathered,
+    cfg: ShareConfig,
+    *,
+    choose: Choose | None = None,
+    since: float | None = None,
+    only: bool = False,
 ) -> Budgeted:
-    """:func:`plan_within_budget` on statistics that were gathered, of which other plans may be
-    asked for too. Where it is said ``since`` when work on this one is done, it is the only one; of
-    others the slope, and what each kind loses by itself, are not measured."""
+    """:func:`plan_within_budget` on statistics that were gathered; ``since`` is when that began.
+    Unless it is the ``only`` plan on them, the slope, and what each kind loses by itself, are not
+    measured, and what was computed is kept for the others."""
     assert cfg.budget is not None
     start = time.perf_counter() if since is None else since
     planner, model = cfg.planner, on.captured.model
@@ -122,12 +127,12 @@ def plan_on(
     best, judge = found.best, search.judge
     along = Slope(0.0, 0.0, 0)
     changed = best.factors or best.units or best.rounded
-    if since is not None and judge is not None and not judge.is_distance and changed:
+    if only and judge is not None and not judge.is_distance and changed:
         along = _along(search, best, on.fit)
-    kinds_apart = () if since is None else by_kind(search, best)
+    kinds_apart = by_kind(search, best) if only else ()
     outlook = _outlook(found, search, statistics, (along, kinds_apart), time.perf_counter() - start)
     plan = plan_of(best, search, on.skipped, outlook)
-    if since is not None:
+    if only:
         best.factors.spectra.release(_LAST)  # factors that are kept are made one after the other
     factors = replace(best.factors, dtype=torch.float64)
     coded = None if best.coded is None else replace(best.coded, dtype=torch.float64)
