@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -15,10 +16,11 @@ from fxshare.compiling.refined import after_refining
 from fxshare.compiling.stages import Stages
 from fxshare.compiling.together import one_plan
 from fxshare.errors import CalibrationError, PlanError
-from fxshare.planning.budget import Budgeted, plan_on, plan_within_budget
+from fxshare.planning.budget import Budgeted, plan_on
 from fxshare.planning.gathered import Gathered, gathered
 from fxshare.planning.held_back import Parts
 from fxshare.planning.offered import Offered
+from fxshare.planning.rules import check_layers
 from fxshare.planning.trials import AfterRefining
 from fxshare.planning.work import Work
 
@@ -37,7 +39,7 @@ def within_budget(
     gathered before, or on those that it gathers.
 
     Raises :class:`CalibrationError` without calibration data, and what
-    :func:`plan_within_budget` raises.
+    :func:`fxshare.planning.budget.plan_on` raises.
     """
     if stages.batches is None:
         raise CalibrationError(
@@ -51,28 +53,18 @@ def within_budget(
             "planner: {search: refined} compares plans of one size, and budget: {max_loss_increase}"
             " looks for the size; give params_kept, or search: quick"
         )
-    check_values(weights)
 
     def choose(plans: Sequence[Offered], data: Parts) -> Sequence[AfterRefining]:
         return after_refining(stages, weights, plans, data, loss=loss, seed=seed)
 
     with stage("plan", _LOG) as running:
+        start = time.perf_counter()
+        only = on is None
+        check_layers(stages.cfg.planner, stages.sites)
+        if on is None:
+            on = gathered_for(stages, weights, loss, seed, work)
         chosen_by = choose if by_refining else None
-        if on is not None:
-            made = plan_on(on, stages.cfg, choose=chosen_by)
-        else:
-            made = plan_within_budget(
-                stages.measuring,
-                stages.sites,
-                stages.skipped,
-                weights,
-                stages.batches,
-                stages.cfg,
-                loss=loss,
-                seed=seed,
-                work=work,
-                choose=chosen_by,
-            )
+        made = plan_on(on, stages.cfg, choose=chosen_by, since=start, only=only)
         made.plan = one_plan(made.plan)
         give_back(made.plan.dense_numbers)  # other plans, and the candidates that were judged
         running.found(f"planned mode, {len(made.plan.groups)} groups")
@@ -80,9 +72,13 @@ def within_budget(
 
 
 def gathered_for(
-    stages: Stages, weights: Mapping[str, Tensor], loss: Loss | None, seed: int
+    stages: Stages,
+    weights: Mapping[str, Tensor],
+    loss: Loss | None,
+    seed: int,
+    work: Work | None = None,
 ) -> Gathered:
-    """The statistics of a model that plans under several budgets are made on."""
+    """The statistics of a model that plans are made on."""
     assert stages.batches is not None
     check_values(weights)
     return gathered(
@@ -94,7 +90,7 @@ def gathered_for(
         stages.cfg,
         loss=loss,
         seed=seed,
-        work=None,
+        work=work,
     )
 
 

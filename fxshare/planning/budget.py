@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fxshare.base.memory import give_back
-from fxshare.calibration.losses import Loss
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import Captured
 from fxshare.config import Planner, ShareConfig
@@ -22,7 +20,7 @@ from fxshare.factors.group import GroupFactors
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.planning.finalists import Calls
-from fxshare.planning.gathered import Gather, Gathered, gathered
+from fxshare.planning.gathered import Gather, Gathered
 from fxshare.planning.kinds.apart import by_kind
 from fxshare.planning.kinds.kind import FoundPart, Kind
 from fxshare.planning.loss_limit import within_loss
@@ -30,15 +28,12 @@ from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, options_of
 from fxshare.planning.planned import Planned
 from fxshare.planning.priced import priced
-from fxshare.planning.rules import check_layers
 from fxshare.planning.search import Found, Search, SpectraByMetric
 from fxshare.planning.slope import Slope, slope
 from fxshare.planning.stored_problem import Stored, write_problem
 from fxshare.planning.trials import Trial, again, trials
-from fxshare.planning.work import Work
 from fxshare.plans.outlook import KindOutlook, Outlook, TrialResult
 from fxshare.plans.plan import Plan
-from fxshare.sites.site import Site, Skipped
 from fxshare.sites.tensors import site_biases, substituted
 
 _LOG = logging.getLogger(__name__)
@@ -64,33 +59,6 @@ class Budgeted:
     search: Search | None = None  # for plans under other budgets on the same spectra
 
 
-def plan_within_budget(
-    captured: Captured,
-    sites: Sequence[Site],
-    skipped: Sequence[Skipped],
-    weights: Mapping[str, Tensor],
-    batches: Iterable[object],
-    cfg: ShareConfig,
-    *,
-    loss: Loss | None = None,
-    seed: int = 0,
-    work: Work | None = None,
-    choose: Choose | None = None,
-) -> Budgeted:
-    """Plan and factorise under the configuration's budget.
-
-    A tenth of the calibration data is held back from the statistics; the plans of the search are
-    compared on it, and the best of them by ``choose`` where it is given.
-
-    Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
-    each other, and :class:`CalibrationError` where gradients are missing or not finite.
-    """
-    start = time.perf_counter()
-    check_layers(cfg.planner, sites)
-    on = gathered(captured, sites, skipped, weights, batches, cfg, loss=loss, seed=seed, work=work)
-    return plan_on(on, cfg, choose=choose, since=start, only=True)
-
-
 def plan_on(
     on: Gathered,
     cfg: ShareConfig,
@@ -99,9 +67,15 @@ def plan_on(
     since: float | None = None,
     only: bool = False,
 ) -> Budgeted:
-    """:func:`plan_within_budget` on statistics that were gathered; ``since`` is when that began.
-    Unless it is the ``only`` plan on them, the slope, and what each kind loses by itself, are not
-    measured, and what was computed is kept for the others."""
+    """Plan and factorise under the configuration's budget, on statistics that were gathered;
+    ``since`` is when that began. The plans of the search are compared on the data held back, and
+    the best of them by ``choose`` where it is given. Unless it is the ``only`` plan on these
+    statistics, the slope, and what each kind loses by itself, are not measured, and what was
+    computed is kept for the others.
+
+    Raises :class:`PlanError` for a budget below the cheapest plan or constraints that contradict
+    each other, and :class:`CalibrationError` where gradients are missing or not finite.
+    """
     assert cfg.budget is not None
     start = time.perf_counter() if since is None else since
     planner, model = cfg.planner, on.captured.model
