@@ -28,4 +28,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-__all__ = ["device_of", "dtype_of", "multiplies_bfloat16"]
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a dtype is worth computing in there: half precision is not on a CPU without
+    instructions for its products, and of float16 none is taken to have some."""
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return True
+    return dtype == torch.bfloat16 and multiplies_bfloat16(device)
+
+
+__all__ = ["device_of", "dtype_of", "multiplies", "multiplies_bfloat16"]

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from fxshare.base.placement import device_of, multiplies_bfloat16
+from fxshare.base.placement import device_of, multiplies
 from fxshare.capture.captured import Captured
 from fxshare.capture.guards import hold_dtype
 from passes.graph.graph import bits_of, structure_copy
@@ -93,9 +93,8 @@ def to_measure(captured: Captured) -> Captured:
     have some). Where the model's own code runs, as it is."""
     module = captured.module
     device = device_of(module)
-    half = {p.dtype for p in module.parameters()}.intersection(_HALF)
-    able = half == {torch.bfloat16} and multiplies_bfloat16(device)
-    if captured.side_by_side or not half or able or device.type != "cpu":
+    able = all(multiplies(device, dtype) for dtype in {p.dtype for p in module.parameters()})
+    if captured.side_by_side or able:
         return captured
     made = widened(module)
     for new, old in zip(made.parameters(), module.parameters(), strict=True):

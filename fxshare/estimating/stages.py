@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxshare.base.memory import free, resident, shown
-from fxshare.base.placement import device_of, dtype_of
+from fxshare.base.placement import device_of, dtype_of, multiplies
 from fxshare.calibration.room import Divided, Space, divide, work_bytes
 from fxshare.config import ShareConfig
 from fxshare.cost_model.pace import NOTHING, Amount, Origin, Pace
@@ -27,9 +27,12 @@ from fxshare.estimating.calibrating import (
 from fxshare.estimating.counted import Counted
 from fxshare.estimating.pricing import Candidate, Candidates, candidates
 from fxshare.estimating.searching import Searched, Subject
+from fxshare.estimating.sharing import sharing
 from fxshare.sites.site import Site
 
-_CAPTURE_PASSES = 6
+_CAPTURE_TOKENS = 700
+"""Of all calls by which a capture compares its graph with the model; the example is cut for them.
+Gradients count three times."""
 _VERIFY_PASSES = 3
 _PER_SLICE = 1000
 """Calls that do next to nothing, by slice, of capture and of rewriting each."""
@@ -182,6 +185,19 @@ class _Estimating:
         return dtype_of(self.model)
 
     @property
+    def _wide(self) -> bool:
+        """Whether statistics and losses are taken in float32 of a model in half precision."""
+        on_cpu = self.pace.device == "cpu"
+        return on_cpu and not multiplies(torch.device("cpu"), self._dtype)
+
+    @property
+    def _measuring(self) -> tuple[Pace, int]:
+        """The pace of calibration and of judging, and the bytes of a number there."""
+        if self._wide:
+            return replace(self.pace, model=self.pace.single), torch.float32.itemsize
+        return self.pace, self._dtype.itemsize
+
+    @property
     def _matched(self) -> int:
         return sum(site.weights for site in self.sites) * self._dtype.itemsize
 
@@ -209,7 +225,9 @@ class _Estimating:
         on_meta = device_of(self.model).type == "meta"
         used = resident() + (self._bytes if on_meta else 0)
         counted = self.counted
-        alive = counted.most if counted.alive is None else counted.alive
+        # what was counted is in the model's own dtype
+        times = torch.float32.itemsize // self._dtype.itemsize if self._wide else 1
+        alive = times * (counted.most if counted.alive is None else counted.alive)
         space = Space(
             resident=used,
             statistics=needed.all if self._calibrates else 0,
@@ -217,7 +235,7 @@ class _Estimating:
             block=lambda: needed.block,
             work=work_bytes(self.sites),
             candidate=self._matched if self._planned else 0,
-            at_most=counted.most,
+            at_most=times * counted.most,
             activations=lambda: alive,
             offloads=self._planned,
         )
@@ -244,18 +262,21 @@ class _Estimating:
         self, parts: Candidates, divided: Divided, needed: Bytes, passes: int
     ) -> Iterator[tuple[str, Amount]]:
         once = forward(self.pace, self.counted, self._dtype.itemsize)
-        if self._dtype.itemsize < 4:  # what is checked of half precision is run in float32
-            once *= max(self.pace.model[-1][1] / self.pace.single[-1][1], 1.0)
+        once *= _CAPTURE_TOKENS / max(self.counted.rows, 1)
         python = self.pace.calls(_PER_SLICE * sum(len(site.slices) for site in self.sites))
-        yield "capture", once * _CAPTURE_PASSES + python
+        yield "capture", once + python * 2
         if self._planned and self.data.batches:
             yield from self._planning(parts, divided, needed, passes)
         elif self.cfg.mode == "sharing":
             if self.data.batches:
                 yield "calibrate", self._calibrated(self.data.batches, False) * passes
-            yield "factorise", self._sharing()
+            singular = self._singular(self.data.batches)
+            yield (
+                "factorise",
+                sharing(self.pace, self.cfg, self.sites, self.counted.reads, singular, self._keep),
+            )
         yield "rewrite", python
-        yield "verify", self._verified(once)
+        yield "verify", self._verified()
 
     def _planning(
         self, parts: Candidates, divided: Divided, needed: Bytes, passes: int
@@ -264,11 +285,12 @@ class _Estimating:
         held = 0 if self.cfg.planner.search == "off" else max(self.data.batches // 10, 1)
         fit = max(self.data.batches - held, 1)
         written = NOTHING if divided.fits else Amount(4 * needed.all / _DISK)
+        pace, itemsize = self._measuring
         subject = Subject(
-            self.pace,
+            pace,
             self.counted,
             self.sites,
-            self._dtype.itemsize,
+            itemsize,
             self._keep,
             divided.kept,
             self._singular(fit),
@@ -292,11 +314,12 @@ class _Estimating:
 
     def _calibrated(self, batches: int, gradients: bool) -> Amount:
         """So many batches, once."""
-        found = forward(self.pace, self.counted, self._dtype.itemsize)
+        pace, itemsize = self._measuring
+        found = forward(pace, self.counted, itemsize)
         if gradients:
-            found += backward(self.pace, self.counted, self._dtype.itemsize)
-            found += loss(self.pace, self.counted, backward=True)
-        return (found + sums(self.pace, self.counted, self.sites, gradients=gradients)) * batches
+            found += backward(pace, self.counted, itemsize)
+            found += loss(pace, self.counted, backward=True)
+        return (found + sums(pace, self.counted, self.sites, gradients=gradients)) * batches
 
     def _singular(self, batches: int) -> frozenset[int]:
         """The widths of inputs whose moments are singular: behind a LayerNorm, whose outputs lie
@@ -307,44 +330,10 @@ class _Estimating:
         tokens = batches * self.counted.rows
         return frozenset(normed | {x.in_features for x in self.sites if x.in_features > tokens})
 
-    def _sharing(self) -> Amount:
-        """Basis Sharing: a group of so many layers at a time, a whitening for each."""
-        found, singular = NOTHING, self._singular(self.data.batches)
-        terms = pricing.Terms(self.pace, singular, {})
-        seen = set()
-        for part in self._groups():
-            inputs, outputs = part[0].inputs, sum(one.outputs for one in part)
-            reads = frozenset(one.read for one in part)
-            found += NOTHING if reads in seen else terms.input_root(inputs)
-            seen.add(reads)
-            size = min(inputs, outputs)
-            if outputs < inputs:
-                found += self.pace.triangle(outputs, inputs)
-                found += self.pace.product(outputs, inputs, inputs) * 0.6
-            else:
-                found += self.pace.triangle(inputs, outputs)
-                found += self.pace.triangle(inputs, inputs) * 2
-            found += self.pace.eigenvectors(size)
-            rank = pricing.rank_of(inputs, outputs, self._keep, pivoted=False)
-            found += self.pace.product(outputs, inputs, rank) * 2
-            found += self.pace.product(outputs, rank, inputs)
-            found += self.pace.moved(8 * 4 * outputs * inputs)
-        return found
-
-    def _groups(self) -> list[Candidate]:
-        rows: dict[tuple[str, str], list[pricing.Member]] = {}
-        for site in self.sites:
-            for s in site.slices:
-                one = pricing.Member(site, s, self.counted.reads[site.name])
-                rows.setdefault((site.type, s.label), []).append(one)
-        found: list[Candidate] = []
-        for (type_name, _), row in rows.items():
-            size = self.cfg.group_size_of(type_name)
-            found += [tuple(row[at : at + size]) for at in range(0, len(row), size)]
-        return found
-
-    def _verified(self, once: Amount) -> Amount:
-        found = once * _VERIFY_PASSES
+    def _verified(self) -> Amount:
+        # of half precision too it is run in float32
+        pace = replace(self.pace, model=self.pace.single) if self._dtype.itemsize < 4 else self.pace
+        found = forward(pace, self.counted, max(self._dtype.itemsize, 4)) * _VERIFY_PASSES
         if self.cfg.mode == "exact":
             return found
         for site in self.sites:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from fxshare.base.placement import device_of, dtype_of, multiplies_bfloat16
+from fxshare.base.placement import device_of, dtype_of, multiplies
 from fxshare.capture.widening import cast_to_float32
 from fxshare.refining.options import RefineOptions
 from fxshare.verifying.evaluated import only_in_its_dtype
@@ -22,9 +22,7 @@ def is_wide(gm: nn.Module, options: RefineOptions) -> bool:
     """Whether a compiled model in half precision is trained in float32: on a CPU where that is
     faster, but for block by block, with ``shard``, and for a graph that holds in its own dtype."""
     device, dtype = device_of(gm), dtype_of(gm)
-    if device.type != "cpu" or dtype not in _HALF:
-        return False
-    if dtype == torch.bfloat16 and multiplies_bfloat16(device):
+    if multiplies(device, dtype):
         return False
     return not (options.objective == "blocks" or options.shard or only_in_its_dtype(gm))
 

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.room import make_room
 from fxshare.compiling.stages import Stages, prepare
 from fxshare.config import load_config
+from fxshare.cost_model.pace import Pace
 from fxshare.errors import ConfigError, FxShareError, MatchError, StoreError
 from fxshare.estimating import pricing, searching
 from fxshare.estimating.calibrating import statistics_bytes
@@ -28,7 +30,7 @@ from fxshare.estimating.counted import count, count_captured
 from fxshare.estimating.disk import check_room
 from fxshare.estimating.estimate import estimate, estimate_captured
 from fxshare.estimating.pace import measured, pace_at_hand, pace_for
-from fxshare.estimating.stages import Estimate
+from fxshare.estimating.stages import Data, Estimate, estimate_of
 from fxshare.factors import spectra
 from fxshare.models.shapes import ModelShape
 from fxshare.proposing.propose import init
@@ -213,6 +215,27 @@ def test_ranks_keep_the_share_that_is_wanted() -> None:
         assert kept == pytest.approx(0.8 * inputs * outputs, rel=0.05)
         rank = pricing.rank_of(inputs, outputs, 0.8, pivoted=False)
         assert rank * (inputs + outputs) == pytest.approx(0.8 * inputs * outputs, rel=0.05)
+
+
+def test_half_precision_is_calibrated_in_float32_where_a_cpu_lacks_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.device("meta"):
+        half = ModelShape.parse(TINY).model(torch.bfloat16)
+    sites = prepare(half, load_config([init(half), BUDGET]), None, None, "modules").sites
+    counted = count(half, sites, torch.ones(2, 64, dtype=torch.long), gradients=True)
+    pace = pace_at_hand("cpu", "bfloat16")
+    slow = replace(pace, model=tuple((size, rate / 1000) for size, rate in pace.model))
+
+    def of(able: bool, pace: Pace) -> Estimate:
+        monkeypatch.setattr("fxshare.estimating.stages.multiplies", lambda device, dtype: able)
+        cfg = load_config([init(half), BUDGET])
+        return estimate_of(half, cfg, sites, counted, Data(8, 1024), pace)
+
+    measured = "calibrate", "judge", "slope", "verify"
+    assert seconds(of(False, slow), *measured) == seconds(of(False, pace), *measured)
+    assert seconds(of(True, slow), *measured) > 2 * seconds(of(True, pace), *measured)
+    assert seconds(of(False, slow), "capture") > seconds(of(False, pace), "capture")
 
 
 @pytest.mark.slow  # made on meta, and run once on fake tensors: 4 s
