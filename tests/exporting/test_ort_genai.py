@@ -14,7 +14,7 @@ import torch
 import fxshare
 from fxshare.errors import CheckFailed, ExportError
 from fxshare.exporting.certifying.certificate import changes_since, read_certificate
-from fxshare.exporting.engines import matrix
+from fxshare.exporting.engines import matrix, worker
 from tests.exporting import build
 from tests.zoo.families import family
 
@@ -107,6 +107,29 @@ def test_what_is_padding_elsewhere_is_no_part_of_the_prompts(exported: tuple[Any
     assert all(end not in prompt for prompt in read_certificate(path).prompts)
     config = json.loads((path / "genai_config.json").read_text())
     assert config["model"]["pad_token_id"] == end
+
+
+def test_the_models_own_end_is_said_like_any_other_token(
+    exported: tuple[Any, Path], tmp_path: Path
+) -> None:
+    gm, path = exported
+    certificate = read_certificate(path)
+    prompt, expected = certificate.prompts[0], list(certificate.expected[0])
+    for file in path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((path / "genai_config.json").read_text())
+    said = next(token for token in expected if token not in prompt)
+    config["model"]["eos_token_id"] = [said]
+    (tmp_path / "genai_config.json").unlink()
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    # the other prompts leave no other token to end with
+    rest = [token for token in range(gm.config.vocab_size) if token != said]
+    prompts = [list(prompt), *(rest[at : at + 8] for at in range(0, len(rest), 8))]
+    job = {"path": str(tmp_path), "prompts": prompts, "new": len(expected)}
+    _, run = worker.ort_genai(job)
+    tokens, logits = run()
+    assert tokens[0] == expected
+    assert {len(one) for one in (*tokens, *logits)} == {len(expected)}
 
 
 def test_where_nothing_is_padding_nothing_is_masked(

@@ -113,27 +113,44 @@ def _vllm(job: Mapping[str, Any], *, plugin: str, **options: Any) -> tuple[str, 
 def ort_genai(job: Mapping[str, Any]) -> tuple[str, Callable[[], Said]]:
     """ONNX Runtime GenAI's loop, with its cache."""
     library: Any = importlib.import_module("onnxruntime_genai")
-    model = library.Model(str(job["path"]))
+    path = Path(job["path"])
+    size = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"][
+        "vocab_size"
+    ]
+    told = {token for prompt in job["prompts"] for token in prompt}
+
+    def loaded(said: set[int]) -> Any:
+        """It ends at a token that none of the texts has: at the model's own it would stop, and
+        with ``min_length`` never say it."""
+        config = library.Config(str(path))
+        end = next((token for token in range(size - 1, -1, -1) if token not in said), size - 1)
+        config.overlay(json.dumps({"model": {"eos_token_id": end}}))
+        return library.Model(config)
+
+    model = loaded(told)
+
+    def answer(prompt: list[int], model: Any) -> tuple[list[int], list[float]]:
+        params = library.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + job["new"])
+        generator = library.Generator(model, params)
+        generator.append_tokens(prompt)
+        tokens: list[int] = []
+        logits: list[float] = []
+        while len(tokens) < job["new"] and not generator.is_done():
+            last = generator.get_logits()[0, -1]
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+            logits.append(float(last[tokens[-1]]))
+        return tokens, logits
 
     def run() -> Said:
-        tokens: list[list[int]] = []
-        logits: list[list[float]] = []
+        found = []
         for prompt in job["prompts"]:
-            params = library.GeneratorParams(model)
-            params.set_search_options(
-                max_length=len(prompt) + job["new"], min_length=len(prompt) + job["new"]
-            )
-            generator = library.Generator(model, params)
-            generator.append_tokens(prompt)
-            tokens.append([])
-            logits.append([])
-            for _ in range(job["new"]):
-                last = generator.get_logits()[0, -1]
-                generator.generate_next_token()
-                token = int(generator.get_next_tokens()[0])
-                tokens[-1].append(token)
-                logits[-1].append(float(last[token]))
-        return tokens, logits
+            tokens, logits = answer(prompt, model)
+            if len(tokens) < job["new"]:  # it was said after all
+                tokens, logits = answer(prompt, loaded({*prompt, *tokens}))
+            found.append((tokens, logits))
+        return [tokens for tokens, _ in found], [logits for _, logits in found]
 
     return library.__version__, run
 
