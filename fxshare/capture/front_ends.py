@@ -20,6 +20,7 @@ from fxshare.capture.example import example_call, hooks_of
 from fxshare.capture.exported import export
 from fxshare.capture.faithful import Trainable, check_faithful, modules_show
 from fxshare.capture.modules import linears_side_by_side
+from fxshare.capture.once import kept
 from fxshare.capture.ranges import export_notes, relax_lengths
 from fxshare.capture.signature import check_model_names
 from fxshare.capture.steered import SteeringDiffers
@@ -52,6 +53,10 @@ def capture(
 
     Raises :class:`CaptureError` naming the model's line and every front end that was tried.
     """
+    how = mode, modules_show(model, needs)
+    known = None if relaxed is not None else kept().find(model, how, example)
+    if known is not None and (known.side_by_side or not _inside_leaves(known.graph, needs)):
+        return known
     trainable = Trainable(model)
     weights = Unwritten(model, needs)
     with stage("capture", _LOG) as running:
@@ -63,6 +68,7 @@ def capture(
         if not captured.side_by_side:  # else the calls that are watched tell it
             refuse_written(model, written)
         running.found(f"front end {captured.front_end}")
+    kept().keep(model, how, example, captured)
     return captured
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.option_groups import Data, Wanted, spread
+from fxshare.cli.option_groups import Data, Wanted, captured_with, spread
 from fxshare.cli.options import (
     AllowMissing,
     AsJson,
@@ -73,6 +73,7 @@ def compile_model(
           --calibration wiki.txt --tokens 65536 -o out/
     """
     del as_json, debug, verbose, quiet
+    from fxshare.capture.once import captures_kept
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
 
@@ -80,22 +81,24 @@ def compile_model(
     made = None if plan is None else read_plan(plan)
     check_free(output, force)
     loaded = load_model(model, allow_missing=allow_missing)
-    cfg = cfg or wanted.from_model(loaded, model)
     batches = data.batches(loaded)
-    note(f"compiling {model} ({type(loaded.model).__name__})")
-    if output is not None:
-        _check_room(output, loaded, cfg)
     example = None if batches else example_ids(loaded.model, seed=data.seed)
-    gm = fxshare.compile(
-        loaded.model,
-        cfg,
-        calibration=batches,
-        example=example,
-        plan=made,
-        capture=None if capture is None else capture.value,
-        seed=data.seed,
-        work=work,
-    )
+    with captures_kept():  # what is looked at for a configuration is what is compiled
+        if cfg is None:
+            cfg = wanted.from_model(loaded, model, captured_with(loaded, batches, example))
+        note(f"compiling {model} ({type(loaded.model).__name__})")
+        if output is not None:
+            _check_room(output, loaded, cfg)
+        gm = fxshare.compile(
+            loaded.model,
+            cfg,
+            calibration=batches,
+            example=example,
+            plan=made,
+            capture=None if capture is None else capture.value,
+            seed=data.seed,
+            work=work,
+        )
     if not is_first():
         return Result(None, "")
     report = gm.fxshare.report

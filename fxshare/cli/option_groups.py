@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -159,10 +159,11 @@ class Wanted:
         config = found.with_optional if self.embeddings else found.config
         return load_config(config, overrides=self.overrides)
 
-    def from_model(self, loaded: LoadedModel, name: str) -> ShareConfig:
-        """What ``fxshare init`` proposes for the model, with the overrides; says so on stderr."""
+    def from_model(self, loaded: LoadedModel, name: str, example: object = None) -> ShareConfig:
+        """What ``fxshare init`` proposes for the model, with the overrides; says so on stderr.
+        ``example`` is what it will be captured with."""
         refuse_compiled(name)
-        cfg = self.proposed(propose_for(loaded, name))
+        cfg = self.proposed(propose_for(loaded, name, example=example))
         smaller = "" if cfg.mode != "exact" else "; exact mode, --keep 0.8 makes it smaller"
         say(
             f"no -c: the configuration that 'fxshare init' finds in the model, "
@@ -183,13 +184,30 @@ def refuse_compiled(name: str) -> None:
         )
 
 
-def propose_for(loaded: LoadedModel, name: str, *, capture: bool = True, seed: int = 0) -> Proposal:
+def captured_with(loaded: LoadedModel, batches: Sequence[Batch] | None, made_up: object) -> object:
+    """What ``fxshare.compile`` captures a model with: the first batch, or without any what was made
+    up for it."""
+    from fxshare.capture import Caller
+    from fxshare.data.usable import usable
+
+    return Caller(loaded.model, mask=False)(usable(batches[0])) if batches else made_up
+
+
+def propose_for(
+    loaded: LoadedModel,
+    name: str,
+    *,
+    capture: bool = True,
+    seed: int = 0,
+    example: object = None,
+) -> Proposal:
     """What ``fxshare init`` finds in a model."""
     from fxshare.models.examples import made_up_call
     from fxshare.proposing.propose import propose
 
     note(f"looking at {name} ({type(loaded.model).__name__})")
-    example = made_up_call(loaded.model, seed=seed) if capture else None
+    if example is None and capture:
+        example = made_up_call(loaded.model, seed=seed)
     return propose(loaded.model, example=example)
 
 

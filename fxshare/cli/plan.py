@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxshare
-from fxshare.cli.option_groups import Data, Wanted, spread
+from fxshare.cli.option_groups import Data, Wanted, captured_with, spread
 from fxshare.cli.options import (
     AllowMissing,
     AsJson,
@@ -140,6 +140,7 @@ def _planned(
 ) -> _Made:
     """Of a model; ``sweeping`` says where a sweep goes and how many minutes it may measure."""
     from fxshare.capture import dtype_of
+    from fxshare.capture.once import captures_kept
     from fxshare.compiling.survey import survey
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
@@ -150,21 +151,23 @@ def _planned(
     if cfg is not None:
         _check_budget(cfg, sweep)
     loaded = load_model(model, allow_missing=allow_missing)
-    if cfg is None:
-        cfg = wanted.from_model(loaded, model)
-        _check_budget(cfg, sweep)
     batches = data.batches(loaded)
-    note(f"planning {model} ({type(loaded.model).__name__})")
-    found = survey(
-        loaded.model,
-        cfg,
-        calibration=batches,
-        example=None if batches else example_ids(loaded.model, seed=data.seed),
-        seed=data.seed,
-        shares=_SHARES if sweep is not None else (),
-        sweep_seconds=None if minutes is None else 60 * minutes,
-        work=work,
-    )
+    example = None if batches else example_ids(loaded.model, seed=data.seed)
+    with captures_kept():  # what is looked at for a configuration is what is planned
+        if cfg is None:
+            cfg = wanted.from_model(loaded, model, captured_with(loaded, batches, example))
+            _check_budget(cfg, sweep)
+        note(f"planning {model} ({type(loaded.model).__name__})")
+        found = survey(
+            loaded.model,
+            cfg,
+            calibration=batches,
+            example=example,
+            seed=data.seed,
+            shares=_SHARES if sweep is not None else (),
+            sweep_seconds=None if minutes is None else 60 * minutes,
+            work=work,
+        )
     plan = found.plan
     size = dtype_of(loaded.model).itemsize
     times = None if plan.is_dense else _times(plan, loaded.model)

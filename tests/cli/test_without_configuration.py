@@ -52,6 +52,7 @@ def test_compiling_saves_what_was_found(fxshare: Run, written: Path, tmp_path: P
     assert ran.code == 0
     assert "no -c" in ran.err
     assert "no -c" not in ran.out
+    assert ran.err.count("capture: started") == 1  # what was looked at is what is compiled
     same = fxshare("compile", "cli_toy:make", "-c", written, *RATE, *DATA, "-o", tmp_path / "same")
     assert same.code == 0
     for name in ("config.yaml", "plan.json"):
