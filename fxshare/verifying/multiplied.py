@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxshare.base.filed import Filed
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
 from fxshare.result.products import site_bias, slice_product
@@ -20,15 +22,30 @@ LARGE = 1 << 26
 
 
 class Products(Mapping[str, Tensor]):
-    """The weight ``(out, in)`` of every site multiplied out, in float64, made when asked for."""
+    """The weight ``(out, in)`` of every site multiplied out, in float64, made when asked for.
+
+    On a CPU it is made once, and read again from a temporary file, in float32 where the model is no
+    finer: every call that is compared needs all of them, and making them is most of comparing.
+    """
 
     def __init__(self, gm: nn.Module, plan: Plan) -> None:
         self._gm = gm
         self._sites = {site.name: site for site in plan.sites}
+        self._file = Filed()
+        self._made: dict[str, Callable[[], Tensor]] = {}
+        self._is_double = any(p.dtype == torch.float64 for p in gm.parameters())
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._made:
+            return self._made[name]()
         site = self._sites[name]
-        return torch.cat([slice_product(self._gm, s.name) for s in site.slices])
+        made = torch.cat([slice_product(self._gm, s.name) for s in site.slices])
+        if made.device.type == "cpu":
+            kept = made if self._is_double else made.float()
+            read = self._file.keep(kept)
+            if read is not None:
+                self._made[name] = partial(read, len(kept))
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -44,7 +61,9 @@ def is_large(model: nn.Module, plan: Plan) -> bool:
     return sum(site.out_features * site.in_features for site in plan.sites) * size > LARGE
 
 
-def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) -> nn.Module:
+def multiplied_out(
+    model: nn.Module, gm: nn.Module, products: Products, *, by_call: bool = False
+) -> nn.Module:
     """A copy of ``model`` with the weights, and in planned mode the biases, that ``gm`` stands for.
 
     ``by_call`` makes each weight when its module is called and drops it after: memory of one
@@ -58,7 +77,6 @@ def multiplied_out(model: nn.Module, gm: nn.Module, *, by_call: bool = False) ->
     if plan.mode == "planned" or record.bias_shifts:
         moved = ((site.name, site_bias(gm, site)) for site in plan.sites)
         biases = {name: bias for name, bias in moved if bias is not None}
-    products = Products(gm, plan)
     if not by_call:
         substitute(copy, plan.sites, products, biases)
         return copy

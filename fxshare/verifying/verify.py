@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxshare.base.numerics import Distance, relative_error, tolerance, worst
 from fxshare.base.progress import stage
@@ -21,10 +21,10 @@ from fxshare.errors import CheckFailed, MatchError
 from fxshare.models.wrapped import unwrapped
 from fxshare.plans.plan import Plan
 from fxshare.result.module import record_of
-from fxshare.result.products import site_bias, slice_product
+from fxshare.result.products import site_bias
 from fxshare.sites.tensors import site_tensors
 from fxshare.verifying.evaluated import evaluated, only_in_its_dtype
-from fxshare.verifying.multiplied import is_large, multiplied_out
+from fxshare.verifying.multiplied import Products, is_large, multiplied_out
 from passes.errors import FxShareError
 from passes.graph.modes import cast_dtypes
 
@@ -125,15 +125,18 @@ def verify(
     limit = tolerance(dtype, depth)
     if half:
         calls = [(what, as_float32(call)) for what, call in calls]
+    products = Products(gm, record.plan)
     if record.plan.mode == "exact":
         checks = _outputs(left, left, right, calls, limit)
     else:
         by_call = is_large(model, record.plan)
-        checks = _outputs(multiplied_out(left, gm, by_call=by_call), left, right, calls, limit)
+        checks = _outputs(
+            multiplied_out(left, gm, products, by_call=by_call), left, right, calls, limit
+        )
         if by_call and not all(check.ok for check in checks):
             # the model may read a weight without calling its module
-            checks = _outputs(multiplied_out(left, gm), left, right, calls, limit)
-    checks += [_weights(model, gm), _biases(model, gm), *_others(model, gm)]
+            checks = _outputs(multiplied_out(left, gm, products), left, right, calls, limit)
+    checks += [_weights(model, gm, products), _biases(model, gm), *_others(model, gm)]
     result = Verification(record.plan.mode, str(dtype).removeprefix("torch."), depth, tuple(checks))
     if strict and not result.ok:
         raise CheckFailed(str(result))
@@ -213,16 +216,18 @@ def _shape(call: Call) -> str:
     return " ".join("×".join(map(str, t.shape)) for t in tensors(call)[:1])
 
 
-def _weights(model: nn.Module, gm: nn.Module) -> Check:
+def _weights(model: nn.Module, gm: nn.Module, products: Mapping[str, Tensor]) -> Check:
     """The worst deviation of a slice's relative error from the recorded one."""
     record = record_of(gm)
     result = Distance(0.0, 0.0, 0.0, 0.0, "slice", ())
     for site in record.plan.sites:
         weight_OI, _ = site_tensors(model, site)
+        product_OI = products[site.name]
         for s in site.slices:
             # a slice outside every group still has its own rows
             expected = record.slice_errors.get(s.name, 0.0)
-            found = relative_error(weight_OI[s.start : s.stop], slice_product(gm, s.name))
+            rows = slice(s.start, s.stop)
+            found = relative_error(weight_OI[rows], product_OI[rows].double())
             gap = abs(found - expected)
             if not gap <= result.relative:
                 result = Distance(gap, gap, expected, found, f"slice {s.name}", (s.out_features,))

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 import fxshare
 from fxshare import FxShareError
 from fxshare.errors import CheckFailed
-from fxshare.result.products import slices_of
+from fxshare.result.products import slice_product, slices_of
+from fxshare.verifying import multiplied
 from fxshare.verifying.verify import Verification
 from passes.graph.slices import set_slices
 from tests.strategies import Sizes, gpt, gpt_config, no_warnings_of_ours, token_batches
@@ -175,6 +176,29 @@ def test_sharing_mode_catches(
     gm = shared(attn)
     harm(gm)
     assert failing(gm) == checks
+
+
+def test_of_a_large_model_every_product_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = shared(HEADS)
+    monkeypatch.setattr(multiplied, "LARGE", 0)
+    made: list[str] = []
+
+    def counted(gm: nn.Module, name: str) -> Tensor:
+        made.append(name)
+        return slice_product(gm, name)
+
+    monkeypatch.setattr(multiplied, "slice_product", counted)
+    assert fxshare.verify(model_of(), gm).ok
+    assert sorted(made) == sorted(slices_of(gm))
+    reverse_the_heads(gm)
+    assert failing(gm) == {"random"}
+
+
+def test_where_no_file_can_be_written_products_are_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multiplied.Filed, "keep", lambda self, rows: None)
+    assert fxshare.verify(model_of(), shared(HEADS)).ok
 
 
 def test_the_worst_slice_is_named() -> None:
