@@ -36,7 +36,8 @@ def check_saved(
     passes: Sequence[Pass] = (),
 ) -> None:
     """Load ``folder`` and compare it with ``gm``, compiled from ``model``: every tensor bit by bit,
-    and the output on ``example``, or where None on random numbers of the captured form.
+    and the output on random numbers of the captured form, which is small, or where there is none
+    on ``example``.
 
     Tensors stay in the mapped file, so this takes the time of a load and of two calls, and little
     memory beside the model's own.
@@ -94,9 +95,9 @@ def _loaded(folder: Path, gm: nn.Module, model: nn.Module, passes: Sequence[Pass
 
 def _call(gm: nn.Module, model: nn.Module, example: object) -> Call | None:
     record = record_of(gm)
-    if example is not None:
-        return Caller(model, record.arguments)(example)
-    return record.random_call(0, seed=0, device=device_of(gm)) if record.inputs else None
+    if record.inputs:
+        return record.random_call(0, seed=0, device=device_of(gm))
+    return None if example is None else Caller(model, record.arguments)(example)
 
 
 __all__ = ["check_saved"]
