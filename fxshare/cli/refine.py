@@ -111,7 +111,7 @@ class Training:
     optimiser: Annotated[
         Steps,
         typer.Option(
-            help="muon: for matrices, and AdamW for the rest; its steps take longer and bring more."
+            help="muon: for matrices, AdamW for the rest; its steps take longer and may bring more."
         ),
     ] = Steps.ADAMW
     temperature: Annotated[

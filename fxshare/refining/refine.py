@@ -131,7 +131,7 @@ def refine(
         ``"norms"``, ``"biases"`` or both: trained as well.
     optimiser
         ``"adamw"``, or ``"muon"`` (Jordan et al. 2024): matrices step along an orthogonal matrix,
-        the rest by AdamW. Its steps take longer and bring more. Not with ``shard``.
+        the rest by AdamW. Its steps take longer and may bring more. Not with ``shard``.
     accumulate
         So many batches make one step.
     autocast
