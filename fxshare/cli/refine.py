@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
+class Steps(str, Enum):
+    """Values of ``--optimiser``."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
+
+
 class By(str, Enum):
     """Values of ``--objective``."""
 
@@ -101,6 +108,12 @@ class Training:
         str | None,
         typer.Option(metavar="KINDS", help="Trained beside the factors: norms, biases or both."),
     ] = None
+    optimiser: Annotated[
+        Steps,
+        typer.Option(
+            help="muon: for matrices, AdamW for the rest; its steps take longer and may bring more."
+        ),
+    ] = Steps.ADAMW
     temperature: Annotated[
         float, typer.Option(metavar="T", help="Of both distributions, for kl.")
     ] = 1.0
@@ -146,7 +159,12 @@ class Training:
         """As keywords of :func:`fxshare.refine`."""
         names = [] if self.also is None else [name.strip() for name in self.also.split(",")]
         objective = None if self.objective is None else self.objective.value
-        return {**vars(self), "objective": objective, "also": tuple(names)}
+        return {
+            **vars(self),
+            "objective": objective,
+            "also": tuple(names),
+            "optimiser": self.optimiser.value,
+        }
 
     def check(self) -> None:
         """A ``ConfigError`` before anything is loaded."""

@@ -33,9 +33,10 @@ from fxshare.refining.cuts import STUDENT, TEACHER, Block, Cuts, as_items, cuts_
 from fxshare.refining.dense_graph import dense_graph
 from fxshare.refining.measure import Measure, Teacher
 from fxshare.refining.metric import InMetric, metrics_of
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.run import Run
-from fxshare.refining.steps import Optimiser, Stepper
+from fxshare.refining.steps import Stepper
 from fxshare.refining.student import Student
 from fxshare.refining.train import Training, train
 from fxshare.result.refinement import BlockLoss, Point
@@ -115,7 +116,7 @@ def _train(work: Blockwise, run: Run, cuts: Cuts, dense: fx.GraphModule) -> None
                 return
             run.mark = number + 1
             if work.checkpoints is not None:
-                plain = Optimiser(work.student, work.student.scales())
+                plain = Optimiser(work.student, work.student.scales(), options.optimiser)
                 work.checkpoints.write(work.student, plain, run)
         if number + 1 < len(cuts.blocks):
             items = [

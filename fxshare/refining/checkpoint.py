@@ -30,8 +30,8 @@ from fxshare.base.lock import only_here
 from fxshare.base.made_from import hold_to
 from fxshare.base.processes import here
 from fxshare.errors import StoreError
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.run import Run
-from fxshare.refining.steps import Optimiser
 from fxshare.refining.student import Student
 
 FORMAT = 1
@@ -84,7 +84,7 @@ class Checkpoints:
         now = _named(tensors, _NOW, student.device)
         best = _named(tensors, _BEST, student.device)
         student.put(now)
-        optimiser = Optimiser(student, plain["optimiser"]["scales"])
+        optimiser = Optimiser(student, plain["optimiser"]["scales"], plain["optimiser"]["kind"])
         optimiser.restore(tensors, plain["optimiser"])
         return Run.from_dict(plain["run"], best or None), optimiser
 

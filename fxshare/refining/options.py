@@ -11,6 +11,7 @@ from fxshare.errors import ConfigError
 
 ObjectiveName = Literal["kl", "ce", "hidden", "blocks"]
 Also = Literal["norms", "biases"]
+OptimiserName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class RefineOptions:
     pool_weight: float = 0.0
     learning_rate: float | None = None
     also: tuple[Also, ...] = ()
+    optimiser: OptimiserName = "adamw"
     accumulate: int = 1
     autocast: bool | None = None
     compile: bool = False
@@ -52,9 +54,10 @@ class RefineOptions:
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ConfigError(f"{name}: expected 0 to 1, found {value!r}")
-        if self.objective not in (None, *get_args(ObjectiveName)):
-            names = ", ".join(get_args(ObjectiveName))
-            raise ConfigError(f"objective: expected one of {names}, found {self.objective!r}")
+        for name, known in (("objective", ObjectiveName), ("optimiser", OptimiserName)):
+            value, names = getattr(self, name), get_args(known)
+            if value not in names and not (value is None and name == "objective"):
+                raise ConfigError(f"{name}: expected one of {', '.join(names)}, found {value!r}")
         if self.shard:
             self._check_shard()
 
@@ -62,6 +65,7 @@ class RefineOptions:
         for name, unwanted, instead in (
             ("objective", "blocks", "which holds what one block needs as it is"),
             ("compile", True, "whose steps run without the exchanges between them"),
+            ("optimiser", "muon", "which turns whole matrices"),
             ("offload", True, "which would write gathered parameters too; take recompute"),
         ):
             if getattr(self, name) == unwanted:
@@ -94,4 +98,4 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-__all__ = ["Also", "ObjectiveName", "RefineOptions", "also_of"]
+__all__ = ["Also", "ObjectiveName", "OptimiserName", "RefineOptions", "also_of"]

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from fxshare.base.processes import here
 from fxshare.base.spent import part
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
-from fxshare.refining.steps import Optimiser, Stepper
+from fxshare.refining.steps import Stepper
 from fxshare.result.refinement import Measured
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def chosen_rate(
             return math.inf
         if number not in found:
             student.put(start)
-            optimiser = Optimiser(student, scales)
+            optimiser = Optimiser(student, scales, options.optimiser)
             for step in range(count):
                 stepper(optimiser, step, RATES[number] * _shape(step, count))
             found[number] = measure().objective
@@ -77,10 +78,11 @@ def _steps_each(stepper: Stepper, options: RefineOptions, elapsed: Callable[[], 
         return count
     student = stepper.student
     start = student.state()
+    optimiser = Optimiser(student, student.scales(), options.optimiser)
     began = time.monotonic()
     try:
         for step in range(2):
-            stepper(Optimiser(student, student.scales()), step, RATES[0])
+            stepper(optimiser, step, RATES[0])
     finally:
         student.put(start)
     each = (time.monotonic() - began) / 2

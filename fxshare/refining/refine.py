@@ -32,7 +32,7 @@ from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.float32 import is_wide
 from fxshare.refining.measure import Measure, Teacher
 from fxshare.refining.objectives import Objective, objective_of
-from fxshare.refining.options import ObjectiveName, RefineOptions, also_of
+from fxshare.refining.options import ObjectiveName, OptimiserName, RefineOptions, also_of
 from fxshare.refining.parameters import trainable_of
 from fxshare.refining.run import Run
 from fxshare.refining.shards import check_graph
@@ -73,6 +73,7 @@ def refine(
     second: Iterable[object] | None = None,
     learning_rate: float | None = None,
     also: Collection[str] | str = (),
+    optimiser: OptimiserName = "adamw",
     accumulate: int = 1,
     autocast: bool | None = None,
     compile: bool = False,
@@ -85,7 +86,7 @@ def refine(
     """Train the factors of a compiled model, so that it comes nearer to the original; plan and size
     stay as they are. What comes back is never worse on the held-out data than ``gm``.
 
-    Bases, coefficients and pivot tables are trained in eval mode by AdamW, with a warm-up, a cosine
+    Bases, coefficients and pivot tables are trained in eval mode, with a warm-up, a cosine
     and a gradient of norm 1 at most. ``gm``, ``model``, ``teacher`` and the random state stay as
     they are. What was lowered is refined as :func:`fxshare.readable` gives it, and lowered again.
 
@@ -128,6 +129,9 @@ def refine(
         are tried for a few steps each, within a tenth of the time.
     also
         ``"norms"``, ``"biases"`` or both: trained as well.
+    optimiser
+        ``"adamw"``, or ``"muon"`` (Jordan et al. 2024): matrices step along an orthogonal matrix,
+        the rest by AdamW. Its steps take longer and may bring more. Not with ``shard``.
     accumulate
         So many batches make one step.
     autocast
@@ -174,6 +178,7 @@ def refine(
         pool_weight=pool_weight,
         learning_rate=learning_rate,
         also=also_of(also),
+        optimiser=optimiser,
         accumulate=accumulate,
         autocast=autocast,
         compile=compile,

@@ -1,4 +1,4 @@
-"""One step of training: gradients of some batches, and AdamW."""
+"""One step of training: gradients of some batches, and the optimiser's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxshare.base.processes import here
 from fxshare.base.spent import part
@@ -21,15 +21,13 @@ from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
 from fxshare.refining.measure import Targets, Teacher
 from fxshare.refining.objectives import Summed
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.parts import parts_of
 from fxshare.refining.recompute import is_short, recomputed
 from fxshare.refining.student import Student
 
 _LOG = logging.getLogger(__name__)
-_BETAS = (0.9, 0.98)
-_NORM = 1.0
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -39,51 +37,6 @@ class Taken:
 
     tokens: int
     bad: int | None = None
-
-
-class Optimiser:
-    """AdamW without decay, each tensor's learning rate relative to its size; the gradient's norm is
-    at most 1."""
-
-    def __init__(self, student: Student, scales: Mapping[str, float]) -> None:
-        self._student = student
-        self._masters = dict(student.masters)
-        self._scales = dict(scales)
-        groups = [{"params": [master]} for master in self._masters.values()]
-        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
-
-    def step(self, gradients: Mapping[str, Tensor], rate: float) -> bool:
-        """One step at a rate; without effect, and False, where a gradient is not finite."""
-        for name, group in zip(self._masters, self._adam.param_groups, strict=True):
-            group["lr"] = rate * self._scales[name]
-            self._masters[name].grad = gradients[name]
-        norm = self._student.norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), _NORM, norm)
-        finite = bool(norm.isfinite())
-        if finite:
-            self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        return finite
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Its tensors by name, and its numbers."""
-        found: dict[str, Tensor] = {}
-        taken = 0
-        for name, master in self._masters.items():
-            held = self._adam.state.get(master, {})
-            found.update({f"{moment}.{name}": held[moment] for moment in _MOMENTS if held})
-            taken = int(held["step"]) if held else taken
-        return found, {"taken": taken, "scales": self._scales}
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
-        self._scales = dict(numbers["scales"])
-        if not numbers["taken"]:
-            return
-        for name, master in self._masters.items():
-            held = {m: tensors[f"{m}.{name}"].to(master.device).clone() for m in _MOMENTS}
-            taken = torch.tensor(float(numbers["taken"]), dtype=torch.float32, device=master.device)
-            self._adam.state[master] = {"step": taken, **held}
 
 
 class Stepper:
@@ -225,4 +178,4 @@ def _casts(student: Student, wanted: bool | None) -> bool:
     return full and student.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-__all__ = ["Optimiser", "Stepper", "Taken"]
+__all__ = ["Stepper", "Taken"]

@@ -16,9 +16,9 @@ import torch
 from fxshare.base.processes import here
 from fxshare.errors import RefineError
 from fxshare.refining.checkpoint import Checkpoints, opened
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.run import Run
-from fxshare.refining.steps import Optimiser
 from fxshare.refining.student import Student
 
 
@@ -51,7 +51,7 @@ def divide_state(student: Student, run: Run, optimiser: Optimiser | None) -> Opt
         return None
     tensors, numbers = moments
     parts = {key: student.part(key.partition(".")[2], t) for key, t in tensors.items()}
-    divided = Optimiser(student, numbers["scales"])
+    divided = Optimiser(student, numbers["scales"], numbers["kind"])
     divided.restore(parts, numbers)
     return divided
 

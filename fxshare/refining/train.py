@@ -13,11 +13,12 @@ from fxshare.base.processes import here
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.measure import Measure
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.rate import chosen_rate
 from fxshare.refining.run import Run
 from fxshare.refining.shown import Shown
-from fxshare.refining.steps import Optimiser, Stepper
+from fxshare.refining.steps import Stepper
 from fxshare.result.refinement import Measured, Point, Stopped
 
 _LOG = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _begun(training: Training, run: Run) -> Optimiser:
     run.rate = options.learning_rate or chosen_rate(
         training.stepper, training.few, options, run.elapsed
     )
-    optimiser = Optimiser(student, student.scales())
+    optimiser = Optimiser(student, student.scales(), options.optimiser)
     _save(training, run, optimiser)
     return optimiser
 

@@ -19,10 +19,11 @@ from fxshare.refining.balance import balance, balanced
 from fxshare.refining.batches import divided
 from fxshare.refining.measure import Teacher
 from fxshare.refining.objectives import ToLogits
+from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.parameters import trainable_of
 from fxshare.refining.rate import DEFAULT, RATES
-from fxshare.refining.steps import Optimiser, Stepper
+from fxshare.refining.steps import Stepper
 from fxshare.refining.student import Student
 from fxshare.refining.train import rate_at
 from fxshare.result.products import slices_of
@@ -231,7 +232,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     batches = divided(ids(2), ids(1), None, seed=0)
     options = RefineOptions(steps=1)
     stepper = Stepper(student, Teacher(model, ToLogits()), batches, _caller(gm, model), options)
-    optimiser = Optimiser(student, student.scales())
+    optimiser = Optimiser(student, student.scales(), "adamw")
     before = student.state()
     name = next(iter(before))
     gradients = {n: torch.ones_like(t) for n, t in before.items()}
