@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxshare.capture.widening import stored_of
+
 _SMALL = 1 << 20
 
 
@@ -21,12 +23,12 @@ def offloaded(module: nn.Module) -> Iterator[None]:
 
     The file is in the system's place for temporary ones (``TMPDIR``), and gone at the end.
     """
-    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    own = {_storage(t) for t in (*module.parameters(), *module.buffers())}
     with tempfile.TemporaryFile(prefix="fxshare-") as file:
 
         def pack(saved: Tensor) -> Any:
             size = saved.numel() * saved.element_size()
-            if size < _SMALL or saved.untyped_storage()._cdata in own:
+            if size < _SMALL or _storage(saved) in own:
                 return saved
             start = file.seek(0, os.SEEK_END)
             flat = saved.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -44,6 +46,10 @@ def offloaded(module: nn.Module) -> Iterator[None]:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(stored_of(tensor).untyped_storage()._cdata)
 
 
 __all__ = ["offloaded"]

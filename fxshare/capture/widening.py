@@ -49,6 +49,9 @@ class Widened(Tensor):
     ) -> Any:
         if func is _aten.detach.default:
             return args[0]
+        if func in (_aten.t.default, _aten.transpose.int):
+            # what a linear keeps for its backward pass: no float32 copy of every weight
+            return cls(func(args[0]._stored, *args[1:]))
         if func is _aten.embedding.default and isinstance(args[0], cls):
             # rows first: the float32 of a whole vocabulary may be the largest tensor of all
             return func(args[0]._stored, *args[1:], **(kwargs or {})).float()
@@ -58,6 +61,11 @@ class Widened(Tensor):
 
         given = pytree.tree_map_only(Tensor, wide, (args, kwargs or {}))
         return func(*given[0], **given[1])
+
+
+def stored_of(tensor: Tensor) -> Tensor:
+    """What is in memory of a tensor that may be a :class:`Widened` one."""
+    return tensor._stored if isinstance(tensor, Widened) else tensor
 
 
 def widen(module: nn.Module) -> None:
@@ -127,4 +135,4 @@ def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     return nn.Parameter(wide, requires_grad=False) if is_parameter else wide
 
 
-__all__ = ["Widened", "cast_to_float32", "to_measure", "widen", "widened"]
+__all__ = ["Widened", "cast_to_float32", "stored_of", "to_measure", "widen", "widened"]

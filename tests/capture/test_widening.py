@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.numerics import float_leaves
-from fxshare.capture.widening import Widened, widen
+from fxshare.capture.widening import Widened, stored_of, widen
 from passes.graph.graph import structure_copy
 from tests.toys import TOYS, Toy
 
@@ -77,3 +77,31 @@ def test_every_way_to_read_a_weight(use: Any) -> None:
     found = use(Widened(stored), x)
     assert type(found) is Tensor
     assert torch.equal(found, use(stored.float(), x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_backward_pass_keeps_no_float32_copy_of_a_weight(fused: bool) -> None:
+    """Half precision would take three times as much while statistics are gathered."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64, bias=fused), nn.GELU(), nn.Linear(64, 16)).bfloat16()
+    wide = widened(model)
+    kept: list[Tensor] = []
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        wide(x).square().sum().backward()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    large = [t for t in kept if t.numel() in {w.numel() for w in weights}]
+    assert len(large) == len(weights)
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    assert {stored_of(t).untyped_storage().data_ptr() for t in large} == own
+    # and the gradient is that of a float32 copy
+    other = x.detach().requires_grad_()
+    structure_copy(model, clone_parameters=True).float()(other).square().sum().backward()
+    assert x.grad is not None
+    assert other.grad is not None
+    assert torch.equal(x.grad, other.grad)
