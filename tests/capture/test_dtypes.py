@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxshare
 from fxshare.base.numerics import float_leaves, tolerance, worst
-from fxshare.capture import capture
+from fxshare.capture import capture, gradients
 from fxshare.capture.tracing.dtypes import DtypeSwitch
 from fxshare.errors import GuardError
 from tests.strategies import SHARING, gpt, gpt_config, no_warnings_of_ours, token_batches
@@ -300,3 +300,22 @@ def test_on_cuda(toy: Toy, dtype: torch.dtype) -> None:
     ids = data[0].cuda()
     assert moved(ids).logits.dtype == dtype
     assert F.softmax(moved.cpu().float()(data[0]).logits, -1).isfinite().all()
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_gradients_of_slow_half_precision_are_compared_on_fewer_positions(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = set[int]()
+
+    def noted(module: Any, call: Any, *rest: Any, **options: Any) -> Any:
+        lengths.update(t.shape[1] for t in call.values() if isinstance(t, torch.Tensor))
+        return run(module, call, *rest, **options)
+
+    run = gradients._run
+    monkeypatch.setattr(gradients, "multiplies", lambda device, dtype: able)
+    monkeypatch.setattr(gradients, "_run", noted)
+    inputs = NANOGPT.inputs()
+    captured = capture(NANOGPT.model(dtype=torch.bfloat16), inputs)
+    assert captured.front_end == "fx"
+    assert lengths == {inputs[0].shape[1] if able else 3}
