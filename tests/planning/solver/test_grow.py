@@ -133,6 +133,28 @@ def test_equal_layers_share_one_basis_as_with_every_run_priced() -> None:
     assert max(len(c.candidate.slices) for c in grown.choices) > 1
 
 
+def test_large_runs_grow_where_they_gain_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(3, WIDTH))
+    weights = {
+        name: rng.normal(size=(WIDTH, 3)) @ common + 0.5 * rng.normal(size=(WIDTH, WIDTH))
+        for name in stack(6)
+    }
+
+    def priced(large: float) -> int:
+        monkeypatch.setattr("fxshare.planning.solver.grow._LARGE", large)
+        problem = bounded(6, weights)
+        found = solve(problem, 0.5 * 6 * WIDTH * WIDTH, strategy="grown")
+        # what is not priced still counts in the bound
+        assert found.bound <= min(
+            solve(bounded(6, weights), found.cost, strategy="layers").loss, found.loss
+        ) * (1 + 1e-12)
+        return found.priced
+
+    whole, few = priced(WIDTH), priced(0.01)
+    assert 6 + 5 <= few < whole  # layers and pairs are priced in any case
+
+
 def test_candidates_grow_with_the_heads_and_not_with_their_square() -> None:
     def priced(heads: int) -> int:
         nodes = stack(2, heads=heads)
