@@ -62,9 +62,14 @@ def is_large(model: nn.Module, plan: Plan) -> bool:
 
 
 def multiplied_out(
-    model: nn.Module, gm: nn.Module, products: Products, *, by_call: bool = False
+    model: nn.Module,
+    gm: nn.Module,
+    products: Mapping[str, Tensor] | None = None,
+    *,
+    by_call: bool = False,
 ) -> nn.Module:
-    """A copy of ``model`` with the weights, and in planned mode the biases, that ``gm`` stands for.
+    """A copy of ``model`` with the weights, and in planned mode the biases, that ``gm`` stands for;
+    ``products`` where they are at hand.
 
     ``by_call`` makes each weight when its module is called and drops it after: memory of one
     weight, and time for every call. A weight that is read without a call stays the original's then.
@@ -77,6 +82,7 @@ def multiplied_out(
     if plan.mode == "planned" or record.bias_shifts:
         moved = ((site.name, site_bias(gm, site)) for site in plan.sites)
         biases = {name: bias for name, bias in moved if bias is not None}
+    products = Products(gm, plan) if products is None else products
     if not by_call:
         substitute(copy, plan.sites, products, biases)
         return copy

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import fxshare
 from fxshare import FxShareWarning
+from fxshare.base import placement
 from fxshare.base.numerics import worst
 from fxshare.calibration.blocks import bytes_needed
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.statistics import Statistics
-from fxshare.capture import Caller, Captured, capture, widening
+from fxshare.capture import Caller, Captured, capture
 from fxshare.capture.widening import to_measure
 from fxshare.config import load_config
 from fxshare.errors import CalibrationError
@@ -325,7 +326,7 @@ def test_half_precision_is_measured_as_its_float32_copy_is(
     half = LLAMA.model(dtype=dtype)
     sites = match(half, load_config(EVERYTHING)).sites
     captured = capture(half, Caller(half)(batches()[0]), mode="fx")
-    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(placement, "multiplies_bfloat16", lambda device: False)
     with no_warnings_of_ours():
         found, own = (
             calibrate(one, batches(), sites, gradients=True)
@@ -337,7 +338,7 @@ def test_half_precision_is_measured_as_its_float32_copy_is(
     assert found.mean_loss == pytest.approx(expected.mean_loss, rel=1e-6)
     last = f"model.layers.{LAYERS - 1}.mlp.down_proj"  # what computing in half loses
     assert worst(own.gram(last), expected.gram(last)).relative > 1e-4
-    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(placement, "multiplies_bfloat16", lambda device: True)
     assert (to_measure(captured) is captured) == (dtype == torch.bfloat16)
 
 
@@ -349,7 +350,7 @@ def test_inputs_in_half_precision_are_measured_in_float32_too(
     data = [torch.randn(5, 6).bfloat16() for _ in range(3)]
     sites = match(model, load_config({"weight_types": {"w": {"pattern": "[02]"}}})).sites
     captured = capture(model, Caller(model)(data[0]), mode="fx")
-    monkeypatch.setattr(widening, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(placement, "multiplies_bfloat16", lambda device: False)
     found = calibrate(to_measure(captured), data, sites)
     rows = torch.cat(data).double()
     assert worst(found.gram("0"), rows.T @ rows / len(rows)).relative < 1e-6

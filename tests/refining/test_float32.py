@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fxshare.refining import float32
+from fxshare.base import placement
 from fxshare.refining.float32 import is_wide
 from fxshare.refining.options import RefineOptions
 from fxshare.refining.parameters import trainable_of
@@ -44,7 +44,7 @@ def test_where_it_is_faster() -> None:
     options = RefineOptions(steps=1)
     gms = {dtype: student_of(dtype)[0] for dtype in (*HALF, torch.float32)}
     for fast in (False, True):
-        with mock.patch.object(float32, "multiplies_bfloat16", return_value=fast):
+        with mock.patch.object(placement, "multiplies_bfloat16", return_value=fast):
             found = {dtype: is_wide(gm, options) for dtype, gm in gms.items()}
         assert found == {torch.float16: True, torch.bfloat16: not fast, torch.float32: False}
     for others in ({"objective": "blocks"}, {"shard": True}):
@@ -55,7 +55,7 @@ def test_what_is_stored_stays_in_half_precision() -> None:
     model, gm = subject("llama-like", "shared", dtype=torch.bfloat16)
     found = {}
     for fast in (False, True):
-        with mock.patch.object(float32, "multiplies_bfloat16", return_value=fast):
+        with mock.patch.object(placement, "multiplies_bfloat16", return_value=fast):
             result = refined(gm, model, steps=6)
         assert {p.dtype for p in result.parameters()} == {torch.bfloat16}
         found[fast] = result.fxshare.refined[-1].after.objective
