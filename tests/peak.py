@@ -104,7 +104,7 @@ def _peak(folder: str, out: str, reading: str) -> dict[str, int]:
                 {k: v.clone() for k, v in model.state_dict().items()}, assign=True
             )
         with mock.patch.object(
-            fxshare.verifying.evaluated,
+            fxshare.capture.widening,
             "widen",
             _copy_in_float32 if reading == "widened" else widen,
         ):
