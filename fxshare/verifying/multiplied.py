@@ -19,18 +19,22 @@ from passes.graph.graph import is_conv1d, is_linear, structure_copy
 
 LARGE = 1 << 26
 """Bytes of matched weights up to which all products are held at once."""
+_MOST = 1 << 32
+"""Bytes of a temporary file; products beyond are made anew for every call."""
 
 
 class Products(Mapping[str, Tensor]):
     """The weight ``(out, in)`` of every site multiplied out, in float64, made when asked for.
 
-    On a CPU it is made once, and read again from a temporary file, in float32 where the model is no
-    finer: every call that is compared needs all of them, and making them is most of comparing.
+    Where they are asked for ``again``, on a CPU, up to :data:`_MOST` bytes are made once and read
+    from a temporary file, in float32 where the model is no finer: every call that is compared needs
+    all of them, and making them is most of comparing.
     """
 
-    def __init__(self, gm: nn.Module, plan: Plan) -> None:
+    def __init__(self, gm: nn.Module, plan: Plan, *, again: bool = False) -> None:
         self._gm = gm
         self._sites = {site.name: site for site in plan.sites}
+        self._room = _MOST if again else 0
         self._file = Filed()
         self._made: dict[str, Callable[[], Tensor]] = {}
         self._is_double = any(p.dtype == torch.float64 for p in gm.parameters())
@@ -40,10 +44,12 @@ class Products(Mapping[str, Tensor]):
             return self._made[name]()
         site = self._sites[name]
         made = torch.cat([slice_product(self._gm, s.name) for s in site.slices])
-        if made.device.type == "cpu":
+        size = made.numel() * (8 if self._is_double else 4)
+        if made.device.type == "cpu" and size <= self._room:
             kept = made if self._is_double else made.float()
             read = self._file.keep(kept)
             if read is not None:
+                self._room -= size
                 self._made[name] = partial(read, len(kept))
         return made
 

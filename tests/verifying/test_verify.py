@@ -197,7 +197,20 @@ def test_of_a_large_model_every_product_is_made_once(monkeypatch: pytest.MonkeyP
 def test_where_no_file_can_be_written_products_are_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(multiplied, "LARGE", 0)
     monkeypatch.setattr(multiplied.Filed, "keep", lambda self, rows: None)
+    assert fxshare.verify(model_of(), shared(HEADS)).ok
+
+
+def test_what_is_asked_for_once_goes_to_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Any, rows: Tensor) -> None:
+        raise AssertionError("a file was written")
+
+    monkeypatch.setattr(multiplied.Filed, "keep", refused)
+    assert fxshare.verify(model_of(), shared(HEADS)).ok  # all products are held
+    monkeypatch.setattr(multiplied, "LARGE", 0)
+    assert fxshare.verify(model_of(), exact(HEADS)).ok
+    monkeypatch.setattr(multiplied, "_MOST", 0)
     assert fxshare.verify(model_of(), shared(HEADS)).ok
 
 
