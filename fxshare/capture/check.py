@@ -14,6 +14,7 @@ from fxshare.capture.call import Call, Shapes, resized, tensors
 from fxshare.capture.captured import quiet
 from fxshare.capture.containers import mapped
 from fxshare.capture.guards import hold_guard
+from fxshare.capture.products import wide_products
 from fxshare.capture.steered import set_training
 from fxshare.errors import CaptureError, GuardError
 from passes import structure_copy
@@ -46,7 +47,7 @@ class Original:
         self._last = None
         if self._copy is None:
             self._copy = structure_copy(self._model).eval()
-        with quiet():
+        with quiet(), wide_products(self._copy):
             output = structure_copy(self._copy)(**call)
         self._last = dict(call), output
         if sum(t.numel() for _, t in float_leaves(output)) <= _SMALL:
@@ -57,7 +58,7 @@ class Original:
         """What the second of two calls in a row gives: another than the first where the model
         keeps something."""
         copy = structure_copy(self._copy or self._model).eval()
-        with quiet():
+        with quiet(), wide_products(copy):
             copy(**call)
             return copy(**call)
 
@@ -126,7 +127,7 @@ def evaluate_unguarded(gm: fx.GraphModule, call: Call) -> tuple[Any, set[fx.Node
     ]
     interpreter, modes = _Collecting(gm), caller_modes()
     try:
-        with quiet():
+        with quiet(), wide_products(gm):
             return interpreter.run(*values), interpreter.broken
     finally:
         set_modes(modes)
@@ -221,7 +222,7 @@ def _run_graph(gm: fx.GraphModule, call: Call, times: int = 1) -> Any:
     copy = structure_copy(gm, one_code=True)
     set_training(copy, False)
     try:
-        with quiet():
+        with quiet(), wide_products(copy):
             for _ in range(times - 1):
                 copy(**call)
             return copy(**call)

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxshare.base.numerics import beyond_rounding, float_leaves, tolerance, worst
-from fxshare.base.placement import device_of, dtype_of, multiplies
 from fxshare.base.randomness import drawn, own_randomness, randomness_as_before
 from fxshare.capture.call import Call, Shapes, resized, tensors
+from fxshare.capture.products import wide_products
 from fxshare.capture.steered import SteeringDiffers, eval_only, set_training
 from fxshare.capture.tracing.factories import TRACE_LOCK
 from fxshare.capture.tracing.functions import without_reentrant_checkpoints
@@ -31,8 +31,6 @@ from passes.graph.graph import structure_copy
 # parameters whose gradients are held twice: a sixteenth of the model, between these
 _LEAST_ELEMENTS, _MOST_ELEMENTS, _PART = 2**20, 2**24, 16
 _ROWS, _POSITIONS = 2, 8
-_FEW_POSITIONS = 3
-"""Where half precision has no instructions: those of 1.1 billion parameters took six minutes."""
 _SEED = 0
 # a product has two in its backward pass
 _BACKWARD = 3
@@ -108,8 +106,7 @@ def _check(
 ) -> tuple[str, ...]:
     mode = "in training mode" if training else "in eval mode"
     reason = ""
-    able = multiplies(device_of(original), dtype_of(original))
-    for call in _calls(shapes, _POSITIONS if able else _FEW_POSITIONS):
+    for call in _calls(shapes):
         for inputs in (True, False):  # a model may object to inputs that have gradients
             try:
                 apart = _compare(gm, original, call, depth, training=training, inputs=inputs)
@@ -124,14 +121,14 @@ def _check(
     return (f"gradients {mode} were not compared: {reason}",)
 
 
-def _calls(shapes: Shapes, positions: int) -> Iterator[Call]:
+def _calls(shapes: Shapes) -> Iterator[Call]:
     """The base call, cut to what shows a fault as well, and as it is where that is not taken."""
     cut: dict[str, int] = {}
     if shapes.batch:
         cut["batch"] = _ROWS
     longest = max((t.shape[1] for t in tensors(shapes.base) if t.ndim > 1), default=0)
-    if shapes.sequence and longest > positions:
-        cut["sequence"] = positions
+    if shapes.sequence and longest > _POSITIONS:
+        cut["sequence"] = _POSITIONS
     if cut:
         yield resized(shapes.base, **cut)
     yield shapes.base
@@ -184,7 +181,8 @@ def _run(
         leaves: dict[str, Tensor] = {}
         values = _with_leaves(call, leaves) if inputs else dict(call)
         noise: Any = _SameNoise() if same_noise else nullcontext()  # type: ignore[no-untyped-call]
-        with TRACE_LOCK, without_reentrant_checkpoints(), noise:
+        wide = wide_products(module)
+        with TRACE_LOCK, without_reentrant_checkpoints(), wide, noise:
             output = module(**values)
         reached = frozenset(_reached(output))
         loss = _projection(output)
@@ -195,7 +193,7 @@ def _run(
             sources = [parameters.get(_key(t), t) for t in wanted.values()]
             found: tuple[Tensor | None, ...] = ()
             if sources:
-                with noise:  # checkpoints run the forward pass again
+                with wide, noise:  # checkpoints run the forward pass again
                     found = torch.autograd.grad(loss, sources, allow_unused=True)
             gradients = dict(zip(wanted, found, strict=True))
     differentiable = {path: leaf.requires_grad for path, leaf in float_leaves(output)}

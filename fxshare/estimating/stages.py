@@ -30,9 +30,11 @@ from fxshare.estimating.searching import Searched, Subject
 from fxshare.estimating.sharing import sharing
 from fxshare.sites.site import Site
 
-_CAPTURE_TOKENS = 700
+_CAPTURE_TOKENS = 1000
 """Of all calls by which a capture compares its graph with the model; the example is cut for them.
 Gradients count three times."""
+_CAPTURE_PASSES = 20
+"""How many passes these are, which make float32 weights of slow half precision each."""
 _VERIFY_PASSES = 3
 _PER_SLICE = 1000
 """Calls that do next to nothing, by slice, of capture and of rewriting each."""
@@ -261,8 +263,10 @@ class _Estimating:
     def _stages(
         self, parts: Candidates, divided: Divided, needed: Bytes, passes: int
     ) -> Iterator[tuple[str, Amount]]:
-        once = forward(self.pace, self.counted, self._dtype.itemsize)
-        once *= _CAPTURE_TOKENS / max(self.counted.rows, 1)
+        pace, itemsize = self._measuring
+        once = forward(pace, self.counted, itemsize) * (_CAPTURE_TOKENS / max(self.counted.rows, 1))
+        if self._wide:
+            once += pace.moved(_CAPTURE_PASSES * 3 * self._bytes, 1 << 30)
         python = self.pace.calls(_PER_SLICE * sum(len(site.slices) for site in self.sites))
         yield "capture", once + python * 2
         if self._planned and self.data.batches:

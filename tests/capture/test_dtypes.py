@@ -14,11 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fxshare
+from fxshare.base import placement
 from fxshare.base.numerics import float_leaves, tolerance, worst
-from fxshare.capture import capture, gradients
+from fxshare.capture import capture
+from fxshare.capture.products import WideProducts
 from fxshare.capture.tracing.dtypes import DtypeSwitch
 from fxshare.errors import GuardError
 from tests.strategies import SHARING, gpt, gpt_config, no_warnings_of_ours, token_batches
@@ -303,19 +306,41 @@ def test_on_cuda(toy: Toy, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_gradients_of_slow_half_precision_are_compared_on_fewer_positions(
-    able: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_half_precision_is_multiplied_in_float32(
+    able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = set[int]()
+    seen = set[torch.dtype]()
 
-    def noted(module: Any, call: Any, *rest: Any, **options: Any) -> Any:
-        lengths.update(t.shape[1] for t in call.values() if isinstance(t, torch.Tensor))
-        return run(module, call, *rest, **options)
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.addmm.default and args[1].shape[0] >= 16:
+                seen.add(args[1].dtype)
+            return func(*args, **(kwargs or {}))
 
-    run = gradients._run
-    monkeypatch.setattr(gradients, "multiplies", lambda device, dtype: able)
-    monkeypatch.setattr(gradients, "_run", noted)
-    inputs = NANOGPT.inputs()
-    captured = capture(NANOGPT.model(dtype=torch.bfloat16), inputs)
+    monkeypatch.setattr(placement, "multiplies_bfloat16", lambda device: able)
+    with Seeing():
+        captured = capture(NANOGPT.model(dtype=dtype), NANOGPT.inputs(batch=4))
     assert captured.front_end == "fx"
-    assert lengths == {inputs[0].shape[1] if able else 3}
+    assert seen == {dtype if able and dtype == torch.bfloat16 else torch.float32}
+
+
+def test_wide_products_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 20, generator=generator).bfloat16() for n in (32, 24))
+    for one in (x, w):
+        one.requires_grad_()
+    with WideProducts():
+        y = F.linear(x, w)
+        y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert torch.equal(y, (x.float() @ w.float().T).bfloat16())
+    assert torch.equal(x.grad, w.float().sum(0).expand_as(x).bfloat16())  # type: ignore[arg-type]
+    image, kernel = torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 3, 3, 3).bfloat16()
+    with WideProducts():
+        found = F.conv2d(image, kernel)
+        mixed = torch.mm(x.float(), w.float().T)
+    assert torch.equal(found, F.conv2d(image.float(), kernel.float()).bfloat16())
+    assert mixed.dtype == torch.float32
