@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxshare.bench.demo import CONFIG
-from fxshare.bench.frontier import Texts, bench_frontier
+from fxshare.bench.frontier import Texts, _bench_of, bench_frontier
 from fxshare.bench.frontier_plot import curves
 from fxshare.bench.frontier_table import (
     EVERYTHING,
@@ -60,6 +60,25 @@ def test_every_method_at_one_size_within_its_bytes() -> None:
     assert cells[-2] == best.method
     assert found.to_dict()["rows"][0]["method"] == methods[0]
     assert {one.method for one in found.rows if one.refined} >= {EVERYTHING}
+
+
+def test_one_model_is_refined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=32, n_layer=1, n_head=2, n_embd=32, block_size=16)).eval()
+    tokens = torch.randint(0, 32, (16, 16))
+    bench = _bench_of(Case("small", model, CONFIG, tokens, tokens), None, (8, "off", 0, False))
+    eight, four = (bench.planned(1.0, {"kinds": ["units"], "bits": [n]}) for n in (8, 4))
+    again = bench.planned(1.0, {"kinds": ["units"], "bits": [8]})
+    seen: list[object] = []
+
+    def refined_on(gm: object, *_: object, **__: object) -> None:
+        seen.append(gm)
+
+    monkeypatch.setattr("fxshare.bench.frontier.refined_on", refined_on)
+    rows = [row("one", None, 0.5, loss) for loss in (0.1, 0.1, 0.1, 0.2)]
+    found = bench.refined(list(zip(rows, (eight, again, four, eight), strict=True)), 1.0, 0)
+    assert list(found) == [id(one) for one in rows]
+    assert seen == [eight, four, eight]
 
 
 def test_the_least_is_of_what_fits() -> None:
