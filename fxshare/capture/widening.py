@@ -68,6 +68,24 @@ def stored_of(tensor: Tensor) -> Tensor:
     return tensor._stored if isinstance(tensor, Widened) else tensor
 
 
+def in_place_of(old: Tensor, values: Tensor, *, as_kept: bool) -> nn.Parameter:
+    """A parameter of other values in the dtype of the ``old`` one, or ``as_kept`` in what that is
+    kept in."""
+    if as_kept and isinstance(old, Widened):
+        made = Widened(values.to(old._stored.dtype).contiguous())
+        assert isinstance(made, nn.Parameter)
+        return made
+    return nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=False)
+
+
+def free(parameter: nn.Parameter) -> None:
+    """Give back what is in memory of a parameter that is not used any more."""
+    if isinstance(parameter, Widened):
+        parameter._stored = parameter._stored.new_empty(0)
+    else:
+        parameter.data = parameter.data.new_empty(0)
+
+
 def widen(module: nn.Module) -> None:
     """Let every floating-point parameter and buffer of a structure copy read as float32.
 
@@ -135,4 +153,13 @@ def _wide(tensor: Tensor, *, is_parameter: bool) -> Tensor:
     return nn.Parameter(wide, requires_grad=False) if is_parameter else wide
 
 
-__all__ = ["Widened", "cast_to_float32", "stored_of", "to_measure", "widen", "widened"]
+__all__ = [
+    "Widened",
+    "cast_to_float32",
+    "free",
+    "in_place_of",
+    "stored_of",
+    "to_measure",
+    "widen",
+    "widened",
+]

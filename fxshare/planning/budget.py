@@ -210,11 +210,11 @@ def _remeasured(
         dense = search.dense_cost(best)
         half = replace(search, budget=(search.budget + dense) / 2, judge=None)
         middle = half.run(spectra, [best.trial], label=" halfway").best
+    if search.judge is not None:
+        search.judge.forget()  # its weights are as many as those that are made now
     on = substituted(captured, search.sites, *search.dense(middle))
     for one in spectra.values():
         one.release()
-    if search.judge is not None:
-        search.judge.forget()
     give_back(sum(weight.nbytes for weight in search.weights.values()))
     return gather(on, number + 1)
 

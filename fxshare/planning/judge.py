@@ -14,6 +14,7 @@ from fxshare.base.spent import part
 from fxshare.calibration.distance import distance, output_rows
 from fxshare.calibration.losses import Loss, default_loss, next_token_logits
 from fxshare.capture import Call, Captured, quiet
+from fxshare.capture.widening import free
 from fxshare.planning.held_back import Judged
 from fxshare.sites.site import Site
 from fxshare.sites.tensors import substituted
@@ -57,7 +58,7 @@ class Candidate:
             kept = {id(p) for p in shared.module.parameters()}
             for parameter in self._made.module.parameters():
                 if id(parameter) not in kept:
-                    parameter.data = parameter.data.new_empty(0)
+                    free(parameter)
             self._made = None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxshare.capture import Captured
+from fxshare.capture.widening import in_place_of, stored_of
 from fxshare.errors import MatchError
 from fxshare.sites.site import Site
 from passes import is_embedding, is_linear, linear_calls, weight_and_bias
@@ -126,9 +127,12 @@ def substitute(
     sites: Sequence[Site],
     weights: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
+    *,
+    as_kept: bool = False,
 ) -> None:
     """Give the sites of a structure copy other weights ``(out, in)`` and biases ``(out,)``, in the
-    dtypes of the old ones; what is not in the mappings stays."""
+    dtypes of the old ones, or with ``as_kept`` in those that they are kept in, where they only read
+    as float32; what is not in the mappings stays."""
     own: set[int] = set()
     holders: dict[tuple[int, str], list[nn.Module]] = {}
     for holder in copy.modules():
@@ -148,30 +152,35 @@ def substitute(
                 module = _linear(copy, call) or _embedding(copy, call)
                 if module is None:
                     turn = is_weight and (site.transposed or call in turned)
-                    _write(copy, call, new.t() if turn else new, is_weight, own)
+                    values_at = new.t() if turn else new
+                    _write(copy, call, values_at, is_weight, own, as_kept=as_kept)
                     continue
                 field = "weight" if is_weight else "bias"
                 old = getattr(module, field)
                 if put is None:
                     stored = new.t() if is_weight and is_conv1d(module) else new
-                    put = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=False)
+                    put = in_place_of(old, stored, as_kept=as_kept)
                     # also where the graph knows a tied weight by one of its names only
                     for holder in holders.get((id(old), field), ()):
                         setattr(holder, field, put)
                 setattr(module, field, put)
 
 
-def _write(copy: nn.Module, name: str, new: Tensor, is_weight: bool, own: set[int]) -> None:
+def _write(
+    copy: nn.Module, name: str, new: Tensor, is_weight: bool, own: set[int], *, as_kept: bool
+) -> None:
     """Write into the part of a parameter that a site is, in memory of the copy's own."""
     place = _place(copy, name)
     assert place is not None, name
     field = place.field if is_weight else place.bias
     parameter = getattr(place.holder, field)
     if id(parameter) not in own:
-        parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        stored = stored_of(parameter) if as_kept else parameter
+        parameter = in_place_of(parameter, stored.detach().clone(), as_kept=as_kept)
         own.add(id(parameter))
         setattr(place.holder, field, parameter)
-    parameter.data[place.at] = new.to(parameter)
+    kept = stored_of(parameter).detach()
+    kept[place.at] = new.to(kept)
 
 
 def _embedding(model: nn.Module, name: str) -> nn.Module | None:
@@ -214,5 +223,6 @@ def substituted(
     """The capture computing on a copy in which sites have other weights ``(out, in)`` and biases
     ``(out,)``."""
     copy = structure_copy(captured.module)
-    substitute(copy, sites, weights, biases)
+    # as large as the model, and no larger
+    substitute(copy, sites, weights, biases, as_kept=True)
     return captured.computing(copy)

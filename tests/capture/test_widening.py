@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fxshare.base.numerics import float_leaves
-from fxshare.capture.widening import Widened, stored_of, widen
+from fxshare.capture.widening import Widened, free, stored_of, widen
+from fxshare.proposing.propose import init
+from fxshare.sites.match import match
+from fxshare.sites.tensors import dense_weights, substitute
 from passes.graph.graph import structure_copy
 from tests.toys import TOYS, Toy
+from tests.zoo.families import family
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -56,6 +60,32 @@ def test_matrices_are_read_and_not_copied(toy: Toy) -> None:
         len({id(p) for _, p in m.named_parameters(remove_duplicate=False)}) for m in (model, copy)
     ]
     assert ties[0] == ties[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+def test_other_weights_take_what_the_models_own_do(name: str) -> None:
+    """A candidate of a search is as large as the model, and no larger."""
+    one = family(name)
+    model = one.model().bfloat16()
+    sites = match(model, init(model)).sites
+    ids = (torch.arange(10).view(2, 5),)
+    own = dense_weights(model, sites)
+    new = {name: (2 * weight.float() + 1e-4).clone() for name, weight in own.items()}
+    rounded = structure_copy(model, clone_parameters=True)
+    wide = widened(model)
+    before = {id(p) for p in wide.parameters()}
+    for copy in (rounded, wide):
+        substitute(copy, sites, new, {}, as_kept=True)
+    made = [p for p in wide.parameters() if id(p) not in before]
+    assert made
+    assert all(isinstance(p, Widened) and p._stored.dtype == torch.bfloat16 for p in made)
+    expected = values(rounded.float(), ids)
+    for (_, left), (_, right) in zip(expected, values(wide, ids), strict=True):
+        assert torch.equal(left, right)
+    for parameter in made:
+        free(parameter)
+        assert not stored_of(parameter).numel()
+    assert all(torch.equal(weight, own[n]) for n, weight in dense_weights(model, sites).items())
 
 
 @pytest.mark.parametrize(
