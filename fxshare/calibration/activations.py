@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,28 @@ def most_bytes(module: nn.Module, call: Call) -> int:
     return 4 * _NUMBERS * rows * outputs
 
 
-def activation_bytes(captured: Captured, call: Call, *, gradients: bool) -> int:
-    """Bytes that are alive at once while a call runs, weights apart: with ``gradients`` what the
-    backward pass needs, and three times the largest of it, the logits, for the loss and that pass.
+class Activations(NamedTuple):
+    """Bytes that are alive at once while a call runs, weights apart, and what stays in memory of
+    them where they are written to a file as they come: three times the largest, the logits, for
+    the loss and the backward pass."""
+
+    alive: int
+    in_memory: int
+
+
+def activation_bytes(captured: Captured, call: Call, *, gradients: bool) -> Activations:
+    """What a call takes: with ``gradients`` what the backward pass needs, and three times the
+    largest of it for the loss and that pass.
 
     Runs on fake tensors; where the model cannot, the answer is :func:`at_most`.
     """
     found = alive_bytes(captured.run, call, gradients=gradients)
-    return at_most(captured, call) if found is None else found
+    return Activations(at_most(captured, call), 0) if found is None else found
 
 
-def alive_bytes(run: Callable[[Call], object], call: Call, *, gradients: bool) -> int | None:
+def alive_bytes(
+    run: Callable[[Call], object], call: Call, *, gradients: bool
+) -> Activations | None:
     """:func:`activation_bytes` of whatever takes calls; None where it does not run on fake
     tensors."""
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -56,7 +67,8 @@ def alive_bytes(run: Callable[[Call], object], call: Call, *, gradients: bool) -
             del output
     except Exception:
         return None
-    return alive.most + (3 * alive.largest if gradients else 0)
+    at_the_end = 3 * alive.largest if gradients else 0
+    return Activations(alive.most + at_the_end, at_the_end)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -100,4 +112,4 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now -= size
 
 
-__all__ = ["activation_bytes", "alive_bytes", "at_most", "most_bytes"]
+__all__ = ["Activations", "activation_bytes", "alive_bytes", "at_most", "most_bytes"]

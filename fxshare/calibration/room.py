@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxshare.base.memory import free, resident, shown
 from fxshare.base.processes import here
-from fxshare.calibration.activations import activation_bytes, at_most
+from fxshare.calibration.activations import Activations, activation_bytes, at_most
 from fxshare.calibration.blocks import bytes_needed, largest_block
 from fxshare.calibration.keeping import Keeping, Scratch, has_room
 from fxshare.capture import Call, Captured
@@ -135,7 +135,7 @@ class Space:
     ``statistics`` are those of a round, ``block()`` the least of them that has to be in memory at
     a time, ``work`` one matrix, ``candidate`` a copy of the matched weights. The activations of
     a batch are ``at_most`` so many, and by a closer look, which takes time, ``activations()``;
-    where the loss is differentiated they may go to a file (``offloads``).
+    where the loss is differentiated all but the largest may go to a file (``offloads``).
     """
 
     resident: int
@@ -145,7 +145,7 @@ class Space:
     work: int
     candidate: int
     at_most: int
-    activations: Callable[[], int]
+    activations: Callable[[], Activations]
     offloads: bool
 
 
@@ -182,16 +182,17 @@ def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> D
     """Divide ``limit`` bytes. With a folder statistics go there whether or not they would fit; and
     to files where they are many and nobody ``asked`` for the limit."""
     beside = limit - space.resident - space.candidate
-    activations = space.at_most
+    activations = offloaded = space.at_most
     statistics = space.rounds * space.statistics
     if statistics + activations + _MOST_KEPT > beside - space.work:
-        activations = space.activations()
+        activations, in_memory = space.activations()
+        offloaded = _OFFLOADED + in_memory
     most = beside - _BESIDE_SUMS
     # a pass over the data is dearer than activations that are written and read again
-    offload = space.offloads and activations > _OFFLOADED
-    offload = offload and _passes(space, most - _OFFLOADED) < _passes(space, most - activations)
+    offload = space.offloads and activations > offloaded
+    offload = offload and _passes(space, most - offloaded) < _passes(space, most - activations)
     if offload:
-        activations = _OFFLOADED
+        activations = offloaded
     left = beside - space.work - activations
     fits = folder is None and statistics + _LEAST_KEPT <= left
     if fits and not asked and statistics > _MOST_IN_MEMORY:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxshare.calibration.activations import alive_bytes, most_bytes
+from fxshare.calibration.activations import Activations, alive_bytes, most_bytes
 from fxshare.calibration.blocks import shared_inputs
 from fxshare.capture import Call, Caller, Captured, device_of, tensors
 from fxshare.capture.call import as_called
@@ -40,7 +40,7 @@ class Counted:
     rows_of: Mapping[str, int]
     logits: int
     most: int
-    alive: int | None
+    alive: Activations | None
 
 
 def count(model: nn.Module, sites: Sequence[Site], batch: object, *, gradients: bool) -> Counted:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxshare.base.memory import free, resident, shown
 from fxshare.base.placement import device_of, dtype_of, multiplies
+from fxshare.calibration.activations import Activations
 from fxshare.calibration.room import Divided, Space, divide, work_bytes
 from fxshare.config import ShareConfig
 from fxshare.cost_model.pace import NOTHING, Amount, Origin, Pace
@@ -229,7 +230,8 @@ class _Estimating:
         counted = self.counted
         # what was counted is in the model's own dtype
         times = torch.float32.itemsize // self._dtype.itemsize if self._wide else 1
-        alive = times * (counted.most if counted.alive is None else counted.alive)
+        found = counted.alive or Activations(counted.most, 0)
+        alive = Activations(*(times * one for one in found))
         space = Space(
             resident=used,
             statistics=needed.all if self._calibrates else 0,
@@ -366,7 +368,8 @@ class _Estimating:
         statistics = self._rounds * needed.all if self._calibrates else 0
         scratch = 0 if divided.fits or self.work else statistics
         if divided.offload:
-            scratch += self.counted.alive or self.counted.most
+            alive = self.counted.alive
+            scratch += self.counted.most if alive is None else alive.alive
         if self._planned:
             scratch += self._spectra * pricing.filed_bytes(parts.alone, self._dtype)
         written = 0

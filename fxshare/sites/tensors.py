@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from fxshare.base.memory import trim
 from fxshare.capture import Captured
 from fxshare.capture.widening import in_place_of, stored_of
 from fxshare.errors import MatchError
@@ -21,6 +22,7 @@ from fxshare.sites.site import Site
 from passes import is_embedding, is_linear, linear_calls, weight_and_bias
 from passes.graph.graph import is_conv1d, structure_copy
 
+_LARGE = 1 << 24
 _PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
 
 
@@ -147,6 +149,8 @@ def substitute(
             new = values.get(site.name)
             if new is None:
                 continue
+            if new.nbytes >= _LARGE:
+                trim()  # what came and went while it was made lies between what stays
             put: nn.Parameter | None = None
             for call in site.readers if is_weight else site.calls:
                 module = _linear(copy, call) or _embedding(copy, call)

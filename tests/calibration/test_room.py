@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxshare
 from fxshare.base.memory import free, resident
 from fxshare.calibration import room as rooms
-from fxshare.calibration.activations import activation_bytes, at_most
+from fxshare.calibration.activations import Activations, activation_bytes, at_most
 from fxshare.calibration.blocks import blocks_of, bytes_needed, largest_block
 from fxshare.calibration.calibrate import calibrate
 from fxshare.calibration.keeping import Keeping, Scratch
@@ -248,7 +248,7 @@ def space(**other: Any) -> Space:
         "work": 2 << 30,
         "candidate": 2 << 30,
         "at_most": 4 << 30,
-        "activations": lambda: 1 << 30,
+        "activations": lambda: Activations(1 << 30, 0),
         "offloads": True,
     }
     return Space(**(given | other))
@@ -273,6 +273,11 @@ def test_activations_go_to_files_where_that_saves_a_pass() -> None:
     assert not not_so.offload
     assert not_so.block < 3 << 30
     assert not divide(space(offloads=False), 8 << 30, asked=True).offload
+    # the logits stay in memory
+    logits = space(activations=lambda: Activations(1 << 30, 1 << 28))
+    assert divide(logits, 8 << 30, asked=True).activations == (1 << 28) + rooms._OFFLOADED
+    most = space(activations=lambda: Activations(1 << 30, 3 << 28))
+    assert not divide(most, 8 << 30, asked=True).offload
 
 
 def test_a_limit_that_cannot_be_kept_names_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +328,9 @@ def test_activations_are_bounded() -> None:
     call = captured.caller(data[0])
     forward = activation_bytes(captured, call, gradients=False)
     backward = activation_bytes(captured, call, gradients=True)
-    assert 0 < forward < backward
-    assert backward < 2 * at_most(captured, call)
+    assert 0 < forward.alive < backward.alive < 2 * at_most(captured, call)
+    logits: Any = captured.run(call)
+    assert (forward.in_memory, backward.in_memory) == (0, 3 * logits.nbytes)
 
 
 def test_memory_is_what_the_system_says() -> None:
