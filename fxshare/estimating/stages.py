@@ -230,8 +230,8 @@ class _Estimating:
         counted = self.counted
         # what was counted is in the model's own dtype
         times = torch.float32.itemsize // self._dtype.itemsize if self._wide else 1
-        found = counted.alive or Activations(counted.most, 0)
-        alive = Activations(*(times * one for one in found))
+        taken = counted.alive or Activations(counted.most, 0)
+        alive = Activations(*(times * one for one in taken))
         space = Space(
             resident=used,
             statistics=needed.all if self._calibrates else 0,

@@ -330,7 +330,8 @@ def test_activations_are_bounded() -> None:
     backward = activation_bytes(captured, call, gradients=True)
     assert 0 < forward.alive < backward.alive < 2 * at_most(captured, call)
     logits: Any = captured.run(call)
-    assert (forward.in_memory, backward.in_memory) == (0, 3 * logits.nbytes)
+    assert forward.in_memory == 0
+    assert 3 * logits.nbytes <= backward.in_memory < backward.alive
 
 
 def test_memory_is_what_the_system_says() -> None:
