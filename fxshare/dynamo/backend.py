@@ -277,7 +277,9 @@ class Backend:
             own = one.queries, one.keys, one.values
             return groups is not None and groups.slices == own
         mlp = mlps(gm, called).of(one.consumer)
-        return mlp is not None and {site.name for site in mlp.producers} == set(one.producers)
+        if mlp is None or set(mlp.alternating) != set(one.alternating):
+            return False
+        return {site.name for site in mlp.producers} == set(one.producers)
 
     def _units(self, one: Units) -> Narrower:
         """What stays, with the compiled module's weights."""

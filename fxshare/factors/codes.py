@@ -15,7 +15,6 @@ from fxshare.factors.rounding import better_codes, lost_of_gap, rounded, shift_o
 from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.sites.site import Site
-from passes import KeptUnits
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +82,7 @@ def units_in_bits(
         site = sites[producer]
         for s in site.slices:
             one = slices[s.name]
-            parts = s.out_features // entry.of
-            rows = KeptUnits(entry.name, entry.of, made.kept, parts).places()
+            rows = entry.rows(producer, s.out_features, made.kept).places()
             rows = rows.to(one.weight_OI.device)
             weight_KI = one.weight_OI.double().index_select(0, rows)
             if one.input not in eliminations:
@@ -102,11 +100,10 @@ def units_in_bits(
     return replace(made, weights=values, quantised=quantised, bias_shift=shifts, lost=lost)
 
 
-def producer_rows(made: UnitFactors, name: str, whole_OI: Tensor) -> Tensor:
+def producer_rows(made: UnitFactors, site: str, name: str, whole_OI: Tensor) -> Tensor:
     """The rows of a producer's slice with the values of its codes where units stay."""
     codes = made.quantised[name]
-    parts = len(whole_OI) // made.entry.of
-    rows = KeptUnits(made.entry.name, made.entry.of, made.kept, parts).places()
+    rows = made.entry.rows(site, len(whole_OI), made.kept).places()
     return whole_OI.index_copy(0, rows.to(whole_OI.device), codes.values(whole_OI.dtype))
 
 

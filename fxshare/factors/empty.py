@@ -198,4 +198,7 @@ def selected(
         if site.name in one.producers
         for s in site.slices
     }
-    return SelectedUnits(one.name, kept, one.of, rows, dict(weights), dict(biases or {}))
+    turns = frozenset(
+        s.name for site in plan.sites if site.name in one.alternating for s in site.slices
+    )
+    return SelectedUnits(one.name, kept, one.of, rows, dict(weights), dict(biases or {}), turns)

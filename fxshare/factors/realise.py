@@ -30,7 +30,7 @@ from fxshare.factors.spectra import Spectra
 from fxshare.factors.units import UnitFactors
 from fxshare.factors.whole_heads import WholeHeadFactors, stored_whole_heads
 from fxshare.plans.plan import Group, Plan
-from passes import KeptUnits, PivotedGroup, SharedGroup
+from passes import PivotedGroup, SharedGroup
 from passes.pipeline import Narrower
 
 
@@ -138,8 +138,8 @@ class Factorised:
         self.weighted_errors[entry.name] = made.lost / made.total if made.total > 0 else 0.0
         if entry.kept == entry.of and not made.quantised:
             return
-        for name, parts in one.producers.items():
-            kept = KeptUnits(entry.name, entry.of, made.kept, parts)
+        for name in one.producers:
+            kept = one.rows(name)
             at = kept.places().to(rows[name].device)
             there = rows[name].index_select(0, at).double()
             if name in made.quantised:

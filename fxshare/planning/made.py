@@ -121,7 +121,7 @@ def dense(
             elif site in computing:
                 assert units is not None
                 own = whole[s.start : s.stop].to(dtype)
-                rows.append(producer_rows(units[computing[site].name], s.name, own))
+                rows.append(producer_rows(units[computing[site].name], site, s.name, own))
             elif s.name in in_codes:
                 rows.append(in_codes[s.name].values(dtype))
             elif s.name in group_of:

@@ -52,6 +52,8 @@ class Stored(Frozen):
     """Of the run that wrote it."""
     mlps: tuple[tuple[tuple[str, ...], str], ...] = ()
     """Producers and consumer of every MLP, by the names of their sites."""
+    alternating: tuple[str, ...] = ()
+    """The producers whose rows of one unit are neighbours."""
     attentions: tuple[tuple[tuple[str, ...], str, int], ...] = ()
     """Slices of the values, consumer and width of the heads of every attention."""
     head_groups: tuple[
@@ -89,6 +91,9 @@ class Stored(Frozen):
                 for one in parts
                 if isinstance(one, Mlp)
             ),
+            alternating=tuple(
+                name for one in parts if isinstance(one, Mlp) for name in one.alternating
+            ),
             attentions=tuple(
                 (tuple(s.name for _, s in one.values), one.consumer.name, one.width)
                 for one in parts
@@ -124,7 +129,8 @@ def parts_in(stored: Stored) -> tuple[Mlp | Attention | HeadGroups | Scores, ...
     found: list[Mlp | Attention | HeadGroups | Scores] = []
     for some, last in stored.mlps:
         if all(name in known for name in (*some, last)):
-            found.append(Mlp(tuple(known[n] for n in some), known[last]))
+            turns = tuple(n for n in some if n in stored.alternating)
+            found.append(Mlp(tuple(known[n] for n in some), known[last], turns))
     for values, last, width in stored.attentions:
         if last in known and all(name in slices for name in values) and width > 0:
             found.append(Attention(tuple(slices[n] for n in values), known[last], width))

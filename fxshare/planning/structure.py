@@ -44,6 +44,11 @@ class Structure:
                 f"{one.consumer!r} reads what {sorted(producers)} compute, found the producers "
                 f"{sorted(one.producers)}"
             )
+        if set(found.alternating) != set(one.alternating):
+            return (
+                f"{one.consumer!r} reads the rows of {sorted(found.alternating)} in turn, found "
+                f"the alternating {sorted(one.alternating)}"
+            )
         return None
 
     @cached_property

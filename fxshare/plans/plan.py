@@ -191,6 +191,8 @@ class Plan(Frozen):
         names = {group.name for group in self.groups}
         for one in self.units:
             fault = one.fault(known)
+            if fault is None and one.alternating and type(one) is not Units:
+                fault = "alternating is of hidden units alone"
             if fault is not None:
                 raise ValueError(f"units {one.name!r}: {fault}")
             if one.name in names:
@@ -272,6 +274,9 @@ class Plan(Frozen):
         plain = self.model_dump(mode="json")
         if not self.units:
             del plain["units"]
+        for one in plain.get("units", ()):
+            if not one["alternating"]:
+                del one["alternating"]
         without_none(plain)
         return json.dumps(plain, indent=1) + "\n"
 

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from fxshare.base.names import as_group_name
 from fxshare.plans.bits import Bits, matrix_bytes
 from fxshare.sites.site import Frozen, ModulePath, Site, TypeNames
+from passes import KeptUnits
 
 
 class Words(NamedTuple):
@@ -37,6 +38,8 @@ class Units(Frozen):
     layers: tuple[int, ...]
     producers: tuple[ModulePath, ...] = Field(min_length=1)
     """The sites that compute the units; one with gate and up in it has several rows for each."""
+    alternating: tuple[ModulePath, ...] = ()
+    """Those of them whose rows of one unit are neighbours: gate and up in turn, not in two runs."""
     consumer: ModulePath
     """The site that reads them."""
     kept: int = Field(ge=1)
@@ -127,6 +130,11 @@ class Units(Frozen):
         """How many rows of a producer each unit has."""
         return site.out_features // self.of
 
+    def rows(self, site: str, number: int, kept: tuple[int, ...]) -> KeptUnits:
+        """Which of so many rows of a producer stay, where those units do."""
+        each = number // self.of if site in self.alternating else 1
+        return KeptUnits(self.name, self.of, kept, number // self.of // each, each)
+
     def fault(self, known: Mapping[str, Site]) -> str | None:
         """What does not fit the sites; None where all does."""
         missing = [name for name in self.sites if name not in known]
@@ -145,9 +153,14 @@ class Units(Frozen):
             if site.out_features % self.of:
                 return f"{name!r} has {site.out_features} rows, no multiple of {self.of} units"
             numbers += self.parts_of(site) * site.in_features
+            if name in self.alternating and len(site.slices) > 1:
+                return f"the rows of {name!r} alternate, and it is split"
             cut = [s for s in site.slices if s.start % self.of or s.stop % self.of]
             if cut:
                 return f"the slice {cut[0].name!r} has some of the units only"
+        others = set(self.alternating) - set(self.producers)
+        if others:
+            return f"{min(others)!r} alternates and is none of its producers"
         looked_up = [name for name in self.sites if known[name].lookups]
         if looked_up:
             return f"the rows of {looked_up[0]!r} are looked up"
@@ -162,9 +175,10 @@ def units_of(
     *,
     kept: int,
     name: str | None = None,
+    alternating: Sequence[str] = (),
     loss: float | None = None,
 ) -> Units:
-    """The entry of an MLP of which so many units stay."""
+    """The entry of an MLP of which so many units stay; ``alternating`` are producers by name."""
     sites = (*producers, consumer)
     layers = tuple(sorted({site.layer for site in sites if site.layer is not None}))
     of = consumer.in_features
@@ -177,6 +191,7 @@ def units_of(
         type=types,
         layers=layers,
         producers=tuple(site.name for site in producers),
+        alternating=tuple(alternating),
         consumer=consumer.name,
         kept=kept,
         of=of,

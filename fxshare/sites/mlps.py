@@ -18,6 +18,8 @@ class Mlp:
 
     producers: tuple[Site, ...]
     consumer: Site
+    alternating: tuple[str, ...] = ()
+    """The producers by name whose rows of one unit are neighbours: gate and up in turn."""
 
     @property
     def units(self) -> int:
@@ -88,6 +90,13 @@ def _mlp(
     for site in producers:
         if any(call.node not in between.leaves for call in calls[site.name]):
             raise NotHidden(f"reads what {site.name!r} computes for something else as well")
+        if site.name in between.alternating:
+            if len(site.slices) > 1:
+                raise NotHidden(
+                    f"reads rows of {site.name!r} in turn, which is split into "
+                    f"{len(site.slices)} slices; leave its split out"
+                )
+            continue
         cut = [
             s
             for s in site.slices
@@ -95,7 +104,8 @@ def _mlp(
         ]
         if cut:
             raise NotHidden(f"reads {site.name!r}, whose slice {cut[0].name!r} is a part of a unit")
-    return Mlp(tuple(producers), consumer)
+    turns = tuple(site.name for site in producers if site.name in between.alternating)
+    return Mlp(tuple(producers), consumer, turns)
 
 
 __all__ = ["SIDE_BY_SIDE", "Mlp", "Mlps", "mlps"]

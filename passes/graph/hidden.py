@@ -8,6 +8,7 @@ column of the consumer, and can go. Told by the graph alone, whatever names and 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from passes.graph.graph import attribute, linear_input
 from passes.graph.modes import crossing
+from passes.graph.stacks import ndim_of
 
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -37,7 +39,7 @@ _MODULES = (
     *(nn.Identity, nn.Dropout),
 )
 VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
-_CHUNKS, _SPLITS = frozenset({"chunk"}), frozenset({"split", "split_with_sizes"})
+_CHUNKS, SPLITS = frozenset({"chunk"}), frozenset({"split", "split_with_sizes"})
 _OF_DTYPE = frozenset({"dtype", "device", "ndim", "layout"})
 _FIRST = frozenset({"dropout"})
 """What further operands of these are is no tensor of units."""
@@ -58,6 +60,8 @@ class Hidden:
     """Calls of producers, and their names."""
     parts: dict[fx.Node, int] = field(default_factory=dict)
     sized: list[fx.Node] = field(default_factory=list)
+    alternating: frozenset[str] = frozenset()
+    """Producers whose rows of one unit are neighbours: gate and up in turn, not in two runs."""
 
 
 Leaf = Callable[[fx.Node], "tuple[str, int] | None"]
@@ -80,6 +84,7 @@ def hidden_units(
         if parts != 1:
             raise NotHidden(f"reads {parts} runs of {units} at once")
     search.check_users(set(consumers))
+    found.alternating = search.alternating()
     return found
 
 
@@ -105,6 +110,8 @@ class _Search:
         self.gm = gm
         self.leaf = leaf
         self.found = found
+        self.in_runs: list[fx.Node] = []
+        self.in_turn: list[fx.Node] = []
 
     def parts(self, end: fx.Node) -> int:
         """The runs of a node, once those of everything before it are known."""
@@ -146,7 +153,7 @@ class _Search:
                 return [_first(node)]
             if name in ELEMENTWISE or node.target is crossing:
                 return self._tensors(node)
-            if name in VIEWS | _CHUNKS | _SPLITS | {"glu", "slice"} or self._is_item(node):
+            if name in VIEWS | _CHUNKS | SPLITS | {"glu", "slice"} or self._is_item(node):
                 return [_first(node)]
         raise NotHidden(
             "reads what is not computed element by element from matched linears alone: "
@@ -178,13 +185,17 @@ class _Search:
             return made[1] // units
         name = name_of(node) if node.op != "call_module" else ""
         have = known[before[0]]
+        if _step_of(node) == have > 1:
+            self.in_turn.append(before[0])
+            return 1
         if name in VIEWS:
             self._check_view(node, have * units)
-        elif name in _CHUNKS | _SPLITS:
+        elif name in _CHUNKS | SPLITS:
             self._check_pieces(node, have)
         elif name == "glu":
             if have % 2 or _given(node, 1, "dim", -1) != -1:
                 raise _cut(node)
+            self.in_runs.append(before[0])
             return have // 2
         elif self._is_item(node):
             return self._item(node, before[0], have)
@@ -216,6 +227,7 @@ class _Search:
     def _check_pieces(self, node: fx.Node, have: int) -> None:
         if _given(node, 2, "dim", 0) != -1:
             raise _cut(node)
+        self.in_runs.append(_first(node))
         sizes = _given(node, 1, "split_size_or_sections", _given(node, 1, "split_size", None))
         if name_of(node) in _CHUNKS:
             chunks = _given(node, 1, "chunks", None)
@@ -232,7 +244,7 @@ class _Search:
     def _item(self, node: fx.Node, source: fx.Node, have: int) -> int:
         units = self.found.units
         at: Any = node.args[1]
-        pieces = name_of(source) in _CHUNKS | _SPLITS if source.op != "call_module" else False
+        pieces = name_of(source) in _CHUNKS | SPLITS if source.op != "call_module" else False
         if pieces and isinstance(at, int):
             if name_of(source) in _CHUNKS:
                 return have // int(_given(source, 1, "chunks", 1))
@@ -248,9 +260,27 @@ class _Search:
                 end is None or (isinstance(end, int) and end % units == 0) for end in ends
             ):
                 self.found.sized.append(node)
+                self.in_runs.append(source)
                 start, stop, _ = slice(*ends).indices(have * units)
                 return (stop - start) // units
         raise _cut(node)
+
+    def alternating(self) -> frozenset[str]:
+        """The producers whose rows are read in turn; raises where some are read in runs as well."""
+        turns, runs = (self._computing(nodes) for nodes in (self.in_turn, self.in_runs))
+        if turns & runs:
+            name = min(turns & runs)
+            raise NotHidden(f"reads rows of {name!r} in turn, and in runs of units as well")
+        return turns
+
+    def _computing(self, ends: list[fx.Node]) -> frozenset[str]:
+        """The producers from which some nodes are computed."""
+        seen, stack = set(ends), list(ends)
+        while stack:
+            new = [one for one in self._before(stack.pop()) if one not in seen]
+            seen.update(new)
+            stack += new
+        return frozenset(name for node, name in self.found.leaves.items() if node in seen)
 
     def check_users(self, consumers: set[fx.Node]) -> None:
         """Raise where something else reads what is between."""
@@ -282,6 +312,24 @@ class _Search:
             user.target is operator.getitem and (user.args[1] == 0 or _leaves_last(user.args[1]))
             for user in read.users
         )
+
+
+def _step_of(node: fx.Node) -> int | None:
+    """The step by which a node takes every so many numbers of the last dimension, from one of the
+    first on to the end; None of another node."""
+    taken: Any = None
+    if node.target is operator.getitem:
+        at: Any = node.args[1]
+        if isinstance(at, tuple) and len(at) == 2 and at[0] is Ellipsis:
+            taken = at[1]
+    elif node.target is torch.ops.aten.slice.Tensor and len(node.args) == 5:
+        dim, start, stop, step = node.args[1:]
+        if dim == -1 or (isinstance(dim, int) and ndim_of(node) == dim + 1):
+            taken = slice(start, None if stop == sys.maxsize else stop, step)
+    if not isinstance(taken, slice) or taken.stop is not None or type(taken.step) is not int:
+        return None
+    first = taken.start or 0
+    return taken.step if isinstance(first, int) and 0 <= first < taken.step else None
 
 
 def _leaves_last(index: object) -> bool:
@@ -332,60 +380,8 @@ def last_size(view: fx.Node) -> object:
     return last if isinstance(last, (int, fx.Node)) else None
 
 
-def resize(node: fx.Node, units: int, kept: int) -> None:
-    """Let a node that names the number of units (:attr:`Hidden.sized`) name another."""
-    if node.target is operator.getitem:
-        given: Any = node.args
-        source, (dots, taken) = given
-        ends = [None if end is None else end // units * kept for end in (taken.start, taken.stop)]
-        node.args = (source, (dots, slice(*ends)))
-        return
-    if name_of(node) in _SPLITS:
-        _resize_pieces(node, units, kept)
-        return
-    sizes: Any = node.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        old = sizes[0]
-        end: Any
-        front, end = old.args
-        new_end = (*end[:-1], _scaled(end[-1], units, kept))
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(operator.add, (front, new_end))
-        new.meta.update(old.meta)
-        node.args = (node.args[0], new)
-        if not old.users:
-            node.graph.erase_node(old)
-    elif len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
-        front = sizes[0][:-1]
-        node.args = (node.args[0], [*front, _scaled(sizes[0][-1], units, kept)])
-    elif sizes:
-        node.args = (*node.args[:-1], _scaled(sizes[-1], units, kept))
-    else:
-        key = "size" if "size" in node.kwargs else "shape"
-        named: Any = node.kwargs[key]
-        new_sizes = [*named[:-1], _scaled(named[-1], units, kept)]
-        node.kwargs = {**node.kwargs, key: new_sizes}
-
-
-def _resize_pieces(node: fx.Node, units: int, kept: int) -> None:
-    named = [key for key in ("split_size_or_sections", "split_size") if key in node.kwargs]
-    sizes: Any = node.kwargs[named[0]] if named else node.args[1]
-    new = (
-        _scaled(sizes, units, kept)
-        if isinstance(sizes, int)
-        else [_scaled(size, units, kept) for size in sizes]
-    )
-    if named:
-        node.kwargs = {**node.kwargs, named[0]: new}
-    else:
-        node.args = (node.args[0], new, *node.args[2:])
-
-
-def _scaled(size: Any, units: int, kept: int) -> int:
-    return int(size) // units * kept
-
-
 __all__ = [
+    "SPLITS",
     "VIEWS",
     "Hidden",
     "Leaf",
@@ -395,5 +391,4 @@ __all__ = [
     "last_size",
     "name_of",
     "reads_dtype",
-    "resize",
 ]

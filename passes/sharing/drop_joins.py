@@ -256,6 +256,8 @@ def _copied(
 ) -> fx.Node:
     """The step for one expert, of whose parts a stack has one dimension more."""
     new = graph.node_copy(node, lambda operand: parts.get(operand, operand))
+    if new.target is torch.ops.aten.slice.Tensor:  # of the last dimension, counted from the first
+        new.args = (new.args[0], -1, *new.args[2:])
     ndim = ndim_of(node)
     for key in ("val", "tensor_meta", *NOTED):
         new.meta.pop(key, None)

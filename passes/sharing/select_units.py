@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from passes.base import Pass
 from passes.errors import EnsuresError, RequiresError, ShapeError
 from passes.graph.graph import calls_by_target, linear_at, new_linear, put_module, put_weight
-from passes.graph.hidden import Hidden, NotHidden, hidden_units, resize
+from passes.graph.hidden import Hidden, NotHidden, hidden_units
+from passes.graph.resizing import resize
 from passes.graph.slices import KeptUnits, set_slices, slices
 from passes.sharing.whole import check_whole
 
@@ -23,7 +24,8 @@ class SelectedUnits:
     """The hidden units of one MLP that stay.
 
     ``kept`` are ``K`` of the ``of`` units, ascending. ``producers`` are the slices whose rows the
-    units are, and how many runs of them each has (two where gate and up are one weight).
+    units are, and how many runs of them each has (two where gate and up are one weight); of the
+    ``alternating`` ones, how many neighbours each unit is (gate and up row by row in turn).
     ``consumers`` maps the slices that read the units to their new weights ``(out, K)``, which make
     up for the units that go, and ``biases`` some of them to a new bias.
     """
@@ -34,6 +36,13 @@ class SelectedUnits:
     producers: Mapping[str, int]
     consumers: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    alternating: frozenset[str] = frozenset()
+
+    def rows(self, producer: str) -> KeptUnits:
+        """Which rows of a producer stay."""
+        number = self.producers[producer]
+        parts, each = (1, number) if producer in self.alternating else (number, 1)
+        return KeptUnits(self.name, self.of, self.kept, parts, each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +113,13 @@ class SelectUnits(Pass):
                 f"{self.name}: node {outside[0].name!r} computes units of {one.name!r} for "
                 "something else; leave it out"
             )
+        torn = {name for node, name in found.leaves.items() if node not in rows}
+        odd = (found.alternating ^ one.alternating) | (found.alternating & torn)
+        if odd:
+            raise RequiresError(
+                f"{self.name}: of {min(odd)!r} the rows of a unit of {one.name!r} are "
+                f"{'' if min(odd) in found.alternating else 'no '}neighbours in one slice"
+            )
         return found
 
     def rewrite(self, gm: fx.GraphModule) -> int:
@@ -112,9 +128,8 @@ class SelectUnits(Pass):
             if len(one.kept) == one.of:
                 continue  # as it is
             between = None if self.apart else self._between(gm, one)
-            for name, parts in one.producers.items():
-                units = KeptUnits(one.name, one.of, one.kept, parts)
-                _keep_rows(gm, name, units)
+            for name in one.producers:
+                _keep_rows(gm, name, one.rows(name))
                 count += 1
             for name, weight in one.consumers.items():
                 put_weight(gm, name, weight, one.biases.get(name))

@@ -46,6 +46,9 @@ def model(family: str) -> nn.Module:
         elif family == "mixtral":  # and the experts of a layer are one, too
             sizes |= {"num_key_value_heads": 1, "num_local_experts": 3}
             made = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **some))
+        elif family == "gpt_oss":  # whose gates and ups alternate, with biases
+            sizes |= {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+            made = tf.GptOssForCausalLM(tf.GptOssConfig(**sizes, **some, head_dim=8))
         else:
             made = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **some, num_key_value_heads=1))
         for name, parameter in made.named_parameters():

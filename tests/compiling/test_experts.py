@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxshare
-from fxshare import FxShareWarning
+from fxshare import FxShareWarning, Plan
+from fxshare.compiling.replan import replan
 from fxshare.compiling.stages import prepare
 from fxshare.config import load_config
+from fxshare.errors import PlanError
+from fxshare.plans.units import units_of
+from fxshare.result.products import slices_of
 from fxshare.sites.match import match
 from fxshare.sites.mlps import mlps
 from fxshare.sites.tensors import site_tensors
@@ -24,6 +28,7 @@ from tests.strategies import no_warnings_of_ours
 
 E, WIDTH, INNER = 3, 8, 12
 TYPES = {"up": {"pattern": r".*\.up$", "split": "gate_up"}, "down": {"pattern": r".*\.down$"}}
+WHOLE = {"up": {"pattern": r".*\.up$"}, "down": TYPES["down"]}
 CONFIG = {"weight_types": TYPES, "block_pattern": r"layers\.(\d+)"}
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -57,7 +62,8 @@ HOW: dict[str, tuple[Multiply, bool]] = {
 class Layer(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.multiply, columns = HOW[how]
+        self.in_turn = how == "in turn"
+        self.multiply, columns = HOW["all at once" if self.in_turn else how]
         shapes = ((E, 2 * INNER, WIDTH), (E, WIDTH, INNER))
         self.up, self.down = (
             nn.Parameter((torch.randn(s).mT if columns else torch.randn(s)).contiguous() / 3)
@@ -68,7 +74,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         chosen = self.router(rows).sigmoid().t().unsqueeze(-1)  # (E, rows, 1)
-        gate, up = self.multiply(rows * chosen, self.up).chunk(2, dim=-1)
+        y = self.multiply(rows * chosen, self.up)
+        gate, up = (y[..., ::2], y[..., 1::2]) if self.in_turn else y.chunk(2, dim=-1)
         return x + self.multiply(F.silu(gate) * up, self.down).sum(0).view(x.shape)
 
 
@@ -140,6 +147,67 @@ def test_every_expert_keeps_a_number_of_units_of_its_own(how: str, tmp_path: Pat
     loaded = fxshare.load(tmp_path / "saved", model=Mixture(how).eval())
     torch.testing.assert_close(loaded(x), gm(x), rtol=0, atol=0)
     torch.testing.assert_close(fxshare.lower(gm)(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("front_end", "bits"), [("fx", 8), ("export", None)])
+def test_gates_and_ups_in_turn_go_in_pairs(
+    front_end: str, bits: int | None, tmp_path: Path
+) -> None:
+    """As GPT-OSS has them, row by row; saved, in few bits, and planned again from a work folder."""
+    model, config = Mixture("in turn").eval(), {**CONFIG, "weight_types": WHOLE}
+    own = {"capture": front_end, **({"planner": {"bits": [bits]}} if bits else {})}
+    with no_warnings_of_ours():
+        gm = fxshare.compile(
+            model, [config, UNITS, own], calibration=_data(), work=tmp_path / "work"
+        )
+    plan = gm.fxshare.plan
+    assert plan.units
+    assert all(one.alternating == one.producers for one in plan.units)
+    assert all(one.bits == bits for one in plan.units)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert replan(tmp_path / "work").plan.units == plan.units
+    pairs = [units for x in slices_of(gm).values() if (units := x.unit_rows) is not None]
+    assert {(units.parts, units.each) for units in pairs} == {(1, 2)}
+    x = _data()[0]
+    whole = multiplied_out(model, gm)
+    for ours, theirs in zip(whole.layers, model.layers, strict=True):
+        there = ours.up.abs().sum(1, keepdim=True) > 0
+        # rows that stay are what they were, up to the rounding of codes
+        gap = (ours.up - theirs.up * there).norm() / theirs.up.norm()
+        assert gap <= (0.02 if bits else 0.0)
+        assert torch.equal(there[..., ::2], there[..., 1::2])
+        assert not there.all()
+    expected = whole(x)
+    torch.testing.assert_close(gm(x), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - model(x)).abs().max() > 1e-3
+    assert fxshare.verify(model, gm, _data()[:1]).ok
+    fxshare.save(gm, tmp_path / "saved")
+    loaded = fxshare.load(tmp_path / "saved", model=Mixture("in turn").eval())
+    assert torch.equal(loaded(x), gm(x))
+    torch.testing.assert_close(fxshare.lower(gm)(x), gm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_that_says_otherwise_in_which_order_rows_are_is_refused() -> None:
+    model, config = Mixture("in turn").eval(), {**CONFIG, "weight_types": WHOLE}
+    stages = prepare(model, load_config(config), _data(), None, None)
+    one = mlps(stages.captured.graph, stages.sites).found[0]
+    (producer,) = one.producers
+    entry = units_of(one.producers, one.consumer, kept=5)
+    plan = Plan(mode="planned", sites=stages.sites, units=(entry,))
+    assert "alternating" not in plan.to_json()
+    with pytest.raises(PlanError, match=r"in turn, found the alternating \[\]"):
+        fxshare.compile(model, config, calibration=_data(), plan=plan)
+    elsewhere = entry.model_copy(update={"alternating": (one.consumer.name,)})
+    known = {site.name: site for site in stages.sites}
+    assert "is none of its producers" in str(elsewhere.fault(known))
+    # in halves a slice would have some of the units of each expert
+    stages = prepare(model, load_config(CONFIG), _data(), None, None)
+    found = mlps(stages.captured.graph, stages.sites)
+    assert not found.found
+    assert "in turn, which is split into 2 slices" in found.reasons[one.consumer.name]
+    known = {site.name: site for site in stages.sites}
+    alternating = units_of([producer], one.consumer, kept=5, alternating=[producer.name])
+    assert "alternate, and it is split" in str(alternating.fault(known))
 
 
 def test_experts_that_are_put_together_otherwise_keep_their_units_and_it_says_why() -> None:

@@ -38,6 +38,8 @@ from tests.compiling.narrowed import (
 )
 from tests.strategies import no_warnings_of_ours
 
+EXPERTS = ("mixtral", "gpt_oss")
+
 
 def found_in(original: nn.Module, front_end: str) -> tuple[Any, Mlps]:
     stages = prepare(original, fxshare.init(original), batches(), None, front_end)
@@ -54,7 +56,8 @@ def plan_of(original: nn.Module, kept: float = 0.5, front_end: str = "fx") -> Pl
         expert = one.consumer.slices[0].head or 0
         left = one.units if at == 0 else int(kept * one.units) - expert
         name = one.consumer.name if ".experts." in one.consumer.name else None
-        entries.append(units_of(one.producers, one.consumer, kept=left, name=name))
+        own = {"kept": left, "name": name, "alternating": one.alternating}
+        entries.append(units_of(one.producers, one.consumer, **own))
     return Plan(mode="planned", sites=stages.sites, units=tuple(entries))
 
 
@@ -72,13 +75,13 @@ def pair(family: str, front_end: str = "fx") -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize("front_end", ["fx", "export"])
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_it_computes_what_its_weights_multiply_out_to(family: str, front_end: str) -> None:
     original, gm = pair(family, front_end)
     check_computed_and_counted(original, gm)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_an_mlp_that_keeps_all_its_units_is_what_it_was(family: str) -> None:
     original, gm = pair(family)
     first = gm.fxshare.plan.units[0]
@@ -90,12 +93,12 @@ def test_an_mlp_that_keeps_all_its_units_is_what_it_was(family: str) -> None:
             assert stored.data_ptr() == site_tensors(original, site)[0].data_ptr()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
 def test_lowered_made_readable_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
     check_lowered_saved_and_loaded(*pair(family), tmp_path)
 
 
-@pytest.mark.parametrize("family", [*GENERATING, "mixtral"])
+@pytest.mark.parametrize("family", [*GENERATING, *EXPERTS])
 def test_it_generates_what_the_multiplied_out_model_does(family: str) -> None:
     check_generated(*pair(family), "dynamic")
 
@@ -141,7 +144,10 @@ def broken(gm: Any, change: str) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [*(("gpt2", change) for change in ("bias", "weight", "index")), ("mixtral", "index")],
+    [
+        *(("gpt2", change) for change in ("bias", "weight", "index")),
+        *((family, "index") for family in EXPERTS),
+    ],
 )
 def test_verify_notices_a_wrong_index_and_stale_tensors(family: str, change: str) -> None:
     original, gm = pair(family)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fxshare.errors import FactoriseError
 from fxshare.factors import units as module
 from fxshare.factors.metric import SliceStatistics
 from fxshare.factors.units import UnitFactors, metric_of, order_of, unit_factors
 from fxshare.plans.units import Units
+from passes import SelectedUnits, SelectUnits, run
+from tests.passes.build import split, whole_sites
 
 seeds = st.integers(0, 1000)
 WIDE = 12
@@ -166,3 +168,43 @@ def test_a_moment_that_is_not_finite_ends_with_an_error() -> None:
     gram[1, 1] = torch.nan
     with pytest.raises(FactoriseError, match="the moment of the 2 units"):
         module.mixing_of(gram, (0, 1), 1e-8)
+
+
+class InTurn(nn.Module):
+    """An MLP whose gate and up are one weight, row by row in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 2 * WIDE), nn.Linear(WIDE, 5)
+
+    def units(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        gate, up = y[..., ::2].clamp(max=1), y[..., 1::2].clamp(-1, 1)
+        return (up + 1) * gate.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.units(x))
+        return found
+
+
+@pytest.mark.parametrize("kept", [1, WIDE // 2, WIDE])
+def test_what_is_predicted_is_what_a_graph_loses_whose_gates_and_ups_alternate(kept: int) -> None:
+    """With the second moments of these rows, and a loss that is half the squared distance."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = InTurn().double()
+        x = torch.randn(50, 6, dtype=torch.float64)
+    units = dense.units(x).detach()
+    weight = dense.down.weight.detach()
+    one = SliceStatistics(weight, units.T @ units / len(x), torch.eye(5).double(), "x")
+    found = made(one, kept)
+    gm = fx.symbolic_trace(dense)
+    gm = split(gm, *whole_sites(gm))
+    turns = frozenset({"up"})
+    new = {"down": found.weights["d"]}
+    chosen = SelectedUnits("units", found.kept, WIDE, {"up": 2}, new, alternating=turns)
+    result, _ = run(gm, [SelectUnits(selections=(chosen,))])
+    with torch.no_grad():
+        lost = 0.5 * float((result(x) - dense(x)).square().sum(-1).mean())
+    assert lost == pytest.approx(found.lost, rel=1e-8, abs=1e-14)
+    assert (lost == 0.0) == (kept == WIDE)

@@ -58,8 +58,8 @@ one ([how](../how-to/write-a-configuration.md#embeddings-and-the-head));
 `tests/zoo/test_embeddings.py` does it for every family here that reads tokens.
 
 [Hidden units](../explanation/planning.md#hidden-units) go in MLPs that the graph shows, those
-inside the experts of mixtral and qwen2_moe among them; gpt_oss, whose gates and ups alternate row
-by row, keeps its own. `tests/zoo/test_units.py` lets half of them go.
+inside the experts of mixtral, qwen2_moe and gpt_oss (whose gates and ups alternate row by row)
+among them. `tests/zoo/test_units.py` lets half of them go.
 """
 
 

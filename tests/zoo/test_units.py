@@ -15,7 +15,6 @@ from tests.zoo.narrowed import check_carried_out, prepared
 _KINDS = ("qwen2", "opt", "t5")
 NONE = {
     "bloom": "'autograd_function_",  # its gelu has a gradient of its own
-    "gpt_oss": "'getitem",
     "nn_multihead": "'layers_",
 }
 """Families in which no MLP is found, and what lies between."""
@@ -39,7 +38,13 @@ def test_half_the_units_of_every_mlp_go_and_the_rest_is_what_it_says(one: Family
         return
     assert found.found
     entries = [
-        units_of(x.producers, x.consumer, kept=max(x.units // 2, 1), name=f"units_{number}")
+        units_of(
+            x.producers,
+            x.consumer,
+            kept=max(x.units // 2, 1),
+            name=f"units_{number}",
+            alternating=x.alternating,
+        )
         for number, x in enumerate(found.found)
     ]
     check_carried_out(one, stages, entries)

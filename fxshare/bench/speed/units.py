@@ -59,6 +59,7 @@ def with_fewer_units(
             one.producers,
             one.consumer,
             kept=max(round(kept * one.units), 1),
+            alternating=one.alternating,
             name=f"units_{number}",
         ).model_copy(update={"kind": FirstUnits().name})
         for number, one in enumerate(found.found)

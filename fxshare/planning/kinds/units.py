@@ -63,7 +63,9 @@ class HiddenUnits:
         assert isinstance(mlp, Mlp)
         kept, bits = meaning if isinstance(meaning, tuple) else (meaning, None)
         assert isinstance(kept, int)
-        made = units_of(mlp.producers, mlp.consumer, kept=kept, loss=loss)
+        made = units_of(
+            mlp.producers, mlp.consumer, kept=kept, alternating=mlp.alternating, loss=loss
+        )
         return made.model_copy(update={"kind": self.name, "bits": bits})
 
     def carry_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,11 @@ def gated(y: Tensor) -> Tensor:
     """What nearly all experts have between their linears."""
     gate, up = y.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def in_turn(y: Tensor) -> Tensor:
+    """What GPT-OSS has between them: gate and up row by row."""
+    return F.silu(y[..., ::2]) * (y[..., 1::2] + 1)
 
 
 class Mixture(nn.Module):
@@ -151,9 +157,10 @@ def test_every_expert_reads_what_it_made_itself(how: str) -> None:
     assert str(again.graph) == str(result.graph)
 
 
+@pytest.mark.parametrize("between", [gated, in_turn])
 @pytest.mark.parametrize("how", HOW)
-def test_experts_may_then_be_of_different_widths(how: str) -> None:
-    gm = _graph(Mixture(how, gated), how)
+def test_experts_may_then_be_of_different_widths(how: str, between: Between) -> None:
+    gm = _graph(Mixture(how, between), how)
     units = gm.get_submodule("down.0").in_features
     gm = split(gm, *whole_sites(gm))
     chosen = []
@@ -161,7 +168,9 @@ def test_experts_may_then_be_of_different_widths(how: str) -> None:
         kept = tuple(range(expert, units, expert + 1))
         weight = gm.get_submodule(f"down.{expert}").weight.detach()[:, list(kept)]
         own = {f"down.{expert}": weight}
-        chosen.append(SelectedUnits(f"units_{expert}", kept, units, {f"up.{expert}": 2}, own))
+        one = SelectedUnits(f"units_{expert}", kept, units, {f"up.{expert}": 2}, own)
+        turns = frozenset({f"up.{expert}"} if between is in_turn else ())
+        chosen.append(replace(one, alternating=turns))
     with pytest.raises(RequiresError, match=r"index_select|select|getitem"):
         run(gm, [SelectUnits(selections=tuple(chosen))])
     result, _ = run(gm, [DropJoins(), SelectUnits(selections=tuple(chosen))])
@@ -260,7 +269,7 @@ LEFT: dict[str, tuple[str, Between, str]] = {
     "view": ("gathered", lambda y: gated(y).view(-1, UNITS), "makes of the rows of all experts"),
     "dropout": ("all at once", lambda y: F.dropout(gated(y), 0.5, False), "makes of the rows of"),
     "size": ("gathered", lambda y: gated(y) * y.size(0), "counts|comes before it"),
-    "interleaved": ("gathered", lambda y: y[..., ::2] * y[..., 1::2], "does not follow whole"),
+    "interleaved": ("gathered", lambda y: y[..., ::2] * y[..., :UNITS], "in turn, and in runs"),
     "half": ("all at once", lambda y: y[..., :UNITS] * y.size(0), "counts|comes before it"),
 }
 

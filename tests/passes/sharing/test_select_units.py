@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,9 +15,11 @@ from passes import (
     KeptUnits,
     NotHidden,
     RequiresError,
+    Rows,
     SelectedUnits,
     SelectUnits,
     ShapeError,
+    SplitSite,
     dialect,
     hidden_units,
     linear_calls,
@@ -72,6 +75,9 @@ FOUND: dict[str, tuple[Between, bool]] = {
     "split in sizes": (lambda m, x: _product(m.gate(x).split([UNITS, UNITS], -1)), True),
     "slices": (lambda m, x: m.gate(x)[..., :UNITS] * F.silu(m.gate(x)[..., UNITS:]), True),
     "glu": (lambda m, x: F.glu(m.gate(x), dim=-1), True),
+    "in turn": (lambda m, x: in_turn(m.gate(x)), True),
+    "in turn, and one more": (lambda m, x: in_turn(m.gate(x).clamp(max=2)) * m.up(x), True),
+    "in turn from zero": (lambda m, x: m.gate(x)[..., 0::2].sigmoid(), True),
 }
 LEFT: dict[str, tuple[Between, str]] = {
     "softmax": (lambda m, x: m.gate(x).softmax(-1), "'softmax' .* comes before it"),
@@ -83,6 +89,12 @@ LEFT: dict[str, tuple[Between, str]] = {
     "size": (lambda m, x: m.gate(x) * m.gate(x).size(-1), "takes the size of|comes before it"),
     "interleaved": (lambda m, x: m.gate(x) + m.up(x)[..., ::2], "'getitem' takes, which does not"),
 }
+
+
+def in_turn(y: Tensor) -> Tensor:
+    """What GPT-OSS has between its linears."""
+    gate, up = y[..., ::2].clamp(max=1), y[..., 1::2].clamp(-1, 1)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
 
 
 def _product(pieces: tuple[Tensor, Tensor]) -> Tensor:
@@ -103,7 +115,11 @@ def selection(gm: fx.GraphModule, kept: tuple[int, ...] = (1, 2, 6)) -> Selected
     down = gm.get_submodule("down")
     weight = down.weight.detach()[:, list(kept)] * 1.5
     bias = down.bias.detach() + 1.0
-    return SelectedUnits("units", kept, UNITS, producers, {"down": weight}, {"down": bias})
+    steps = [n.args[1] for n in gm.graph.nodes if n.target is operator.getitem]
+    turns = any(isinstance(at, tuple) and at[1].step == 2 for at in steps)
+    alternating = frozenset({"gate"}) if turns else frozenset()
+    new = {"down": weight}, {"down": bias}
+    return SelectedUnits("units", kept, UNITS, producers, *new, alternating)
 
 
 def expected(gm: fx.GraphModule, one: SelectedUnits, x: Tensor) -> Tensor:
@@ -135,6 +151,75 @@ def test_what_is_left_computes_what_the_consumer_reads(case: str, shape: tuple[i
     assert sizes == {name: (3 * parts, WIDTH) for name, parts in one.producers.items()}
     assert result.get_submodule("down").in_features == 3
     dialect.check(result, "split")
+
+
+def test_rows_in_turn_stay_in_turn() -> None:
+    gm = graph(*FOUND["in turn"])
+    result, _ = run(gm, [SelectUnits(selections=(selection(gm),))])
+    old, new = (one.get_submodule("gate") for one in (gm, result))
+    at = [2, 3, 4, 5, 12, 13]
+    assert torch.equal(new.weight, old.weight[at])
+    assert torch.equal(new.bias, old.bias[at])
+    rows = slice_weight(result, "gate")
+    assert torch.equal(rows[at], old.weight[at])
+    assert rows.count_nonzero() == 6 * WIDTH
+    ours, theirs = (
+        [n.args[1] for n in one.graph.nodes if n.target is operator.getitem] for one in (gm, result)
+    )
+    assert ours == theirs == [(..., slice(None, None, 2)), (..., slice(1, None, 2))]
+
+
+@pytest.mark.parametrize("case", ["in turn", "chunk"])
+def test_a_selection_in_runs_of_what_alternates_is_refused_and_the_other_way_round(
+    case: str,
+) -> None:
+    gm = graph(*FOUND[case])
+    one = selection(gm)
+    wrong = replace(one, alternating=frozenset({"gate"}) - one.alternating)
+    with pytest.raises(RequiresError, match=r"'gate' the rows of a unit .* neighbours"):
+        run(gm, [SelectUnits(selections=(wrong,))])
+
+
+IN_TURN_LEFT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "not from the first": (lambda y: y[..., 2::2], "'getitem' takes, which does not follow"),
+    "not to the end": (lambda y: y[..., :UNITS:2], "'getitem' takes, which does not follow"),
+    "another step": (lambda y: y[..., ::3], "'getitem' takes, which does not follow"),
+    "in a half": (lambda y: y.chunk(2, -1)[0][..., ::2], "'getitem_1' takes, which does not"),
+    "both": (lambda y: y[..., ::2] + y[..., :UNITS], "rows of 'gate' in turn, and in runs"),
+    "both, later": (
+        lambda y: y.sigmoid()[..., ::2] * y.tanh().chunk(2, -1)[1],
+        "rows of 'gate' in turn, and in runs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_TURN_LEFT)
+def test_rows_in_another_turn_are_left_alone_with_the_reason(case: str) -> None:
+    between, reason = IN_TURN_LEFT[case]
+    gm = graph(lambda m, x: between(m.gate(x)), True)
+    gate, down = (call.node for call in linear_calls(gm) if call.name != "up")
+    with pytest.raises(NotHidden, match=reason):
+        hidden_units(gm, [down], {gate: ("gate", 2 * UNITS)}.get, UNITS)
+
+
+def test_a_quarter_in_turn_is_no_unit() -> None:
+    """Two runs, each with gate and up in turn."""
+    gm = graph(lambda m, x: m.gate(x).chunk(2, -1)[0][..., ::2], True)
+    gate, down = (call.node for call in linear_calls(gm) if call.name != "up")
+    with pytest.raises(NotHidden, match="rows of 'gate' in turn, and in runs"):
+        hidden_units(gm, [down], {gate: ("gate", 2 * UNITS)}.get, UNITS // 2)
+
+
+def test_rows_in_turn_of_two_slices_are_refused() -> None:
+    gm = fx.symbolic_trace(Mlp(*FOUND["in turn"]).double())
+    halves = Rows("gate.a", 0, UNITS), Rows("gate.b", UNITS, 2 * UNITS)
+    down = SplitSite(("down",), (Rows("down", 0, WIDTH),))
+    gm = split(gm, SplitSite(("gate",), halves), down)
+    weight = gm.get_submodule("down").weight.detach()[:, :2]
+    one = SelectedUnits("units", (0, 1), UNITS, {"gate.a": 1, "gate.b": 1}, {"down": weight})
+    for turns in (frozenset(), frozenset({"gate.a"})):
+        with pytest.raises(RequiresError, match="neighbours in one slice"):
+            run(gm, [SelectUnits(selections=(replace(one, alternating=turns),))])
 
 
 @pytest.mark.parametrize("case", LEFT)
