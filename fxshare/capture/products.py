@@ -45,7 +45,7 @@ class WideProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_long(func: Any, args: tuple[Any, ...]) -> bool:
     packet = getattr(func, "overloadpacket", None)  # a higher-order operator has none
-    if packet is None or func._overloadname == "out":
+    if packet is None or func._overloadname == "out" or len(args) < 2:
         return False
     if packet.__name__ in _PRODUCTS:
         left, right = args[-2:]

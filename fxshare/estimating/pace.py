@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -95,12 +96,15 @@ def measured(device: str, dtype: str, threads: int) -> Pace:
     path = _path(place, dtype, threads)
     with torch.no_grad():
         rounds = [_measured(place, dtype, threads) for _ in range(_ROUNDS)]
-    before = _read(path) if _is_fresh(path) else None
+    first = _fresh_since(path)
+    before = _read(path) if first is not None else None
     made = functools.reduce(_faster, [*rounds, *([before] if before is not None else [])])
     try:
         plain = {"version": VERSION, **asdict(made)}
         write_text(path, json.dumps(plain, indent=1) + "\n")
-    except StoreError:  # the next process measures again
+        if before is not None and first is not None:
+            os.utime(path, (first, first))  # or what was once measured would count for ever
+    except (OSError, StoreError):  # the next process measures again
         pass
     return made
 
@@ -134,11 +138,13 @@ def _faster(one: Pace, other: Pace) -> Pace:
     return replace(one, **points, call=min(one.call, other.call))
 
 
-def _is_fresh(path: Path) -> bool:
+def _fresh_since(path: Path) -> float | None:
+    """When the first of what a file has was measured, where that still counts."""
     try:
-        return time.time() - path.stat().st_mtime < _FRESH
+        first = path.stat().st_mtime
     except OSError:
-        return False
+        return None
+    return first if time.time() - first < _FRESH else None
 
 
 def _path(place: torch.device, dtype: str, threads: int) -> Path:

@@ -434,6 +434,10 @@ def test_of_the_last_day_the_faster_counts(folder: Path, monkeypatch: pytest.Mon
     assert found(of(10.0), of(30.0)) == found(of(30.0), of(20.0)) == of(30.0)  # in turn
     assert found(of(10.0), of(20.0)) == of(30.0)  # before
     (path,) = folder.rglob("pace-*.json")
+    hours = time.time() - 3600
+    os.utime(path, (hours, hours))
+    assert found(of(10.0), of(20.0)) == of(30.0)
+    assert path.stat().st_mtime == pytest.approx(hours)  # or it would count for ever
     os.utime(path, (0, 0))
     assert found(of(10.0), of(20.0)) == of(20.0)
     path.write_text("{")
