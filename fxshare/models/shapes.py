@@ -108,7 +108,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "bench scale needs the transformers library: pip install 'fxshare[hf]'"
+            "a model of a shape (gpt2, tinyllama, or d,L,h,f,vocab) is one of the transformers "
+            "library: pip install 'fxshare[hf]'"
         ) from error
     return transformers
 

@@ -168,6 +168,13 @@ def test_the_picture_has_a_line_a_method(found: ScaleBench, tmp_path: Path) -> N
         assert f"<!-- {TINY}, {method} -->" in text
 
 
+def test_a_shape_without_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asked for it: estimates take shapes too."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"a model of a shape .* pip install 'fxshare\[hf\]'"):
+        ModelShape.parse("tinyllama").model(torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_named_shapes_are_the_published_ones(name: str) -> None:
     numbers = {
