@@ -77,9 +77,12 @@ def table_of(
     methods.sort(key=lambda method: method == EVERYTHING)
     header = ["model", "bytes kept", *methods, "dense in bits", "least", "everything / best single"]
 
+    def increase(row: Row | None) -> float | None:
+        return None if row is None else row.second if second else row.increase
+
     def told(row: Row | None) -> str:
-        increase = None if row is None else row.second if second else row.increase
-        return "–" if increase is None else f"{increase:.4f}"
+        found = increase(row)
+        return "–" if found is None else f"{found:.4f}"
 
     rows = []
     for case in result.dense_loss:
@@ -95,10 +98,10 @@ def table_of(
             rounded = min(fixed, key=lambda r: r.increase, default=None)
             best, alone = result.best(case, size), result.best(case, size, alone=True)
             cells = [told(by.get(m)) for m in methods] + [told(rounded)]
-            every = by.get(EVERYTHING)
-            ratio = "–"
-            if every is not None and alone is not None and alone.increase > 0:
-                ratio = f"{every.increase / alone.increase:.2f}"
+            ratio, least = "–", increase(alone)
+            every = increase(by.get(EVERYTHING))
+            if every is not None and least is not None and least > 0:
+                ratio = f"{every / least:.2f}"
             named = "–" if best is None else best.method
             rows.append([case, f"{size:.2f}", *cells, named, ratio])
     return header, rows

@@ -21,8 +21,8 @@ _FEW = 16
 
 class WideProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products of half precision are computed in float32 and rounded, as instructions for them do
-    it; everything else is as it is, and so is what they return. A CPU that has none takes ten times
-    as long for them."""
+    it; everything else is as it is, and so is what they return. A CPU that has none takes many
+    times as long by itself."""
 
     supports_higher_order_operators = True
 

@@ -60,7 +60,7 @@ def estimate(
     work
         Whether a work folder will be used.
     device
-        ``cpu`` or ``cuda``, whose constants are measured here in a second or two, once a process;
+        ``cpu`` or ``cuda``, whose constants are measured here in a few seconds, once a process;
         or a name of :func:`fxshare.estimating.pace.devices`, from published peak rates.
 
     Raises

@@ -61,7 +61,7 @@ def devices() -> tuple[str, ...]:
 
 
 def pace_for(device: str = "cpu", dtype: str = "float32") -> Pace:
-    """The constants of a device: measured here once a process, in a second or two; of one that is
+    """The constants of a device: measured here once a process, in a few seconds; of one that is
     not here those that were measured before, or from published peak rates.
 
     Raises :class:`ConfigError` for a device that has neither.

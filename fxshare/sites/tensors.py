@@ -23,6 +23,7 @@ from passes import is_embedding, is_linear, linear_calls, weight_and_bias
 from passes.graph.graph import is_conv1d, structure_copy
 
 _LARGE = 1 << 24
+"""Bytes of a matrix around which what the allocator keeps is worth giving back."""
 _PART = re.compile(r"(.+)\.(?:(\d+)|rows_(\d+)_(\d+))")
 
 

@@ -122,6 +122,11 @@ def test_a_second_corpus_and_speeds_have_tables_of_their_own() -> None:
     assert table_of(found, (0.5,), second=True)[1] == [
         ["small", "0.50", "3.0000", "–", "bases", "–"]
     ]
+    both = dataclasses.replace(
+        found, rows=(alone, Row("small", EVERYTHING, 0.5, 0.5, 0.5, 0.75, None, 0.0))
+    )
+    ratios = [table_of(both, (0.5,), second=second)[1][0][-1] for second in (False, True)]
+    assert ratios == ["0.50", "0.25"]  # each of its own corpus
     assert speed_table(found)[1] == [["small", "0.500", "bases", "1.50", "0.50"]]
     assert curves(found, "small") == {"bases": [(0.5, 1.0)]}
 

@@ -90,7 +90,8 @@ def frontier(
 ) -> Result:
     """Held-out loss at the same bytes: rounding, bases, hidden units, and all of them together.
 
-    The model is cast to bfloat16; bytes are counted in the saved folder. Nothing is trained.
+    The model is cast to bfloat16; bytes are counted in the saved folder. Nothing is trained but by
+    --refine.
 
     \b
     Example:
@@ -185,13 +186,15 @@ def shown(result: Frontier, sizes: Sequence[float], plot: Path | None) -> str:
     lines = [table(*table_of(result, sizes)), ""]
     if any(row.second is not None for row in result.rows):
         lines += ["on the second corpus:", table(*table_of(result, sizes, second=True)), ""]
+    trained = "no training"
     if any(row.refined is not None for row in result.rows):
+        trained = "no training where it does not say refined"
         lines += ["refined:", table(*refined_table(result, sizes)), ""]
     if any(row.prompt is not None for row in result.rows):
         lines += ["tokens a second over dense, eager:", table(*speed_table(result)), ""]
     below = [
-        "increase of the loss in nats per token on held-out tokens (of an encoder 1 - cosine), no "
-        f"training; search: {result.search}; seed {result.seed}",
+        "increase of the loss in nats per token on held-out tokens (of an encoder 1 - cosine), "
+        f"{trained}; search: {result.search}; seed {result.seed}",
         *(f"{name}: dense {loss:.4f}" for name, loss in result.dense_loss.items()),
         f"{result.environment}; {result.seconds:.0f} s",
         *([] if plot is None else [f"written to {plot}"]),
