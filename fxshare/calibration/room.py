@@ -30,6 +30,8 @@ from fxshare.sites.site import Site
 
 _LEAST_KEPT = 1 << 28
 _MOST_KEPT = 3 << 28
+# of the bytes of statistics: what planning asks for again grows with the layers as they do
+_MOST_KEPT_SHARE = 1.25
 _MOST_IN_MEMORY = 1 << 29
 # square matrices of a group's width that are there at once: a moment as it is kept, expanded and
 # pooled, its root, the sum of the members' products and one of them, and two of the congruence
@@ -184,7 +186,8 @@ def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> D
     beside = limit - space.resident - space.candidate
     activations = offloaded = space.at_most
     statistics = space.rounds * space.statistics
-    if statistics + activations + _MOST_KEPT > beside - space.work:
+    most_kept = max(_MOST_KEPT, int(_MOST_KEPT_SHARE * space.statistics))
+    if statistics + activations + most_kept > beside - space.work:
         activations, in_memory = space.activations()
         offloaded = _OFFLOADED + in_memory
     most = beside - _BESIDE_SUMS
@@ -198,7 +201,7 @@ def divide(space: Space, limit: int, *, asked: bool, folder: object = None) -> D
     if fits and not asked and statistics > _MOST_IN_MEMORY:
         # nobody asked for so much memory, and files that were just written are read at its speed
         fits = not has_room(statistics)
-    kept = min(_MOST_KEPT, left - statistics if fits else left)
+    kept = min(most_kept, left - statistics if fits else left)
     block = 0 if fits else space.block()
     least = space.resident + space.candidate + activations
     least += max(block + _BESIDE_SUMS, space.work + _LEAST_KEPT)

@@ -264,6 +264,14 @@ def test_statistics_take_the_place_of_what_planning_holds_later() -> None:
     assert found.least <= found.limit
 
 
+def test_what_planning_keeps_grows_with_the_statistics() -> None:
+    few = divide(space(statistics=1 << 28), 32 << 30, asked=True)
+    many, twice = (divide(space(statistics=n << 30), 32 << 30, asked=True) for n in (1, 2))
+    assert few.kept == rooms._MOST_KEPT
+    assert many.kept > 1 << 30
+    assert twice.kept == 2 * many.kept
+
+
 def test_activations_go_to_files_where_that_saves_a_pass() -> None:
     saves = divide(space(), 8 << 30, asked=True)
     assert saves.offload
