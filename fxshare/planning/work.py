@@ -133,10 +133,7 @@ def fingerprint(
 ) -> dict[str, str]:
     """What statistics depend on, a hash for each part; of a loss of one's own its name alone.
     Without data there is none of it: what is in the folder already is asked for."""
-    named = cfg.model_dump(mode="json")
-    decides: dict[str, Any] = {name: named[name] for name in _DECIDES}
-    decides["max_tokens"] = cfg.calibration.max_tokens
-    decides["labels"] = cfg.planner.labels
+    decides = deciding(cfg)
     decides["held_back"] = cfg.planner.search != "off"
     decides["sites"] = [site.model_dump(mode="json") for site in sites]
     data = {} if batches is None else {"data": of_batches(batches)}
@@ -149,6 +146,15 @@ def fingerprint(
     }
 
 
+def deciding(cfg: ShareConfig) -> dict[str, Any]:
+    """What statistics depend on in a configuration, by its name there."""
+    named = cfg.model_dump(mode="json")
+    decides: dict[str, Any] = {name: named[name] for name in _DECIDES}
+    decides["max_tokens"] = cfg.calibration.max_tokens
+    decides["labels"] = cfg.planner.labels
+    return decides
+
+
 def plan_key(cfg: ShareConfig) -> str:
     """A hash of what a plan depends on, statistics apart."""
     named = cfg.model_dump(mode="json")
@@ -157,4 +163,4 @@ def plan_key(cfg: ShareConfig) -> str:
     return of_json(parts)[:16]
 
 
-__all__ = ["Work", "fingerprint", "opened", "plan_key"]
+__all__ = ["Work", "deciding", "fingerprint", "opened", "plan_key"]
