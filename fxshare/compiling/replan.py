@@ -105,8 +105,11 @@ def _config(stored: Stored, cfg: Sequence[ConfigSource], overrides: Sequence[str
     known = {"budget": named.pop("budget", None)}
     try:
         found = load_config([named, *cfg], overrides=overrides)
-    except ConfigError:  # a planner's options without a budget among them
-        return load_config([named, known, *cfg], overrides=overrides)
+    except ConfigError as alone:  # a planner's options without a budget among them
+        try:
+            return load_config([named, known, *cfg], overrides=overrides)
+        except ConfigError as with_known:
+            raise with_known if "found without budget" in str(alone) else alone from None
     return found if found.budget is not None else load_config([found, known])
 
 

@@ -344,6 +344,24 @@ def test_what_was_matched_and_measured_cannot_be_planned_otherwise(
     assert again.groups == replan(folder, overrides=[budget]).plan.groups
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["budget.params_kept=0.6", "planner.bits=[16, 8]"], "compete under a budget in bytes"),
+        (["planner.kinds=[]"], r"planner\.kinds: "),
+        (["group_size=2"], "compression_rate: not given"),
+    ],
+    ids=["another budget", "that of the run", "none"],
+)
+def test_options_that_do_not_go_together_are_told_once(
+    overrides: list[str], said: str, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        replan(folder, overrides=overrides)
+    assert "one limit of" not in str(error.value)
+    assert "found without budget" not in str(error.value)
+
+
 def test_kinds_that_the_run_did_not_name(folder: Path, tmp_path: Path) -> None:
     own = [
         types("gate", "up", "down"),
