@@ -320,9 +320,24 @@ def test_what_cannot_be_planned_without_the_model(folder: Path, tmp_path: Path) 
         replan(folder, overrides=["budget.params_kept=0.6", "budget.time_kept=0.9"])
     with pytest.raises(StoreError, match=r"has no problem\.json"):
         replan(tmp_path)
-    (folder / "problem.json").write_text('{"sites": 3}')
-    with pytest.raises(StoreError, match="cannot be read"):
-        replan(folder)
+
+
+def test_a_problem_that_was_edited_is_named_and_written_again(whole: Any, folder: Path) -> None:
+    file = folder / "problem.json"
+    written = file.read_text()
+    for edited, said in (
+        (written.replace('"element_size": 4', '"element_size": 8'), "its hash differs"),
+        (written.replace("down_proj", "up_proj"), "its hash differs"),
+        (written[:-9], "Expecting"),
+        ("[]", "list indices"),
+        ('{"sites": 3}', "'problem'"),
+    ):
+        assert edited != written
+        file.write_text(edited)
+        with pytest.raises(StoreError, match=f"cannot be read: .*{said}.*with MODEL and --calib"):
+            replan(folder)
+    assert same(whole, compiled(folder))
+    assert file.read_text() == written
 
 
 @pytest.mark.parametrize(
