@@ -23,7 +23,7 @@ from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
 from fxshare.planning.stored_problem import Stored, StoredSpectra, parts_in, read_problem
 from fxshare.planning.sweep import alternatives, sweep_budgets
-from fxshare.planning.work import deciding
+from fxshare.planning.work import check_versions, deciding
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
 
@@ -44,13 +44,14 @@ def replan(
     that wrote the folder; a budget in them takes the place of that one's. ``shares`` are further
     budgets, as in :func:`survey`.
 
-    Raises :class:`StoreError` for a folder without a problem, :class:`PlanError` for groups that it
-    has not priced, a budget in time, or none at all, and :class:`ConfigError` for weight types or
-    data that are not those of the folder.
+    Raises :class:`StoreError` for a folder without a problem, or of other versions,
+    :class:`PlanError` for groups that it has not priced, a budget in time, or none at all, and
+    :class:`ConfigError` for weight types or data that are not those of the folder.
     """
     start = time.perf_counter()
     folder = Path(work)
     stored = read_problem(folder)
+    check_versions(folder)
     config = _config(stored, cfg, overrides)
     if config.budget is None:
         raise PlanError(f"{folder}: expected a budget to plan for; give one, such as --keep 0.6")

@@ -122,6 +122,21 @@ def _compare(path: Path, fingerprint: Mapping[str, str]) -> None:
     hold_to(file, fingerprint, _CALLED, number=FORMAT, told=("versions", "seed"))
 
 
+def check_versions(path: Path) -> None:
+    """Raises :class:`StoreError` for a folder that other versions have written, or that does not
+    say which."""
+    file = path / "work.json"
+    if not file.exists():
+        raise StoreError(
+            f"{path} has no {file.name}, which says what it was made from: plan with MODEL"
+        )
+    hold_to(file, {"versions": _versions()}, _CALLED, number=FORMAT, told=("versions",))
+
+
+def _versions() -> str:
+    return f"fxshare {version('fxshare')}, torch {torch.__version__}"
+
+
 def fingerprint(
     model: nn.Module,
     sites: Sequence[Site],
@@ -142,7 +157,7 @@ def fingerprint(
         "configuration": of_json(decides),
         "loss": "default" if loss is None else name_of(loss),
         "seed": str(seed),
-        "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
+        "versions": _versions(),
     }
 
 
@@ -163,4 +178,4 @@ def plan_key(cfg: ShareConfig) -> str:
     return of_json(parts)[:16]
 
 
-__all__ = ["Work", "deciding", "fingerprint", "opened", "plan_key"]
+__all__ = ["Work", "check_versions", "deciding", "fingerprint", "opened", "plan_key"]

@@ -187,8 +187,13 @@ def test_another_model_and_other_versions(folder: Path) -> None:
         fxshare.compile(llama(seed=1), CFG, calibration=data(), work=folder)
     file = folder / "work.json"
     file.write_text(file.read_text().replace("torch ", "torch 0."))
-    with pytest.raises(StoreError, match=r"other versions \(.*torch 0\."):
-        compiled(folder)
+    for again in (compiled, replan):
+        with pytest.raises(StoreError, match=r"other versions \(.*torch 0\."):
+            again(folder)
+    file.unlink()
+    with pytest.raises(StoreError, match=r"has no work\.json"):
+        replan(folder)
+    assert not file.exists()
 
 
 def test_what_does_not_decide_may_differ(whole: Any, folder: Path) -> None:
