@@ -22,7 +22,7 @@ def hold_to(
     none.
 
     Raises :class:`StoreError` for a file that cannot be read, one of another format ``number``, and
-    for the first part that differs, by what it is ``called``; of parts that are ``told`` with both.
+    for the parts that differ, by what they are ``called``; of parts that are ``told`` with both.
     """
     folder = file.parent
     if not file.exists():
@@ -41,13 +41,16 @@ def hold_to(
             f"{folder} has format {format_number!r}, this fxshare reads {number}; remove it, or "
             "give another"
         )
+    differ = []
     for part, value in made_from.items():
         if known.get(part) != value:
             detail = f" ({known.get(part)}, now {value})" if part in told else ""
-            raise StoreError(
-                f"work folder {folder} was made with {called[part]}{detail}; give another folder, "
-                "or remove this one to begin anew"
-            )
+            differ.append(f"{called[part]}{detail}")
+    if differ:
+        raise StoreError(
+            f"work folder {folder} was made with {', and '.join(differ)}; give another folder, or "
+            "remove this one to begin anew"
+        )
 
 
 __all__ = ["hold_to"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -230,7 +230,7 @@ class Data:
         from fxshare.data.batches import sample_batches
 
         if self.calibration is None:
-            self._check_unused()
+            self._refuse(self._reading_alone, "has no effect without data; give --calibration SPEC")
             return None
         return sample_batches(self.calibration, self._sampling(loaded), **self._reading(loaded))
 
@@ -271,8 +271,13 @@ class Data:
             bos=not self.no_bos,
         )
 
-    def _check_unused(self) -> None:
-        options = {
+    def refuse(self, why: str) -> None:
+        """A ``ConfigError`` for data, and for what says how to read it, where none is read."""
+        self._refuse({"--calibration": self.calibration, **self._reading_alone}, why)
+
+    @property
+    def _reading_alone(self) -> dict[str, object]:
+        return {
             "--tokens": self.tokens,
             "--samples": self.samples,
             "--length": self.length,
@@ -280,13 +285,12 @@ class Data:
             "--padded": self.padded or None,
             "--no-bos": self.no_bos or None,
         }
+
+    def _refuse(self, options: Mapping[str, object], why: str) -> None:
         for option, value in options.items():
             if value is not None:
                 given = option if value is True else f"{option} {value}"
-                raise fxshare.errors.ConfigError(
-                    f"{given}: has no effect without data; give --calibration SPEC, or leave "
-                    f"{option} out"
-                )
+                raise fxshare.errors.ConfigError(f"{given}: {why}, or leave {option} out")
 
 
 def _check_takes_mask(loaded: LoadedModel) -> None:

@@ -91,9 +91,10 @@ def plan_model(
 
     picture = None if sweep in (None, "-") else Path(str(sweep))
     shares = _SHARES if sweep is not None else ()
-    _check_first(draw, picture)
+    _check_first(output, draw, picture)
     _check_minutes(sweep_minutes, sweep, model)
     if model is None:
+        data.refuse("without MODEL nothing is measured; give MODEL as well")
         made = _replanned(work, wanted, shares)
     else:
         _check_data(sweep, data)
@@ -193,10 +194,12 @@ def _replanned(work: Path | None, wanted: Wanted, shares: Sequence[float]) -> _M
     return _Made(found, str(work), f"predicted from {work}, and not measured\n{text}")
 
 
-def _check_first(draw: Path | None, picture: Path | None) -> None:
-    """Refuse before hours of planning what drawing would refuse after them."""
+def _check_first(output: Path | None, draw: Path | None, picture: Path | None) -> None:
+    """Refuse before hours of planning what writing and drawing would refuse after them."""
     from fxshare.views.figure import check_drawable
 
+    if output is not None and output.is_dir():
+        raise fxshare.errors.StoreError(f"-o {output}: expected a file to write, found a folder")
     for path in (draw, picture):
         if path is not None:
             check_drawable(path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fxshare.compiling.survey import Survey
 from fxshare.config import ConfigSource, ShareConfig, load_config
-from fxshare.errors import ConfigError, PlanError
+from fxshare.errors import ConfigError, FxShareWarning, PlanError
 from fxshare.planning.kinds.basis import groups_of, make_problem, rounded_of
 from fxshare.planning.kinds.kind import Scene
 from fxshare.planning.kinds.named import entries_of, kinds_named, others_of
@@ -22,8 +23,12 @@ from fxshare.planning.rules import check_layers
 from fxshare.planning.solver.solve import Solution, least_cost, solve
 from fxshare.planning.stored_problem import Stored, StoredSpectra, parts_in, read_problem
 from fxshare.planning.sweep import alternatives, sweep_budgets
+from fxshare.planning.work import check_versions, deciding
 from fxshare.plans.outlook import Outlook
 from fxshare.plans.plan import Plan
+
+_CALLED = {"max_tokens": "calibration.max_tokens", "labels": "planner.labels"}
+"""The sections that are not called as they are in a file."""
 
 
 def replan(
@@ -39,12 +44,14 @@ def replan(
     that wrote the folder; a budget in them takes the place of that one's. ``shares`` are further
     budgets, as in :func:`survey`.
 
-    Raises :class:`StoreError` for a folder without a problem, :class:`PlanError` for groups that it
-    has not priced, a budget in time, or none at all.
+    Raises :class:`StoreError` for a folder without a problem, or of other versions,
+    :class:`PlanError` for groups that it has not priced, a budget in time, or none at all, and
+    :class:`ConfigError` for weight types or data that are not those of the folder.
     """
     start = time.perf_counter()
     folder = Path(work)
     stored = read_problem(folder)
+    check_versions(folder)
     config = _config(stored, cfg, overrides)
     if config.budget is None:
         raise PlanError(f"{folder}: expected a budget to plan for; give one, such as --keep 0.6")
@@ -52,13 +59,22 @@ def replan(
         raise PlanError("budget.time_kept: times are predicted for a model; give MODEL as well")
     if config.planner.never_slower:
         raise PlanError("planner.never_slower: times are predicted for a model; give MODEL as well")
+    _check_as_measured(folder, stored, config)
     check_layers(config.planner, stored.sites)
     options = options_for(config.budget, config.planner, stored.element_size)
     nodes = nodes_for(stored.sites, stored.inputs)
     kinds, priced = kinds_named(config.planner.kinds), StoredSpectra.of(folder, config)
+    parts = parts_in(stored)
+    if kinds and not parts:
+        warnings.warn(
+            f"planner.kinds {list(config.planner.kinds)}: {folder} knows no MLP and no attention "
+            "that these may take, so that nothing but bases competes",
+            FxShareWarning,
+            stacklevel=2,
+        )
     rounding = RoundingPrice(priced, nodes)
     problem = make_problem(nodes, priced, options, rounding=rounding)
-    scene = Scene(parts_in(stored), nodes, priced, options, rounding)
+    scene = Scene(parts, nodes, priced, options, rounding)
     problem = replace(problem, others=others_of(kinds, scene))
     budget = limit_of(stored.whole_bytes, config.budget, stored.sites, options)
     strategy = config.planner.strategy
@@ -90,9 +106,24 @@ def _config(stored: Stored, cfg: Sequence[ConfigSource], overrides: Sequence[str
     known = {"budget": named.pop("budget", None)}
     try:
         found = load_config([named, *cfg], overrides=overrides)
-    except ConfigError:  # a planner's options without a budget among them
-        return load_config([named, known, *cfg], overrides=overrides)
+    except ConfigError as alone:  # a planner's options without a budget among them
+        try:
+            return load_config([named, known, *cfg], overrides=overrides)
+        except ConfigError as with_known:
+            raise with_known if "found without budget" in str(alone) else alone from None
     return found if found.budget is not None else load_config([found, known])
+
+
+def _check_as_measured(folder: Path, stored: Stored, config: ShareConfig) -> None:
+    """A ``ConfigError`` for what would have to be matched or measured anew."""
+    before, now = deciding(stored.config), deciding(config)
+    other = [name for name in before if before[name] != now[name]]
+    if other:
+        raise ConfigError(
+            f"{', '.join(_CALLED.get(name, name) for name in other)}: {folder} was made under "
+            "another one, which decided what was matched and measured, and neither happens again "
+            "here; leave it out, or give MODEL, --calibration and another folder"
+        )
 
 
 def _outlook(solution: Solution, stored: Stored, unit: Unit, seconds: float) -> Outlook:

@@ -41,7 +41,7 @@ class ModelShape:
         # rotary positions turn the halves of a head against each other
         if len(sizes) != 5 or min(sizes) < 1 or sizes[0] % (2 * sizes[2]):
             raise ConfigError(
-                f"--shape: expected {', '.join(SHAPES)}, or d,L,h,f,vocab for a Llama with d a "
+                f"shape: expected {', '.join(SHAPES)}, or d,L,h,f,vocab for a Llama with d a "
                 f"multiple of 2h, such as 512,8,8,1408,32000; found {text!r}"
             )
         width, layers, heads, ffn, vocabulary = sizes

@@ -23,6 +23,7 @@ from fxshare.planning.finalists import Calls
 from fxshare.planning.gathered import Gather, Gathered
 from fxshare.planning.kinds.apart import by_kind
 from fxshare.planning.kinds.kind import FoundPart, Kind
+from fxshare.planning.kinds.named import all_parts
 from fxshare.planning.loss_limit import within_loss
 from fxshare.planning.offered import Choose, choice, plan_of
 from fxshare.planning.options import Options, options_of
@@ -82,10 +83,9 @@ def plan_on(
     kinds, parts = on.kinds(planner)
     options = options_of(cfg.budget, planner, model)
     statistics = on.statistics
-    write_problem(
-        on.work,
-        lambda: Stored.of(model, on.sites, on.skipped, on.slices, statistics, cfg, parts),
-    )
+    whole = (model, on.sites, on.skipped, on.slices, statistics, cfg)
+    # the parts of all kinds: a later budget may name others
+    write_problem(on.work, lambda: Stored.of(*whole, all_parts(on.captured, on.sites)))
     search = _search(on, options, cfg)
     search = replace(search, kinds=kinds, parts=parts)
     first = _trials(planner, options, kinds if parts else ())[0]

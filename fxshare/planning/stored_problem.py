@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from torch import nn
 
 from fxshare.base.files import write_text
+from fxshare.base.fingerprints import of_json
 from fxshare.base.processes import here
 from fxshare.calibration.statistics import Statistics
 from fxshare.capture import dtype_of
@@ -146,9 +147,16 @@ def parts_in(stored: Stored) -> tuple[Mlp | Attention | HeadGroups | Scores, ...
 
 
 def write_problem(work: Work | None, make: Callable[[], Stored]) -> None:
-    """Write the problem into a work folder that has none yet; of several processes the first."""
-    if work is not None and here().is_first and not (work.path / _FILE).exists():
-        write_text(work.path / _FILE, make().model_dump_json(indent=1) + "\n")
+    """Write the problem into a work folder that has none that is sound; of several processes the
+    first."""
+    if work is None or not here().is_first:
+        return
+    try:
+        read_problem(work.path)
+    except StoreError:
+        problem = json.loads(make().model_dump_json())
+        content = {"sha256": of_json(problem), "problem": problem}
+        write_text(work.path / _FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_problem(folder: Path) -> Stored:
@@ -160,10 +168,17 @@ def read_problem(folder: Path) -> Stored:
             "plan once with MODEL and --calibration"
         )
     try:
-        return Stored.model_validate(json.loads(file.read_text()))
-    except (OSError, ValueError, ValidationError, ConfigError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        problem, told = content["problem"], content["sha256"]
+        if of_json(problem) != told:
+            raise ValueError("it is not what was written (its hash differs)")
+        return Stored.model_validate(problem)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         first = next(iter(str(error).splitlines()), "")
-        raise StoreError(f"{file} cannot be read: {first}; plan again with MODEL") from error
+        raise StoreError(
+            f"{file} cannot be read: {first}; plan once with MODEL and --calibration, which writes "
+            "it again"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,21 @@ def _compare(path: Path, fingerprint: Mapping[str, str]) -> None:
     hold_to(file, fingerprint, _CALLED, number=FORMAT, told=("versions", "seed"))
 
 
+def check_versions(path: Path) -> None:
+    """Raises :class:`StoreError` for a folder that other versions have written, or that does not
+    say which."""
+    file = path / "work.json"
+    if not file.exists():
+        raise StoreError(
+            f"{path} has no {file.name}, which says what it was made from: plan with MODEL"
+        )
+    hold_to(file, {"versions": _versions()}, _CALLED, number=FORMAT, told=("versions",))
+
+
+def _versions() -> str:
+    return f"fxshare {version('fxshare')}, torch {torch.__version__}"
+
+
 def fingerprint(
     model: nn.Module,
     sites: Sequence[Site],
@@ -133,10 +148,7 @@ def fingerprint(
 ) -> dict[str, str]:
     """What statistics depend on, a hash for each part; of a loss of one's own its name alone.
     Without data there is none of it: what is in the folder already is asked for."""
-    named = cfg.model_dump(mode="json")
-    decides: dict[str, Any] = {name: named[name] for name in _DECIDES}
-    decides["max_tokens"] = cfg.calibration.max_tokens
-    decides["labels"] = cfg.planner.labels
+    decides = deciding(cfg)
     decides["held_back"] = cfg.planner.search != "off"
     decides["sites"] = [site.model_dump(mode="json") for site in sites]
     data = {} if batches is None else {"data": of_batches(batches)}
@@ -145,8 +157,17 @@ def fingerprint(
         "configuration": of_json(decides),
         "loss": "default" if loss is None else name_of(loss),
         "seed": str(seed),
-        "versions": f"fxshare {version('fxshare')}, torch {torch.__version__}",
+        "versions": _versions(),
     }
+
+
+def deciding(cfg: ShareConfig) -> dict[str, Any]:
+    """What statistics depend on in a configuration, by its name there."""
+    named = cfg.model_dump(mode="json")
+    decides: dict[str, Any] = {name: named[name] for name in _DECIDES}
+    decides["max_tokens"] = cfg.calibration.max_tokens
+    decides["labels"] = cfg.planner.labels
+    return decides
 
 
 def plan_key(cfg: ShareConfig) -> str:
@@ -157,4 +178,4 @@ def plan_key(cfg: ShareConfig) -> str:
     return of_json(parts)[:16]
 
 
-__all__ = ["Work", "fingerprint", "opened", "plan_key"]
+__all__ = ["Work", "check_versions", "deciding", "fingerprint", "opened", "plan_key"]

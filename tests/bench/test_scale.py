@@ -246,7 +246,7 @@ def test_an_error_in_the_process_is_said_in_the_result(
     ordered(monkeypatch, order)
     child.main()
     said = ScaleRun.from_dict(json.loads(capfd.readouterr().out))
-    assert "--shape: expected gpt2" in said.failed
+    assert "shape: expected gpt2" in said.failed
     assert not said.stages
 
 

@@ -267,6 +267,12 @@ def test_output_folders_are_refused_before_any_work(fxshare: Run, tmp_path: Path
     assert (tmp_path / "thesis.txt").is_file()
     ran = fxshare(*command, tmp_path / "thesis.txt", "--force")
     assert "found a file" in ran.err
+    for work in ("out", "out/work"):
+        ran = fxshare(*command, tmp_path / "out", "--work", tmp_path / work)
+        assert "cannot be the folder that -o writes, nor in it" in ran.err
+        assert ran.code == 2
+    beside = fxshare(*command, tmp_path / "work" / "out", "--work", tmp_path / "work")
+    assert "there is no module" in beside.err
 
 
 def test_saving_over_an_older_result(fxshare: Run, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_model_of_ones_own(fxshare: Run) -> None:
     ("options", "reason"),
     [
         (("gpt9",), "'gpt9' is not a model"),
-        (("64,2,4,160",), "--shape: expected gpt2"),
+        (("64,2,4,160",), "error: shape: expected gpt2"),
         ((SHAPE, "--tokens", "0"), "tokens: expected a number of at least 1, found 0"),
         ((SHAPE, "--dtype", "int8"), "--dtype: expected one of float32"),
         ((SHAPE, "--device", "abacus"), "--device: expected one of cpu, cuda, a100"),

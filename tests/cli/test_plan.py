@@ -234,6 +234,14 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(
     assert message in ran.err
 
 
+def test_a_plan_that_cannot_be_written_is_refused_before_any_work(
+    fxshare: Run, tmp_path: Path
+) -> None:
+    ran = fxshare("plan", "no_such:model", "-o", tmp_path)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"-o {tmp_path}: expected a file to write, found a folder" in ran.err
+
+
 # the file -------------------------------------------------------------------------------------
 
 
@@ -367,3 +375,13 @@ def test_before_planning_there_is_nothing_to_explain_yet(fxshare: Run, budget: P
     ran = fxshare("inspect", "cli_toy:make", "--draw", "x.svg")
     assert ran.code == 2
     assert "is not compiled and has no plan" in ran.err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--calibration", "ids.npy"), ("--tokens", "80"), ("--length", "20"), ("--padded",)],
+)
+def test_data_without_a_model_are_refused(fxshare: Run, option: tuple[str, ...]) -> None:
+    ran = fxshare("plan", "--work", "w", "--keep", "0.6", *option)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"{' '.join(option)}: without MODEL nothing is measured" in ran.err

@@ -21,9 +21,15 @@ import fxshare
 from fxshare.base.unfinished import PARTIAL, hidden
 from fxshare.compiling.replan import replan
 from fxshare.config import load_config
-from fxshare.errors import CalibrationError, PlanError, StoreError
+from fxshare.errors import (
+    CalibrationError,
+    ConfigError,
+    FxShareWarning,
+    PlanError,
+    StoreError,
+)
 from fxshare.planning import work as works
-from tests.planning.models import MANY, batches, llama
+from tests.planning.models import MANY, batches, llama, types
 from tests.strategies import no_warnings_of_ours
 
 FEW = {**MANY, "weight_types": {name: MANY["weight_types"][name] for name in ("q", "down")}}
@@ -149,6 +155,7 @@ def test_basis_sharing_keeps_its_statistics(
         ({"calibration": data(seed=5)}, "other calibration data"),
         ({"calibration": data()[:5]}, "other calibration data"),
         ({"seed": 1}, "another seed (0, now 1)"),
+        ({"calibration": data(seed=5), "seed": 5}, "data, and another seed (0, now 5)"),
         ({"loss": lambda output, batch: output.sum()}, "another loss"),
         ({"cfg": [*CFG, {"calibration": {"max_tokens": 20}}]}, "another configuration"),
         (
@@ -157,7 +164,16 @@ def test_basis_sharing_keeps_its_statistics(
         ),
         ({"cfg": [*CFG, {"planner": {"search": "off"}}]}, "another configuration"),
     ],
-    ids=["data", "fewer batches", "seed", "loss", "tokens", "patterns", "nothing held back"],
+    ids=[
+        "data",
+        "fewer batches",
+        "seed",
+        "data of a seed",
+        "loss",
+        "tokens",
+        "patterns",
+        "nothing held back",
+    ],
 )
 def test_another_run_is_told_what_differs(change: dict[str, Any], said: str, folder: Path) -> None:
     with pytest.raises(StoreError) as error:
@@ -171,8 +187,13 @@ def test_another_model_and_other_versions(folder: Path) -> None:
         fxshare.compile(llama(seed=1), CFG, calibration=data(), work=folder)
     file = folder / "work.json"
     file.write_text(file.read_text().replace("torch ", "torch 0."))
-    with pytest.raises(StoreError, match=r"other versions \(.*torch 0\."):
-        compiled(folder)
+    for again in (compiled, replan):
+        with pytest.raises(StoreError, match=r"other versions \(.*torch 0\."):
+            again(folder)
+    file.unlink()
+    with pytest.raises(StoreError, match=r"has no work\.json"):
+        replan(folder)
+    assert not file.exists()
 
 
 def test_what_does_not_decide_may_differ(whole: Any, folder: Path) -> None:
@@ -304,9 +325,79 @@ def test_what_cannot_be_planned_without_the_model(folder: Path, tmp_path: Path) 
         replan(folder, overrides=["budget.params_kept=0.6", "budget.time_kept=0.9"])
     with pytest.raises(StoreError, match=r"has no problem\.json"):
         replan(tmp_path)
-    (folder / "problem.json").write_text('{"sites": 3}')
-    with pytest.raises(StoreError, match="cannot be read"):
-        replan(folder)
+
+
+def test_a_problem_that_was_edited_is_named_and_written_again(whole: Any, folder: Path) -> None:
+    file = folder / "problem.json"
+    written = file.read_text()
+    for edited, said in (
+        (written.replace('"element_size": 4', '"element_size": 8'), "its hash differs"),
+        (written.replace("down_proj", "up_proj"), "its hash differs"),
+        (written[:-9], "Expecting"),
+        ("[]", "list indices"),
+        ('{"sites": 3}', "'problem'"),
+    ):
+        assert edited != written
+        file.write_text(edited)
+        with pytest.raises(StoreError, match=f"cannot be read: .*{said}.*with MODEL and --calib"):
+            replan(folder)
+    assert same(whole, compiled(folder))
+    assert file.read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("weight_types.q.pattern=.*k_proj$", "weight_types: "),
+        ("block_pattern=other_layers\\.(\\d+)", "block_pattern: "),
+        ("calibration.max_tokens=20", r"calibration\.max_tokens: "),
+        ("planner.labels=sampled", r"planner\.labels: "),
+    ],
+)
+def test_what_was_matched_and_measured_cannot_be_planned_otherwise(
+    override: str, said: str, folder: Path
+) -> None:
+    budget = "budget.params_kept=0.6"
+    with pytest.raises(ConfigError, match=said + ".* was made under another one"):
+        replan(folder, overrides=[budget, override])
+    again = replan(folder, [FEW], overrides=[budget]).plan
+    assert again.groups == replan(folder, overrides=[budget]).plan.groups
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["budget.params_kept=0.6", "planner.bits=[16, 8]"], "compete under a budget in bytes"),
+        (["planner.kinds=[]"], r"planner\.kinds: "),
+        (["group_size=2"], "compression_rate: not given"),
+    ],
+    ids=["another budget", "that of the run", "none"],
+)
+def test_options_that_do_not_go_together_are_told_once(
+    overrides: list[str], said: str, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        replan(folder, overrides=overrides)
+    assert "one limit of" not in str(error.value)
+    assert "found without budget" not in str(error.value)
+
+
+def test_kinds_that_the_run_did_not_name(folder: Path, tmp_path: Path) -> None:
+    own = [
+        types("gate", "up", "down"),
+        {"budget": {"params_kept": 0.6}, "planner": {"search": "off"}},
+    ]
+    both = {"planner": {"kinds": ["basis", "units"]}}
+    fxshare.plan(llama(), own, calibration=data(), work=tmp_path / "w")
+    with pytest.raises(PlanError, match=r"hidden units that '.*' reads were not priced in"):
+        replan(tmp_path / "w", [both])
+    expected = fxshare.plan(llama(), [*own, both], calibration=data(), work=tmp_path / "w")
+    found = replan(tmp_path / "w", [both]).plan
+    assert (found.groups, found.units) == (expected.groups, expected.units)
+    assert found.units
+    # the one whose MLPs are not matched has none of them
+    with pytest.warns(FxShareWarning, match="knows no MLP and no attention"):
+        replan(folder, [both])
 
 
 # Killed

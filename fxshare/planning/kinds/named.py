@@ -24,10 +24,10 @@ from fxshare.plans.keys import Keys
 from fxshare.plans.plan import Plan
 from fxshare.plans.units import Units
 from fxshare.plans.whole_heads import WholeHeads
-from fxshare.sites.attention import attentions
-from fxshare.sites.head_groups import head_groups
-from fxshare.sites.mlps import mlps
-from fxshare.sites.scores import all_scores
+from fxshare.sites.attention import Attentions, attentions
+from fxshare.sites.head_groups import AllHeadGroups, head_groups
+from fxshare.sites.mlps import Mlps, mlps
+from fxshare.sites.scores import AllScores, all_scores
 from fxshare.sites.site import Site
 
 _KINDS: Mapping[type[Units], str] = {
@@ -99,11 +99,7 @@ def kinds_and_parts(
     kinds = kinds_named(planner.kinds)
     if not kinds:
         return (), ()
-    side_by_side = captured.side_by_side
-    own = mlps(captured.graph, sites, side_by_side=side_by_side)
-    heads = attentions(captured.graph, sites, side_by_side=side_by_side)
-    whole = head_groups(captured.graph, sites, side_by_side=side_by_side, among=heads)
-    scores = all_scores(captured.graph, sites, side_by_side=side_by_side)
+    own, heads, whole, scores = _looked_for(captured, sites)
     names = [kind.name for kind in kinds]
     missing = []
     if not own.found and set(names) - {"heads", "keys"}:
@@ -130,6 +126,24 @@ def kinds_and_parts(
             stacklevel=2,
         )
     return kinds, (*own.found, *heads.found, *whole.found, *scores.found)
+
+
+def all_parts(captured: Captured, sites: Sequence[Site]) -> tuple[FoundPart, ...]:
+    """What any kind may take, whichever are named."""
+    return tuple(part for one in _looked_for(captured, sites) for part in one.found)
+
+
+def _looked_for(
+    captured: Captured, sites: Sequence[Site]
+) -> tuple[Mlps, Attentions, AllHeadGroups, AllScores]:
+    side_by_side = captured.side_by_side
+    heads = attentions(captured.graph, sites, side_by_side=side_by_side)
+    return (
+        mlps(captured.graph, sites, side_by_side=side_by_side),
+        heads,
+        head_groups(captured.graph, sites, side_by_side=side_by_side, among=heads),
+        all_scores(captured.graph, sites, side_by_side=side_by_side),
+    )
 
 
 def others_of(kinds: Sequence[Kind], scene: Scene) -> dict[Part, Other]:
@@ -177,4 +191,4 @@ def carried_out(plan: Plan, factors: Factored, kinds: Sequence[Kind]) -> Mapping
     return found
 
 
-__all__ = ["carried_out", "entries_of", "kinds_and_parts", "kinds_named", "others_of"]
+__all__ = ["all_parts", "carried_out", "entries_of", "kinds_and_parts", "kinds_named", "others_of"]
