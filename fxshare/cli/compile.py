@@ -78,6 +78,8 @@ def compile_model(
     from fxshare.models.traits import example_ids
 
     cfg = wanted.from_files()
+    if plan is not None:
+        wanted.refuse_budget(f"--plan {plan} says already what is kept")
     made = None if plan is None else read_plan(plan)
     check_free(output, force, work)
     loaded = load_model(model, allow_missing=allow_missing)
