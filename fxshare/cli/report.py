@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fxshare.cli.options import AllowMissing, AsJson, Debug, Original
 from fxshare.cli.output import Result
+
+if TYPE_CHECKING:
+    from fxshare.views.page_curves import Curve
 
 
 def report_model(
@@ -19,6 +22,15 @@ def report_model(
             "--html",
             metavar="FILE",
             help="Write a page as well: results, the plan as a picture, trials, curves.",
+        ),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            "--frontier",
+            metavar="FILE",
+            help="Show loss against size on the page as well: what 'fxshare bench frontier --json' "
+            "or 'fxshare plan --sweep - --json' printed.",
         ),
     ] = None,
     original: Original = None,
@@ -32,6 +44,7 @@ def report_model(
     Examples:
       fxshare report out/
       fxshare report out/ --html report.html
+      fxshare report out/ --html report.html --frontier sweep.json
     """
     del as_json, debug
     from fxshare.base.files import check_writable, write_text
@@ -48,6 +61,7 @@ def report_model(
                 f"{html.suffix or 'no ending'}"
             )
         check_writable(html)
+    frontiers = _frontiers(frontier, html)
     structure = (
         None if original is None else load_model(original, allow_missing=allow_missing).model
     )
@@ -66,7 +80,25 @@ def report_model(
         def why(name: str) -> list[str]:
             return explain(loaded.model, name, record.config, record)
 
-        write_text(html, page_of(record, out.rstrip("/") or out, why))
+        write_text(html, page_of(record, out.rstrip("/") or out, why, frontiers))
         text += f"\nwritten to {html}"
         plain["html"] = str(html)
     return Result(plain, text)
+
+
+def _frontiers(path: Path | None, html: Path | None) -> list[Curve]:
+    from fxshare.base.json_text import parse_json
+    from fxshare.errors import ConfigError
+    from fxshare.views.page_curves import frontier_curves
+
+    if path is None:
+        return []
+    if html is None:
+        raise ConfigError(f"--frontier {path}: is shown on a page; give --html FILE as well")
+    try:
+        return frontier_curves(parse_json(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--frontier {path}: expected what 'fxshare bench frontier --json' or 'fxshare plan "
+            f"--sweep - --json' printed; {error}"
+        ) from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import fxshare
 from fxshare.cli.options import (
     AllowMissing,
     AsJson,
@@ -82,7 +83,17 @@ def verify_model(
     """
     del as_json, debug, verbose, quiet
     if out is None or on is not None:
+        for option, given in (("--data", data), ("--length", length)):
+            if given is not None:
+                raise fxshare.errors.ConfigError(
+                    f"{option}: a model and OUT are compared on data, engines on the prompts of a "
+                    "certificate; leave it out, or give both models without --on"
+                )
         return verify_on(model, out, on, python or (), seed=seed)
+    if python:
+        raise fxshare.errors.ConfigError(
+            f"--python {python[0]}: is of an engine; give it with --on ENGINES"
+        )
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
     from fxshare.result.module import record_of

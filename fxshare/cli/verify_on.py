@@ -34,7 +34,7 @@ def verify_on(
             f"{out}: leave --on out, or the first of them"
         )
     wanted = engines_of([each.strip() for each in on.split(",")]) if on is not None else None
-    pythons = _pythons(python)
+    pythons = _pythons(python, wanted)
     if is_saved(name):
         if wanted is None:
             raise fxshare.errors.ConfigError(
@@ -60,7 +60,15 @@ def _of_export(
     target = read_certificate(path).target
     chosen = wanted or [engine for engine, takes in TARGETS.items() if takes == target]
     rows = [row_of(engine, path, pythons.get(engine)) for engine in chosen]
-    return _result(name, rows, changes(path))
+    changed = changes(path)
+    if rows or changed:
+        return _result(name, rows, changed)
+    data = {"name": name, "ok": True, "engines": [], "changed": []}
+    return Result(
+        data,
+        f"{name}: its files are as certified; no engine of --on runs exports to {target!r}, which "
+        "was compared when it was made",
+    )
 
 
 def _rows_of_saved(
@@ -99,7 +107,7 @@ def _rows_of_saved(
                 yield Row(engine, found.state, note=found.note)
 
 
-def _pythons(given: Sequence[str]) -> dict[str, str]:
+def _pythons(given: Sequence[str], wanted: Sequence[str] | None) -> dict[str, str]:
     from fxshare.exporting.engines.matrix import engines_of
 
     found = {}
@@ -110,6 +118,10 @@ def _pythons(given: Sequence[str]) -> dict[str, str]:
                 f"--python: expected ENGINE=PATH, as in vllm=/opt/vllm/bin/python; found {each!r}"
             )
         engines_of([engine])
+        if wanted is not None and engine not in wanted:
+            raise fxshare.errors.ConfigError(
+                f"--python {engine}: expected an engine of --on, which has {', '.join(wanted)}"
+            )
         if shutil.which(path) is None:
             raise fxshare.errors.ConfigError(
                 f"--python {engine}: expected a Python interpreter that can be run, found {path!r}"

@@ -155,14 +155,17 @@ def _basis(
 
     group = next((group for group in plan.groups if s.name in group.slices), None)
     units = next((x for x in plan.units if s.name in x.slices_among(plan.sites)), None)
+    error = None if record is None else record.slice_errors.get(s.name)
+    tail = "" if error is None else f"; relative error {error:.3e}"
     if units is not None:
-        error = None if record is None else record.slice_errors.get(s.name)
-        tail = "" if error is None else f"; relative error {error:.3e}"
         return [
             f"{units.words.storage} {units.name}: keeps {units.kept} of {units.of}{tail}",
             *_units(units),
         ]
     if group is None:
+        rounded = next((one for one in plan.rounded if s.name in one.slices), None)
+        if rounded is not None:
+            return [f"in no group: its rows are stored in {rounded.bits} bits{tail}"]
         kept = "in no group: keeps its original weight rows"
         if record is None and cfg is not None and cfg.mode == "planned":
             return [
@@ -172,17 +175,18 @@ def _basis(
         return [f"{kept}: {why_dense(plan, site, s, cfg)}"]
     others = [name for name in group.slices if name != s.name]
     shared = f"shared with {_few(others)}" if others else "shared with nothing"
-    error = None if record is None else record.slice_errors.get(s.name)
-    tail = "" if error is None else f"; relative error {error:.3e}"
     return [f"basis {group.name} of rank {group.rank}, {shared}{tail}", *_numbers(group, record)]
 
 
 def _units(one: Units) -> list[str]:
     """Which part of the model it is, its sizes and its loss."""
+    from fxshare.views.table import bits_text
+
     share = one.kept / one.of
     lines = [
         f"{one.words.what} of {_few(one.producers)}, read by {one.consumer}: {one.kept} of "
         f"{one.of} stay, {one.stored_numbers:,} of {one.dense_numbers:,} numbers ({share:.3f})"
+        f"{bits_text(one.bits)}"
     ]
     if one.loss is not None:
         lines.append(f"predicted loss increase of {one.words.parts}: {one.loss:.3e} per token")
@@ -197,10 +201,12 @@ def _few(names: Sequence[str]) -> str:
 def _numbers(group: Group, record: Record | None) -> list[str]:
     """Sizes and losses of a group."""
     from fxshare.plans.storage import PLAIN
+    from fxshare.views.table import bits_text
 
     kept = group.stored_numbers / group.dense_numbers
     lines = [
-        f"the group: {group.in_features}→{group.out_features}, {group.storage} storage, "
+        f"the group: {group.in_features}→{group.out_features}, {group.storage} storage"
+        f"{bits_text(group.bits)}, "
         f"{group.stored_numbers:,} of {group.dense_numbers:,} numbers ({kept:.3f}); plain storage "
         f"breaks even at rank {PLAIN.break_even_rank(group.in_features, group.out_features)}"
     ]

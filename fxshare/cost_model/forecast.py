@@ -187,16 +187,18 @@ def product_seconds(
     return found
 
 
-def no_slower(rates: Rates, shape: Shape, rank: ArrayLike, storage: Storage) -> NDArray[np.bool_]:
+def no_slower(
+    rates: Rates, shape: Shape, rank: ArrayLike, storage: Storage, *, prompt: int = PREFILL
+) -> NDArray[np.bool_]:
     """At which ranks a group's products take no longer than the dense ones, launches counted, for a
-    prompt and for one token alike."""
+    prompt of so many tokens and for one token alike."""
     launch = rates.launch_seconds(compiled=True)
     # of each input one basis, and what gathers the inputs that are kept; lowering may take some out
     extra = launch * (shape.inputs * (1 + storage.keeps_inputs) + shape.lookups)
     faster = [
         product_seconds(rates, shape, rank, storage, tokens=tokens) + extra
         <= product_seconds(rates, shape, 0, None, tokens=tokens)
-        for tokens in (PREFILL, DECODE)
+        for tokens in (prompt, DECODE)
     ]
     found: NDArray[np.bool_] = np.atleast_1d(np.logical_and(*faster))
     return found
@@ -223,26 +225,31 @@ def time_shares(
     rank: ArrayLike,
     storage: Storage | None,
     dense_seconds: Sequence[float],
+    *,
+    prompt: int = PREFILL,
 ) -> NDArray[np.int64]:
     """A group's share of the dense model's time, the larger one of prefill and decode, in parts of
-    :data:`SIDE_UNIT`. ``dense_seconds`` are those of all groups, see :func:`dense_seconds`.
+    :data:`SIDE_UNIT`. ``dense_seconds`` are those of all groups, see :func:`dense_seconds`;
+    ``prompt`` is how many tokens prefill has.
 
     The sum of these over groups is at least the share of either step.
     """
     each = [
         product_seconds(rates, shape, rank, storage, tokens=tokens) / whole
-        for tokens, whole in zip((PREFILL, DECODE), dense_seconds, strict=True)
+        for tokens, whole in zip((prompt, DECODE), dense_seconds, strict=True)
     ]
     larger = np.atleast_1d(np.maximum(*each))
     found: NDArray[np.int64] = np.ceil(larger * SIDE_UNIT).astype(np.int64)
     return found
 
 
-def dense_seconds(rates: Rates, shapes: Sequence[Shape]) -> tuple[float, float]:
-    """Seconds of everything dense, at prefill and at decode."""
+def dense_seconds(
+    rates: Rates, shapes: Sequence[Shape], *, prompt: int = PREFILL
+) -> tuple[float, float]:
+    """Seconds of everything dense, at prefill of so many tokens and at decode."""
     prefill, decode = (
         sum(float(product_seconds(rates, s, 0, None, tokens=tokens)) for s in shapes)
-        for tokens in (PREFILL, DECODE)
+        for tokens in (prompt, DECODE)
     )
     return prefill, decode
 

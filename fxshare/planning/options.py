@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from fxshare.capture import dtype_of
 from fxshare.config import Budget, Planner
-from fxshare.cost_model import SIDE_UNIT, Rates, dense_seconds, time_shares
+from fxshare.cost_model import PREFILL, SIDE_UNIT, Rates, dense_seconds, time_shares
 from fxshare.cost_model.device import how_to_measure_for, rates_of_model
+from fxshare.cost_model.whole import prompt_length
 from fxshare.errors import PlanError
 from fxshare.planning.nodes import shape_of
 from fxshare.planning.solver.problem import Node, Part
@@ -27,7 +28,8 @@ def options_of(budget: Budget, planner: Planner, model: nn.Module) -> Options:
     """What the configuration allows the planner, costs in the unit of its limit."""
     by_time = _asked(budget, planner)
     rates = None if by_time is None else _rates(model, by_time)
-    return options_for(budget, planner, dtype_of(model).itemsize, rates)
+    found = options_for(budget, planner, dtype_of(model).itemsize, rates)
+    return replace(found, prompt=prompt_length(model))
 
 
 def options_for(
@@ -131,6 +133,8 @@ class Options:
     time_kept: float | None = None
     """Bounds the predicted time by that share of the dense one; needs ``rates``."""
     rates: Rates | None = None
+    prompt: int = PREFILL
+    """Tokens of the prompt that times are predicted for."""
     never_slower: bool = False
     """A group that is predicted to take longer than its dense weights stays dense; needs
     ``rates``."""
@@ -154,12 +158,12 @@ def second_unit(alone: Sequence[Shape], options: Options) -> tuple[Side, float |
         limit = options.flops_kept
         whole = sum(shape.dense_flops for shape in alone)
         return _operations, None if limit is None else limit * whole
-    rates = options.rates
+    rates, prompt = options.rates, options.prompt
     assert rates is not None
-    whole_seconds = dense_seconds(rates, alone)
+    whole_seconds = dense_seconds(rates, alone, prompt=prompt)
 
     def share(shape: Shape, rank: Ints, storage: Storage | None) -> Ints:
-        return time_shares(rates, shape, rank, storage, whole_seconds)
+        return time_shares(rates, shape, rank, storage, whole_seconds, prompt=prompt)
 
     return share, options.time_kept * SIDE_UNIT
 

@@ -7,6 +7,7 @@ for every cell. Everything in it is escaped: names come from models and folders 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -22,22 +23,11 @@ from fxshare.result.refinement import Refinement
 from fxshare.result.report import Report
 from fxshare.views.figure import ALONE, PALETTE, colours
 from fxshare.views.grid import Bar, grid_of
+from fxshare.views.page_curves import Curve, Text, refined_curve
 from fxshare.views.table import outlook_lines, trials_table
 
 _CELL_WIDTH, _CELL_HEIGHT, _GAP = 34, 26, 3
 _HEAD, _LETTER = 24, 6.6
-_CURVE = (560, 260)
-_MARGIN = (64, 16, 20, 40)
-"""Of a curve: left, right, top, bottom."""
-
-
-@dataclass(frozen=True)
-class _Text:
-    x: float
-    y: float
-    text: str
-    anchor: str = "start"
-    bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class _Cell:
 class _Picture:
     width: int
     height: int
-    texts: Sequence[_Text]
+    texts: Sequence[Text]
     cells: Sequence[_Cell]
     first: Sequence[str]
     """The lines of the first cell."""
@@ -72,36 +62,20 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Line:
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-
-@dataclass(frozen=True)
-class _Curve:
-    id: str
-    title: str
-    text: str
-    label: str
-    width: int
-    height: int
-    axes: Sequence[_Line]
-    texts: Sequence[_Text]
-    points: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class _Again:
     text: str
     commands: str
     config: str
 
 
-def page_of(record: Record, name: str, why: Callable[[str], Sequence[str]]) -> str:
+def page_of(
+    record: Record,
+    name: str,
+    why: Callable[[str], Sequence[str]],
+    frontiers: Sequence[Curve] = (),
+) -> str:
     """The page of a compiled model; ``name`` is the folder that it is in, ``why`` tells what became
-    of a slice."""
+    of a slice; ``frontiers`` are shown beside the curves of refining."""
     import jinja2
 
     report, plan = record.report, record.plan
@@ -115,7 +89,10 @@ def page_of(record: Record, name: str, why: Callable[[str], Sequence[str]]) -> s
         lines=[*report.warnings, *outlook_lines(plan, record.config), *report.notes],
         picture=_picture(plan, report, why),
         tables=list(_tables(report, plan)),
-        curves=[_curve(number, one) for number, one in enumerate(record.refined, 1)],
+        curves=[
+            *(refined_curve(number, one) for number, one in enumerate(record.refined, 1)),
+            *frontiers,
+        ],
         again=_again(record, name),
     )
 
@@ -178,12 +155,12 @@ def _picture(plan: Plan, report: Report, why: Callable[[str], Sequence[str]]) ->
     texts, cells = [], []
     for column, layer in enumerate(grid.layers):
         x = left + column * (_CELL_WIDTH + _GAP) + _CELL_WIDTH / 2
-        texts.append(_Text(x, _HEAD - 8, "–" if layer is None else str(layer), "middle"))
+        texts.append(Text(x, _HEAD - 8, "–" if layer is None else str(layer), "middle"))
     for number, row in enumerate(grid.rows):
         y = _HEAD + number * (_CELL_HEIGHT + _GAP)
         if not number or row.type != grid.rows[number - 1].type:
-            texts.append(_Text(2, y + _CELL_HEIGHT / 2 + 4, row.type, bold=True))
-        texts.append(_Text(types, y + _CELL_HEIGHT / 2 + 4, row.label))
+            texts.append(Text(2, y + _CELL_HEIGHT / 2 + 4, row.type, bold=True))
+        texts.append(Text(types, y + _CELL_HEIGHT / 2 + 4, row.label))
         for column in range(len(grid.layers)):
             bars = grid.cells.get((number, column), ())
             x = left + column * (_CELL_WIDTH + _GAP)
@@ -221,42 +198,6 @@ def _label(
     return "\n".join(lines)
 
 
-# Refining --------------------------------------------------------------------------------------
-
-
-def _curve(number: int, done: Refinement) -> _Curve:
-    width, height = _CURVE
-    left, right, top, bottom = _MARGIN
-    points = [(0.0, done.before.objective), *((p.seconds, p.loss) for p in done.curve)]
-    points = [(s, loss) for s, loss in points if math.isfinite(loss)]
-    title = "Refined" if number == 1 else f"Refined again, {number}"
-    label = (
-        f"held-out loss by {done.objective} against seconds, from {done.before.objective:.4g} to "
-        f"{done.after.objective:.4g}"
-    )
-    if len(points) < 2:
-        return _Curve(f"refined-{number}", title, f"{done}.", label, width, height, (), (), ())
-    most = max(s for s, _ in points) or 1.0
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    spread = (high - low) or abs(high) or 1.0
-
-    def place(seconds: float, loss: float) -> tuple[float, float]:
-        x = left + (width - left - right) * seconds / most
-        y = top + (height - top - bottom) * (high - loss) / spread
-        return round(x, 2), round(y, 2)
-
-    base = height - bottom
-    axes = (_Line(left, top, left, base), _Line(left, base, width - right, base))
-    texts = (
-        _Text(left - 6, top + 4, f"{high:.4g}", "end"),
-        _Text(left - 6, base, f"{low:.4g}", "end"),
-        _Text(left, base + 16, "0 s", "middle"),
-        _Text(width - right, base + 16, f"{most:.0f} s", "end"),
-    )
-    placed = [place(*point) for point in points]
-    return _Curve(f"refined-{number}", title, f"{done}.", label, width, height, axes, texts, placed)
-
-
 # Again -----------------------------------------------------------------------------------------
 
 
@@ -265,22 +206,37 @@ def _again(record: Record, name: str) -> _Again:
         "MODEL is the original, DATA the calibration data (and other text to evaluate on). The "
         "plan is in plan.json of the folder, what was configured in its config.yaml."
     )
-    commands = [
-        f"fxshare compile MODEL -c {name}/config.yaml --plan {name}/plan.json --calibration DATA "
-        "-o again/"
-    ]
-    for done in record.refined:
-        objective = done.objective if done.objective in ("kl", "ce", "hidden", "blocks") else "kl"
-        commands.append(
-            f"fxshare refine again/ --teacher MODEL --data DATA --steps {done.steps} "
-            f"--objective {objective} --seed {done.seed} -o again/"
-        )
+    folder, config, plan = (
+        shlex.quote(f"{name}{file}") for file in ("", "/config.yaml", "/plan.json")
+    )
+    data = "" if record.report.calibration is None else " --calibration DATA"
+    commands = [f"fxshare compile MODEL -c {config} --plan {plan}{data} -o again/"]
+    made = "again/"
+    for number, done in enumerate(record.refined, 1):
+        if not done.steps:
+            continue
+        before, made = made, f"again-refined{'' if number == 1 else f'-{number}'}/"
+        commands.append(f"fxshare refine {before} {_refining(done)} -o {made}")
+    if record.refined:
+        text += " What refining was told beside its objective, rate, steps and seed is not kept."
     commands += [
-        f"fxshare verify MODEL {name}",
-        f"fxshare eval {name} --against MODEL --data DATA",
-        f"fxshare report {name} --html report.html",
+        f"fxshare verify MODEL {folder}",
+        f"fxshare eval {folder} --against MODEL --data DATA",
+        f"fxshare report {folder} --html report.html",
     ]
     return _Again(text, "\n".join(commands), _yaml(record.config))
+
+
+def _refining(done: Refinement) -> str:
+    objective = done.objective if done.objective in ("kl", "ce", "hidden", "blocks") else "kl"
+    also = ",".join(kind for kind in done.trained if kind != "factors")
+    rate = done.learning_rate
+    return (
+        f"--teacher MODEL --data DATA --steps {done.steps} --objective {objective}"
+        + (f" --also {also}" if also else "")
+        + (f" --learning-rate {rate:.6g}" if objective != "blocks" and 0 < rate < 1 else "")
+        + f" --seed {done.seed}"
+    )
 
 
 def _yaml(config: ShareConfig) -> str:

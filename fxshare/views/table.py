@@ -45,7 +45,7 @@ def groups_table(plan: Plan) -> Table:
             f"{group.in_features}→{group.out_features}",
             str(group.rank),
             str(PLAIN.break_even_rank(group.in_features, group.out_features)),
-            group.storage + _bits_text(group.bits),
+            group.storage + bits_text(group.bits),
             f"{group.stored_numbers / group.dense_numbers:.3f}",
             f"{group.dense_numbers:,}",
             f"{group.stored_numbers:,}",
@@ -65,7 +65,7 @@ def _units_row(one: Units, cost: GroupReport, losses: bool) -> list[str]:
         f"{cost.in_features}→{cost.out_features}",
         f"{one.kept} of {one.of}",
         "–",
-        one.words.storage + _bits_text(one.bits),
+        one.words.storage + bits_text(one.bits),
     ]
     row += [f"{one.kept / one.of:.3f}", f"{one.dense_numbers:,}", f"{one.stored_numbers:,}"]
     row += [f"{cost.flops_before:,}", f"{cost.flops_after:,}"]
@@ -74,7 +74,8 @@ def _units_row(one: Units, cost: GroupReport, losses: bool) -> list[str]:
     return row
 
 
-def _bits_text(bits: int | None) -> str:
+def bits_text(bits: int | None) -> str:
+    """``, 8 bits``, to be put behind something; nothing where they are the dtype's."""
     return "" if bits is None else f", {bits} bits"
 
 

@@ -113,6 +113,8 @@ def test_the_shapes_of_a_model_are_measured_and_kept(
     [
         (["embedded", "--batch", "1,x"], "--batch: expected numbers from 1"),
         (["embedded", "--shape", "16,1,2,32"], "--shape: makes a model of its own"),
+        (["--batch", "8"], "--batch: is of the products of a model; give MODEL or --shape"),
+        (["--prompt", "64"], "--prompt: is of the products of a model; give MODEL or --shape"),
         (["torch.nn:Identity"], "Identity: expected a model that reads token ids"),
     ],
 )

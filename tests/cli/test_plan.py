@@ -341,6 +341,21 @@ def test_why_in_a_plan_file(fxshare: Run, stored: Path) -> None:
     assert "Did you mean 'blocks.0.fc'" in ran.err
 
 
+def test_why_tells_the_bits_of_each_kind(fxshare: Run, stored: Path, tmp_path: Path) -> None:
+    plan = json.loads(stored.read_text(encoding="utf-8"))
+    group = next(g for g in plan["groups"] if "blocks.0.fc" in g["slices"])
+    group["bits"] = 8
+    plan["rounded"] = [{"bits": 4, "slices": ["blocks.1.fc"], "loss": None}]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    for name in ("blocks.0.fc", group["name"]):
+        text = fxshare("inspect", path, "--why", name).out
+        assert f"{group['storage']} storage, 8 bits, " in text
+    text = fxshare("inspect", path, "--why", "blocks.1.fc").out
+    assert "in no group: its rows are stored in 4 bits" in text
+    assert "keeps its original weight rows" not in text
+
+
 def test_why_in_a_saved_folder_of_a_planned_model(
     fxshare: Run, command: tuple[object, ...], tmp_path: Path
 ) -> None:

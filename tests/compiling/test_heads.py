@@ -164,12 +164,41 @@ def test_a_folder_for_vllm_has_zeros_and_a_cache_of_one_width_is_refused(tmp_pat
     import transformers as tf
 
     _, gm = pair("llama")
-    fxshare.export(gm, tmp_path / "vllm", to="vllm")
+    done = fxshare.export(gm, tmp_path / "vllm", to="vllm")
+    gone = sum(one.dense_numbers - one.stored_numbers for one in gm.fxshare.plan.units)
+    assert done.notes == (
+        f"of full size, with zeros where heads went: heads_1; {4 * gone:,} bytes that the compiled "
+        "model does not have",
+    )
     read = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "vllm", trust_remote_code=True).eval()
     torch.testing.assert_close(outputs(read), outputs(gm), rtol=1e-5, atol=1e-5)
     assert read.model.layers[1].self_attn.v_proj.weight.shape == (WIDTH, 16)
     with pytest.raises(ExportError, match=r"one width of heads, and 'heads_1' .* keeps 5 of 8"):
         fxshare.export(gm, tmp_path / "genai", to="ort-genai")
+
+
+def test_values_that_are_narrower_in_a_projection_whose_queries_share_a_basis(
+    tmp_path: Path,
+) -> None:
+    original = model("gpt2")
+    plan = plan_of(original)
+    site = next(s for s in plan.sites if s.name.endswith("h.1.attn.c_attn"))
+    query = site.slices[0]
+    group = {
+        "name": "basis_q",
+        "type": site.type,
+        "label": query.label,
+        "layers": [1],
+        "slices": [query.name],
+        "in_features": site.in_features,
+        "out_features": query.out_features,
+        "rank": 4,
+    }
+    gm = compiled(original, Plan.model_validate({**plan.model_dump(), "groups": [group]}))
+    done = fxshare.export(gm, tmp_path / "m", to="vllm")
+    assert done.distance is not None
+    assert done.distance.relative <= done.limit
+    assert [note[:38] for note in done.notes] == ["of full size, with zeros where heads w"]
 
 
 def test_own_code_does_not_go_on_with_a_narrower_cache() -> None:

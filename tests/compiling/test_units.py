@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import nn
 
 import fxshare
@@ -107,6 +108,21 @@ def test_dense_weights_are_exported_with_zeros(tmp_path: Path) -> None:
     _, gm = pair("llama")
     weight = dense_folder(gm, tmp_path / "dense").model.layers[1].mlp.down_proj.weight
     assert int((weight.abs().sum(0) > 0).sum()) == 12
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_folder_for_vllm_has_the_units_that_stay_and_no_others(
+    family: str, tmp_path: Path
+) -> None:
+    _, gm = pair(family)
+    done = fxshare.export(gm, tmp_path / "m", to="vllm")  # read back and compared, tokens too
+    assert done.notes == ()
+    stored = sum(t.numel() for t in load_file(tmp_path / "m" / "model.safetensors").values())
+    assert stored == sum(p.numel() for p in gm.parameters())
+    linears = json.loads((tmp_path / "m" / "config.json").read_text())["shared_linears"]["linears"]
+    whole, fewer = gm.fxshare.plan.units
+    assert linears[fewer.consumer.split(".", 1)[1]]["in_features"] == fewer.kept  # its own names
+    assert family == "gpt2" or whole.consumer.split(".", 1)[1] not in linears
 
 
 def test_a_program_of_it_is_exported(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxshare
 from fxshare.bench.demo import CONFIG
-from fxshare.config import load_config
+from fxshare.config import Budget, Planner, load_config
 from fxshare.cost_model import (
     DECODE,
     PREFILL,
@@ -41,10 +41,12 @@ from fxshare.cost_model import (
     without_linears,
     write_rates,
 )
+from fxshare.cost_model.measured import Measured
 from fxshare.cost_model.recorder import record_step
 from fxshare.cost_model.whole import dense_steps
 from fxshare.embedded.model import GPT, GPTConfig
 from fxshare.errors import ConfigError, FxShareWarning, PlanError
+from fxshare.planning.options import options_of, second_unit
 from fxshare.plans.cost import Shape
 from fxshare.plans.plan import Group, Plan
 from fxshare.plans.storage import PLAIN, STORAGES, Storage
@@ -329,6 +331,22 @@ def test_what_is_no_slower_is_so_in_both_steps(
     free = replace(SLOW, launch_compiled=1e-12)
     assert (no_slower(free, shape, rank, storage) >= fine).all()
     assert not no_slower(replace(SLOW, launch_compiled=1e3), shape, rank, storage).any()
+
+
+def test_times_are_planned_for_the_prompt_that_the_model_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of which its products were measured."""
+    products = (((32, 64, 16), 9.0), ((32, 16, 64), 9.0), ((32, 64, 64), 1.0))
+    rates = replace(SLOW, launch_compiled=1e-12, measured=Measured(products=products))
+    monkeypatch.setattr("fxshare.planning.options.rates_of_model", lambda model: rates)
+    options = options_of(Budget(params_kept=0.9, time_kept=0.9), Planner(), small_gpt())
+    assert options.prompt == 32
+    shape, rank = Shape(64, 64), np.array([16])
+    for prompt, fine in ((PREFILL, True), (options.prompt, False)):
+        assert no_slower(rates, shape, rank, PLAIN, prompt=prompt).all() == fine
+        side, _ = second_unit([shape], replace(options, prompt=prompt))
+        assert (side(shape, rank, PLAIN)[0] < SIDE_UNIT) == fine
 
 
 def test_never_slower_leaves_dense_what_a_launch_would_slow_down(

@@ -157,6 +157,7 @@ def test_a_model_that_is_not_ours(tmp_path: Path) -> None:
             r"expected one of pt2, aoti, onnx, dense, py, vllm, ort-genai, found 'onyx'.*'onnx'",
         ),
         ({"to": "onnx"}, r"ends in \.onnx, found 'm\.pt2'"),
+        ({"to": "ort-genai", "opset": "18"}, r"opset: expected 18 .* found '18'"),
         ({"to": "pt2", "opset": 18}, r"opset: only to='onnx'"),
         ({"to": "pt2", "original": nn.Linear(1, 1)}, r"original: only to='dense'"),
     ],

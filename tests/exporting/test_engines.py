@@ -94,6 +94,30 @@ def test_weights_that_were_changed_are_told(
     assert "tokenizer.json was added since it was certified" in out
 
 
+@pytest.mark.usefixtures("here")
+def test_code_that_is_not_as_it_was_certified_is_not_run(
+    served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("modeling_fxshare.py", "raise SystemExit('ran')"), ("more.py", "")):
+        path = tmp_path / name
+        shutil.copytree(served, path)
+        (path / name).write_text(text)
+        for engine in ("transformers", "vllm"):
+            row = matrix.row_of(engine, path)
+            assert (row.state, row.note.partition(" ")[0]) == ("not run", name)
+        assert main(["verify", str(path)]) == 3
+        assert f"{name} is code of the folder and not as it was" in capsys.readouterr().out
+
+
+def test_an_export_that_no_engine_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fxshare.export(build.toy("sharing"), tmp_path / "code", to="py")
+    assert main(["verify", str(tmp_path / "code")]) == 0
+    assert "no engine of --on runs exports to 'py'" in capsys.readouterr().out
+    (tmp_path / "code" / "more.txt").write_text("")
+    assert main(["verify", str(tmp_path / "code")]) == 3
+    assert "more.txt was added since it was certified" in capsys.readouterr().out
+
+
 def test_an_edited_certificate(
     served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +235,10 @@ def test_a_version_that_was_not_tested(served: Path, monkeypatch: pytest.MonkeyP
         (["--on", "pt2", "--python", "pt2"], "expected ENGINE=PATH", 2),
         (["--on", "pt2", "--python", "pt3=/bin/python"], "found 'pt3'", 2),
         (["--on", "pt2", "--python", "pt2=no/python"], "found 'no/python'", 2),
+        (["--on", "pt2", "--python", "onnx=/bin/sh"], "an engine of --on, which has pt2", 2),
+        (["--on", "pt2", "--data", "stdlib"], "--data: a model and OUT are compared on data", 2),
+        (["--length", "8"], "--length: a model and OUT are compared on data", 2),
+        (["other", "--python", "pt2=/bin/sh"], "give it with --on ENGINES", 2),
     ],
 )
 def test_mistakes(

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import fxshare
 from fxshare.errors import CheckFailed, ExportError
 from fxshare.exporting.certifying.certificate import changes_since, read_certificate
 from fxshare.exporting.engines import matrix, worker
+from tests.engines import test_vllm_serves
 from tests.exporting import build
+from tests.strategies import no_warnings_of_ours
 from tests.zoo.families import family
 
 onnx = pytest.importorskip("onnx")
@@ -189,6 +192,53 @@ def test_modules_are_no_graph(tmp_path: Path) -> None:
     gm = fxshare.compile(original, build.transformers_config("llama"), capture="modules")
     with pytest.raises(ExportError, match="was captured at module granularity"):
         fxshare.export(gm, tmp_path / "m", to="ort-genai", example={"input_ids": build.ids()})
+
+
+def test_sizes_are_those_of_the_cache() -> None:
+    import transformers
+
+    config = transformers.BloomConfig(hidden_size=16, n_head=4, vocab_size=32)
+    subject: Any = SimpleNamespace(name="Bloom", model=torch.nn.Linear(1, 1))
+
+    def cache(*shapes: tuple[int, int]) -> Any:
+        each = [torch.zeros(1, heads, 2, width) for heads, width in shapes]
+        return SimpleNamespace(layers=[SimpleNamespace(keys=k, values=k) for k in each])
+
+    sizes = target._Sizes.of(subject, config, cache((1, 4), (1, 4)))
+    assert (sizes.layers, sizes.heads, sizes.key_heads, sizes.head_width) == (2, 4, 1, 4)
+    assert (sizes.width, sizes.vocabulary, sizes.context) == (16, 32, 2048)  # it does not say
+    with pytest.raises(ExportError, match="Bloom keeps 1 heads of 4 and 2 heads of 4"):
+        target._Sizes.of(subject, config, cache((1, 4), (2, 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_families_whose_configuration_does_not_tell_the_sizes_of_their_cache(
+    name: str, tmp_path: Path
+) -> None:
+    found = family(name)
+    gm = fxshare.compile(found.model(), found.config, example=found.call())
+    fxshare.export(gm, tmp_path / "m", to="ort-genai")
+    assert read_certificate(tmp_path / "m").equal is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sharing", "pivoted", "refined"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_sixteen_tokens_after_each_of_three_prompts(name: str, mode: str, tmp_path: Path) -> None:
+    original = test_vllm_serves.model(name)
+    options = build.PIVOTED if mode == "pivoted" else build.SHARING
+    with no_warnings_of_ours():
+        cfg = {**family(name).config, **options}
+        gm = fxshare.compile(original, cfg, calibration=test_vllm_serves.batches())
+        if mode == "refined":
+            gm = fxshare.refine(gm, original, test_vllm_serves.batches(), steps=20)
+    fxshare.export(gm, tmp_path / "m", to="ort-genai")
+    certificate = read_certificate(tmp_path / "m")
+    assert certificate.engine == "onnxruntime_genai"
+    assert [len(tokens) for tokens in certificate.found] == [16, 16, 16]
+    assert certificate.found == certificate.expected
+    assert len(set(certificate.found)) > 1
 
 
 @pytest.mark.slow

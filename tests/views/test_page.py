@@ -6,6 +6,7 @@ import copy
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -19,6 +20,7 @@ import fxshare
 from fxshare.cli import main
 from fxshare.cli.why import explain
 from fxshare.views.page import page_of
+from fxshare.views.page_curves import frontier_curves
 from tests.refining.build import refined, subject
 
 _BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -113,6 +115,29 @@ def test_figures_tables_and_curves(compiled: Any, page: str) -> None:
     assert f"fxshare refine again/ --teacher MODEL --data DATA --steps {steps}" in text
 
 
+def test_the_commands_follow_from_one_another(compiled: Any) -> None:
+    """No command writes where one before it wrote, and names are one word of a shell each."""
+    record = compiled.fxshare
+    (done,) = record.refined
+    record = replace(record, refined=(done, replace(done, trained=("factors", "norms"))))
+    page = page_of(record, "my out", lambda name: [name])
+    lines = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)[0].splitlines()
+    commands = [shlex.split(html.unescape(line)) for line in lines]
+    assert commands[0][4:7] == ["my out/config.yaml", "--plan", "my out/plan.json"]
+    assert commands[-1] == ["fxshare", "report", "my out", "--html", "report.html"]
+    made = commands[0][-1]
+    for command in commands[1:3]:
+        assert command[:3] == ["fxshare", "refine", made]
+        assert command[-2] == "-o"
+        assert command[-1] != made
+        made = command[-1]
+        assert float(command[command.index("--learning-rate") + 1]) == pytest.approx(
+            done.learning_rate, rel=1e-4
+        )
+    assert "--also" not in commands[1]
+    assert commands[2][commands[2].index("--also") + 1] == "norms"
+
+
 def test_what_is_written_in_names_and_reasons_stays_text(compiled: Any) -> None:
     bad = "<script>alert(1)</script>\"' onload='x"
     record = compiled.fxshare
@@ -141,6 +166,63 @@ def test_a_curve_of_losses_that_are_not_finite_is_left_out(compiled: Any) -> Non
     assert not [t for t, _ in Tags(page).found if t == "polyline"]
 
 
+SWEEP = {
+    "sweep": {
+        "unit": "numbers",
+        "loss_name": "next-token",
+        "planned": [
+            {"kept": 0.4, "loss": 0.9, "measured": None},
+            {"kept": 0.8, "loss": 0.1, "measured": 0.2},
+            {"kept": 1.0, "loss": 0.0, "measured": None},
+        ],
+        "uniform": [{"kept": 0.4, "loss": 1.5, "measured": None}],
+    }
+}
+ROWS = {
+    "rows": [
+        {"case": case, "method": method, "kept": kept, "increase": increase}
+        for case in ("one", "<b>two</b>")
+        for method, kept, increase in (
+            ("everything", 0.25, 0.1),
+            ("everything", 0.5, 0.01),
+            ("bases", 0.5, None),
+            ("bases", 0.25, 0.4),
+        )
+    ]
+}
+
+
+def test_frontiers_are_curves_of_their_own(compiled: Any) -> None:
+    record = compiled.fxshare
+    page = page_of(record, "out", lambda name: [name], frontier_curves(SWEEP))
+    found = Tags(page).found
+    own, *others = (a for t, a in found if t == "polyline")
+    assert "style" not in own
+    first, second, third = (len(str(line["points"]).split()) for line in others)
+    # what loses nothing has no place on a logarithmic axis
+    assert (first, second, third) == (2, 1, 1)
+    titles = re.findall(r"<title>(.*?)</title>", page)
+    assert "planned, measured: 0.800 kept, 0.2" in titles
+    (label,) = (a["aria-label"] for t, a in found if "the share of the" in str(a.get("aria-label")))
+    assert "planned, predicted 0.9 at 0.40, 0.1 at 0.80; every slice alone" in str(label)
+    heights = [float(str(a["cy"])) for t, a in found if t == "circle" and a.get("r") == "3"]
+    top, least = heights[-3], heights[-2]
+    assert top > min(heights)
+    assert least == min(heights)  # of the uniform one, which loses most
+
+    page = page_of(record, "out", lambda name: [name], frontier_curves(ROWS))
+    assert "Frontier: &lt;b&gt;two&lt;/b&gt;" in page
+    assert sum(t == "polyline" for t, _ in Tags(page).found) == 1 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    "found", [None, [], {}, {"rows": [3]}, {"rows": [{"case": "a"}]}, {"sweep": {}}, {"sweep": 3}]
+)
+def test_what_is_no_frontier(found: object) -> None:
+    with pytest.raises(ValueError, match="no frontier"):
+        frontier_curves(found)
+
+
 # The command ------------------------------------------------------------------------------------
 
 
@@ -152,7 +234,18 @@ def test_the_command(compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["report", str(out), "--html", str(tmp_path / "r.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["html"] == str(tmp_path / "r.html")
     assert Tags((tmp_path / "r.html").read_text("utf-8")).cells()
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(json.dumps(SWEEP))
+    given = ["--frontier", str(sweep)]
+    assert main(["report", str(out), "--html", str(tmp_path / "r.html"), *given]) == 0
+    assert "Frontier: loss by next-token" in (tmp_path / "r.html").read_text("utf-8")
+    page = ["--html", str(tmp_path / "r.html")]
+    sweep.write_text("{")
+    capsys.readouterr()
     for arguments, code, reason in (
+        ([str(out), *given], 2, "is shown on a page; give --html"),
+        ([str(out), *page, *given], 2, "expected what 'fxshare bench frontier --json' or"),
+        ([str(out), *page, "--frontier", str(tmp_path / "no.json")], 2, "No such file"),
         ([str(out), "--html", str(tmp_path / "r.txt")], 2, "ending in .html; found .txt"),
         ([str(out), "--html", str(tmp_path)], 2, "no ending"),
         (["embedded"], 2, "expected a folder that fxshare saved"),
@@ -160,6 +253,7 @@ def test_the_command(compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main(["report", *arguments]) == code, arguments
         assert reason in capsys.readouterr().err
+    sweep.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.html"]
 
 

@@ -23,11 +23,21 @@ def device(
         typer.Option(metavar="D,LAYERS,HEADS,FFN", help="A GPT with random weights for MODEL."),
     ] = None,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N,...", help="With MODEL: sequences at a time.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            "--batch", metavar="N,...", help="With MODEL: sequences at a time.", show_default="1"
+        ),
+    ] = None,
     prompt: Annotated[
-        int, typer.Option("--prompt", min=2, metavar="T", help="With MODEL: tokens of the prompt.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            "--prompt",
+            min=2,
+            metavar="T",
+            help="With MODEL: tokens of the prompt.",
+            show_default="512",
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option("--repeats", min=1)] = 15,
@@ -53,21 +63,26 @@ def device(
     from fxshare.bench.speed.device import threads as using
     from fxshare.bench.speed.shapes import measured_shapes, with_shapes
     from fxshare.bench.speed.subject import GPTShape, random_gpt
-    from fxshare.cost_model import write_rates
+    from fxshare.cost_model import PREFILL, write_rates
     from fxshare.cost_model.device import rates_for
     from fxshare.cost_model.measured import Measured
     from fxshare.loading.names import load_model
 
     del as_json, debug, verbose, quiet
     place, kind = device_of_name(device), dtype_of_name(dtype)
-    batches = _counts(batch)
+    batches, tokens = _counts(batch or "1"), PREFILL if prompt is None else prompt
     if model is not None and shape is not None:
         raise fxshare.errors.ConfigError(
             "--shape: makes a model of its own, found MODEL beside it; give one"
         )
+    for option, given in (("--batch", batch), ("--prompt", prompt)):
+        if given is not None and model is None and shape is None:
+            raise fxshare.errors.ConfigError(
+                f"{option}: is of the products of a model; give MODEL or --shape, or leave it out"
+            )
     named = None if model is None else load_model(model, allow_missing=allow_missing).model
     if shape is not None:
-        named = random_gpt(GPTShape.parse(shape), context=prompt, vocabulary=256, seed=0)
+        named = random_gpt(GPTShape.parse(shape), context=tokens, vocabulary=256, seed=0)
     with using(threads):
         rates = bench_device(device=device, dtype=dtype, repeats=repeats, compiled=compiled)
         found = Measured()
@@ -76,7 +91,7 @@ def device(
                 named,
                 device=device,
                 dtype=dtype,
-                prompt=prompt,
+                prompt=tokens,
                 batches=batches,
                 repeats=repeats,
                 launch=rates.launch,

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fxshare.base.hashes import sha256_of
 from fxshare.errors import ConfigError, FxShareWarning
 from fxshare.exporting.certifying.certificate import (
     Certificate,
     changes_since,
+    files_of,
     read_certificate,
 )
 from fxshare.exporting.engines import worker
@@ -41,6 +43,8 @@ _TESTED = {
     "onnx": ((1, 18), (1, 33)),
 }
 """Versions that were tested, the second not among them."""
+_RUN_CODE = ("transformers", "vllm")
+"""Those that run Python code of the folder."""
 _SECONDS = 1800
 _NUMBER = re.compile(r"\d+")
 
@@ -85,13 +89,18 @@ def changes(export: Path) -> list[str]:
 def row_of(engine: str, export: Path, python: str | None = None) -> Row:
     """Run an export in an engine and compare with what its certificate has of the compiled model.
 
-    ``python`` is the interpreter of an environment that has the engine; ours where None.
+    ``python`` is the interpreter of an environment that has the engine; ours where None. Code of a
+    folder that is not as it was certified is not run.
     """
     certificate = read_certificate(export)
     if certificate.kind != "tokens":
         return Row(engine, "not run", note="it makes no tokens; it was compared when exported")
     if TARGETS[engine] != certificate.target:
         note = f"it runs exports to {TARGETS[engine]!r}, and this is one to {certificate.target!r}"
+        return Row(engine, "not run", note=note)
+    changed = _changed_code(export, certificate) if engine in _RUN_CODE else []
+    if changed:
+        note = f"{changed[0]} is code of the folder and not as it was certified: it is not run"
         return Row(engine, "not run", note=note)
     job = {
         "engine": engine,
@@ -110,6 +119,11 @@ def row_of(engine: str, export: Path, python: str | None = None) -> Row:
         return Row(engine, "failed", note=answer["failed"])
     _warn_of_version(engine, answer["version"])
     return _compared(engine, certificate, answer)
+
+
+def _changed_code(export: Path, certificate: Certificate) -> list[str]:
+    code = {name: path for name, path in files_of(export).items() if name.endswith(".py")}
+    return [n for n, path in code.items() if certificate.files.get(n) != sha256_of(path)]
 
 
 def _answer(job: Mapping[str, Any], python: str | None) -> dict[str, Any]:

@@ -26,9 +26,10 @@ BASES = "bases"
 @dataclass(frozen=True, eq=False)
 class Table:
     """``spec`` is what the configuration says, ``tensors`` what the files hold of it by name, and
-    ``sites`` the names of the sites that it has; ``whole`` are those that have factors and that
-    engines hold as one weight, each with the reason. ``turned`` are the ``Conv1D`` modules that
-    become linears of one part, whose weights are ``(out, in)`` in the files."""
+    ``sites`` the names of the sites that it has: those that read bases, and those of MLPs of which
+    hidden units went; ``whole`` are those that have factors and that engines hold as one weight,
+    each with the reason. ``turned`` are the ``Conv1D`` modules that become linears of one part,
+    whose weights are ``(out, in)`` in the files."""
 
     spec: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -54,6 +55,13 @@ def table_of(subject: Subject, family: Family, *, untied: bool) -> Table:
     linears = {s.name.removeprefix(family.inside): _spec(gm, s, places) for s in shared}
     spec: dict[str, Any] = {"untied": untied, "bases": specs, "linears": linears}
     tensors = dict(_tensors(gm, shared, known, family, untied=untied))
+    narrow = _narrow(gm, plan, family)
+    for site in narrow:
+        weight_OI, bias_O = _stored(gm, site)
+        linears[site.name.removeprefix(family.inside)] = _plain(weight_OI, bias_O)
+        part = family.stored(f"{site.name}.parts.0")
+        tensors |= {f"{part}.weight": weight_OI}
+        tensors |= {} if bias_O is None else {f"{part}.bias": bias_O}
     if not untied:
         places_of = {
             s.name.removeprefix(family.inside): [places[p.name] for p in s.slices] for s in shared
@@ -62,11 +70,11 @@ def table_of(subject: Subject, family: Family, *, untied: bool) -> Table:
         for stack in stacks(together, _plain_bases(linears, specs), _ranks(specs)):
             _stack(stack, spec, tensors, family)
         spec["same_input"] = [list(names) for names in together if _share(names, linears)]
-    sites = frozenset(s.name for s in shared)
+    sites = frozenset(s.name for s in (*shared, *narrow))
     turned = tuple(name for name in _conv1ds(family) if name not in sites)
     for name in turned:
         module = family.model.get_submodule(name)
-        spec["linears"][name.removeprefix(family.inside)] = _plain(module)
+        spec["linears"][name.removeprefix(family.inside)] = _plain(*weight_and_bias(module))
     return Table(spec, tensors, sites, whole, turned)
 
 
@@ -115,8 +123,32 @@ def _conv1ds(family: Family) -> Iterator[str]:
             yield name
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    weight_OI, bias = weight_and_bias(module)
+def _narrow(gm: nn.Module, plan: Plan, family: Family) -> list[Site]:
+    """The sites of MLPs of which hidden units went: linears with fewer rows or columns, which the
+    model's own code runs with. What goes of heads is zeros: engines keep one cache for all."""
+    known = {site.name: site for site in plan.sites}
+    found: list[Site] = []
+    for one in plan.units:
+        if one.kept < one.of and one.runs_apart:
+            sites = [known[name] for name in one.sites]
+            found += sites if all(_why_whole(s, gm, family) is None for s in sites) else []
+    return found
+
+
+def _stored(gm: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a site without bases, as the compiled model has them."""
+    weights, biases = [], []
+    for part in site.slices:
+        place = slices_of(gm)[part.name]
+        weight, bias = weight_and_bias(gm.get_submodule(place.module))
+        weights.append(rows_of(gm, place, weight.detach()))
+        if bias is not None:
+            biases.append(rows_of(gm, place, bias.detach()))
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def _plain(weight_OI: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    """What the configuration says of a linear of one part, which reads no basis."""
     rows, in_features = weight_OI.shape
     parts = [{"basis": None, "rows": rows}]
     return {"in_features": in_features, "bias": bias is not None, "parts": parts}
@@ -200,7 +232,8 @@ def _tensors(
         row = 0
         for number, (_, lengths) in enumerate(_runs(site, places)):
             run = [places[next(slices).name] for _ in lengths]
-            rows = [rows_of(gm, place, _weight(gm, place).detach()) for place in run]
+            # zeros where heads have gone
+            rows = [p.whole_weight(rows_of(gm, p, _weight(gm, p).detach())) for p in run]
             name = family.stored(f"{site.name}.parts.{number}")
             yield f"{name}.weight", torch.cat(rows)
             if bias_O is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxshare.capture import device_of
+from fxshare.capture import device_of, dtype_of
 from fxshare.capture.call import Call
 from fxshare.errors import ExportError
 from fxshare.exporting.outputs import refilled
@@ -31,10 +31,11 @@ def check_opset(opset: int | None) -> None:
     opset that is too old or not known yet."""
     onnx, *_ = _imported()
     newest = int(onnx.defs.onnx_opset_version())
-    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+    whole = isinstance(opset, int) and not isinstance(opset, bool)
+    if opset is not None and not (whole and OLDEST_OPSET <= opset <= newest):
         raise ExportError(
             f"opset: expected {OLDEST_OPSET} (what torch writes its operators in) to {newest} "
-            f"(onnx {onnx.__version__}), found {opset}; leave it out, or convert the file with "
+            f"(onnx {onnx.__version__}), found {opset!r}; leave it out, or convert the file with "
             "onnx.version_converter"
         )
 
@@ -67,7 +68,7 @@ def write(
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(reason("onnxruntime refuses the model", error)) from error
+        raise refused(subject, error) from error
 
     def run(call: Call) -> Any:
         tensors = [t for t in pytree.tree_leaves(dict(call)) if isinstance(t, Tensor)]
@@ -186,6 +187,14 @@ class _silence:
 
     def __exit__(self, *_: object) -> None:
         self._logger.setLevel(self._level)
+
+
+def refused(subject: Subject, error: Exception) -> ExportError:
+    """What is raised where onnxruntime takes no model that was written."""
+    out = ""
+    if dtype_of(subject.model) is torch.bfloat16:
+        out = "; on a processor it has few operators in bfloat16: export gm.float(), or gm.half()"
+    return ExportError(reason("onnxruntime refuses the model", error) + out)
 
 
 def reason(what: str, error: Exception) -> str:

@@ -31,6 +31,7 @@ from fxshare.generation.program import capture_program
 from fxshare.generation.shell import shell_of
 from fxshare.generation.step import CACHE, CacheKind, Kind
 from fxshare.models.structure import keep_structure, structure_of
+from fxshare.models.traits import context_of
 from fxshare.plans.keys import Keys
 from fxshare.plans.whole_heads import WholeHeads
 from fxshare.result.module import record_of
@@ -43,6 +44,8 @@ CONFIG = "genai_config.json"
 GRAPH = "model.onnx"
 _IDS, _POSITIONS = "input_ids", "position_ids"
 _LARGEST_FILE = 2**31 - 2**24
+_CONTEXT = 2048
+"""Where nothing says how many tokens a model reads, as of those that tell places by distances."""
 _OLD, _NEW, _ROWS = 5, 3, 2
 """Of the step that is exported: tokens in the cache, new ones, and texts; all of them may vary."""
 
@@ -116,17 +119,27 @@ class _Sizes:
     context: int
 
     @staticmethod
-    def of(config: Any, layers: int) -> _Sizes:
-        heads = int(config.num_attention_heads)
-        width = int(config.hidden_size)
+    def of(subject: Subject, config: Any, cache: Any) -> _Sizes:
+        """From the configuration, and a cache that a step has filled.
+
+        Raises :class:`ExportError` where keys and values, or layers, differ in their sizes.
+        """
+        shapes = {t.shape[1::2] for layer in cache.layers for t in (layer.keys, layer.values)}
+        if len(shapes) > 1:
+            found = " and ".join(sorted(f"{heads} heads of {width}" for heads, width in shapes))
+            raise ExportError(
+                f"to='ort-genai': the cache of ONNX Runtime GenAI has one number and one width of "
+                f"heads, and {subject.name} keeps {found}; export it to 'vllm' or 'onnx'"
+            )
+        ((key_heads, width),) = shapes
         return _Sizes(
-            layers,
-            heads,
-            int(getattr(config, "num_key_value_heads", None) or heads),
-            int(getattr(config, "head_dim", None) or width // heads),
+            len(cache.layers),
+            int(config.num_attention_heads),
+            key_heads,
             width,
+            int(config.hidden_size),
             int(config.vocab_size),
-            int(config.max_position_embeddings),
+            context_of(subject.model) or _CONTEXT,
         )
 
     def past(self, rows: int, old: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -144,8 +157,7 @@ def write(subject: Subject, path: Path, options: Options) -> Written:
     """
     onnx.check_opset(options.opset)
     graph, kind, config = _captured(subject)
-    assert kind.cache is not None
-    sizes = _Sizes.of(config, len(kind.cache.layers))
+    sizes = _Sizes.of(subject, config, _filled_cache(graph, kind, config))
     path.mkdir()
     _write_graph(subject, _Step(graph, kind.inputs[:-1]), sizes, path / GRAPH, options.opset)
     write_json(path / CONFIG, _genai_config(config, sizes, kind.takes(_POSITIONS)))
@@ -219,6 +231,16 @@ def _captured(subject: Subject) -> tuple[fx.GraphModule, Kind, Any]:
     erase_guards(found, range(len(guard_nodes(found))))
     found.recompile()
     return found, kind, config
+
+
+def _filled_cache(graph: fx.GraphModule, kind: Kind, config: Any) -> Any:
+    """The cache after one step of two tokens, which says what its sizes are."""
+    cache = _dynamic_cache(config)
+    ids = torch.ones(1, 2, dtype=torch.long, device=device_of(graph))
+    given = {_IDS: ids, MASK: ids, _POSITIONS: torch.arange(2, device=ids.device)[None]}
+    with quiet():
+        graph(**{name: given[name] for name in kind.inputs[:-1]}, **{CACHE: cache})
+    return cache
 
 
 def _dynamic_cache(config: Any) -> Any:
@@ -318,7 +340,7 @@ def _by_onnxruntime(subject: Subject, sizes: _Sizes, path: Path) -> Callable[[Ca
     try:
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(onnx.reason("onnxruntime refuses the model", error)) from error
+        raise onnx.refused(subject, error) from error
     like = next(p for p in subject.model.parameters() if p.is_floating_point()).detach().cpu()
     read = [put.name for put in session.get_inputs()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,26 @@ def tokenizer_of(subject: Subject) -> str | None:
 
 
 def _notes(subject: Subject, table: Table) -> tuple[str, ...]:
+    return (*_notes_of_zeros(subject, table), *_notes_of_whole(subject, table))
+
+
+def _notes_of_zeros(subject: Subject, table: Table) -> Iterator[str]:
+    """What went in the compiled model and is there again, as zeros."""
+    size = dtype_of(subject.model).itemsize
+    plan = subject.record.plan
+    narrow = [u for u in plan.units if u.runs_apart and table.sites.issuperset(u.sites)]
+    again = [u for u in plan.units if u.kept < u.of and u not in narrow]
+    for storage in dict.fromkeys(one.words.storage for one in again):
+        names = [one.name for one in again if one.words.storage == storage]
+        gone = [u.dense_numbers - u.stored_numbers for u in again if u.words.storage == storage]
+        yield (
+            f"of full size, with zeros where {storage} went: {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            + f"; {sum(gone) * size:,} bytes that the compiled model does not have"
+        )
+
+
+def _notes_of_whole(subject: Subject, table: Table) -> tuple[str, ...]:
     if not table.whole:
         return ()
     size = bytes_of_whole(subject.record.plan, subject.model, table.whole)

@@ -164,7 +164,7 @@ def _axes(shape: Shape, options: Options, side: Side, *, untouched: bool) -> _Ax
         keep = cost < unit_cost(shape, none, PLAIN, options, dense=True, bits=bits)[0]
         if options.never_slower:
             assert options.rates is not None
-            keep &= no_slower(options.rates, shape, rank, storage)
+            keep &= no_slower(options.rates, shape, rank, storage, prompt=options.prompt)
         costs.append(cost[keep])
         taken.append(rank[keep])
         labels.append(at * len(rank) + np.flatnonzero(keep))
