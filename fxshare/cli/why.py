@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fxshare.compiling.shown import Shown
     from fxshare.config import ShareConfig
+    from fxshare.plans.bits import Rounded
     from fxshare.plans.plan import Group, Plan
     from fxshare.plans.units import Units
     from fxshare.result.record import Record
@@ -162,6 +163,9 @@ def _basis(
             f"{units.words.storage} {units.name}: keeps {units.kept} of {units.of}{tail}",
             *_units(units),
         ]
+    few = next((one for one in plan.rounded if s.name in one.slices), None)
+    if few is not None:
+        return _few_bits(few, s.name, record)
     if group is None:
         kept = "in no group: keeps its original weight rows"
         if record is None and cfg is not None and cfg.mode == "planned":
@@ -177,12 +181,29 @@ def _basis(
     return [f"basis {group.name} of rank {group.rank}, {shared}{tail}", *_numbers(group, record)]
 
 
+def _few_bits(few: Rounded, name: str, record: Record | None) -> list[str]:
+    """A dense slice that is stored in few bits."""
+    error = None if record is None else record.slice_errors.get(name)
+    tail = "" if error is None else f"; relative error {error:.3e}"
+    lines = [f"dense, in no group: its own weight rows in {few.bits} bits{tail}"]
+    if few.loss is not None:
+        others = len(few.slices) - 1
+        of = "it" if not others else f"it and {others} more"
+        lines.append(f"predicted loss increase of {of}: {few.loss:.3e} per token")
+    return lines
+
+
+def _in_bits(bits: int | None) -> str:
+    return "" if bits is None else f", in {bits} bits"
+
+
 def _units(one: Units) -> list[str]:
     """Which part of the model it is, its sizes and its loss."""
     share = one.kept / one.of
     lines = [
         f"{one.words.what} of {_few(one.producers)}, read by {one.consumer}: {one.kept} of "
         f"{one.of} stay, {one.stored_numbers:,} of {one.dense_numbers:,} numbers ({share:.3f})"
+        f"{_in_bits(one.bits)}"
     ]
     if one.loss is not None:
         lines.append(f"predicted loss increase of {one.words.parts}: {one.loss:.3e} per token")
@@ -201,7 +222,8 @@ def _numbers(group: Group, record: Record | None) -> list[str]:
     kept = group.stored_numbers / group.dense_numbers
     lines = [
         f"the group: {group.in_features}→{group.out_features}, {group.storage} storage, "
-        f"{group.stored_numbers:,} of {group.dense_numbers:,} numbers ({kept:.3f}); plain storage "
+        f"{group.stored_numbers:,} of {group.dense_numbers:,} numbers ({kept:.3f})"
+        f"{_in_bits(group.bits)}; plain storage "
         f"breaks even at rank {PLAIN.break_even_rank(group.in_features, group.out_features)}"
     ]
     if group.loss is not None:
