@@ -77,9 +77,9 @@ def compile_model(
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
 
-    cfg = wanted.from_files()
     if plan is not None:
         wanted.refuse_budget(f"--plan {plan} says already what is kept")
+    cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
     check_free(output, force, work)
     loaded = load_model(model, allow_missing=allow_missing)

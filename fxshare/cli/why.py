@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fxshare.compiling.shown import Shown
     from fxshare.config import ShareConfig
+    from fxshare.plans.bits import Rounded
     from fxshare.plans.plan import Group, Plan
     from fxshare.plans.units import Units
     from fxshare.result.record import Record
@@ -162,10 +163,10 @@ def _basis(
             f"{units.words.storage} {units.name}: keeps {units.kept} of {units.of}{tail}",
             *_units(units),
         ]
+    few = next((one for one in plan.rounded if s.name in one.slices), None)
+    if few is not None:
+        return _few_bits(few, s.name, record)
     if group is None:
-        rounded = next((one for one in plan.rounded if s.name in one.slices), None)
-        if rounded is not None:
-            return [f"in no group: its rows are stored in {rounded.bits} bits{tail}"]
         kept = "in no group: keeps its original weight rows"
         if record is None and cfg is not None and cfg.mode == "planned":
             return [
@@ -176,6 +177,18 @@ def _basis(
     others = [name for name in group.slices if name != s.name]
     shared = f"shared with {_few(others)}" if others else "shared with nothing"
     return [f"basis {group.name} of rank {group.rank}, {shared}{tail}", *_numbers(group, record)]
+
+
+def _few_bits(few: Rounded, name: str, record: Record | None) -> list[str]:
+    """A dense slice that is stored in few bits."""
+    error = None if record is None else record.slice_errors.get(name)
+    tail = "" if error is None else f"; relative error {error:.3e}"
+    lines = [f"dense, in no group: its own weight rows in {few.bits} bits{tail}"]
+    if few.loss is not None:
+        others = len(few.slices) - 1
+        of = "it" if not others else f"it and {others} more"
+        lines.append(f"predicted loss increase of {of}: {few.loss:.3e} per token")
+    return lines
 
 
 def _units(one: Units) -> list[str]:

@@ -6,17 +6,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from fxshare.base.imported import current_folder_on_path
 from fxshare.base.progress import stage
 from fxshare.base.unfinished import settle
 from fxshare.data.stream import TextTokenizer
@@ -174,7 +172,7 @@ def _tokenizer(folder: Path) -> TextTokenizer | None:
 
 
 def _made(name: str, module_name: str, attribute: str) -> nn.Module:
-    with _current_folder_on_path():
+    with current_folder_on_path():
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -208,16 +206,6 @@ def _called(name: str, factory: Any) -> Any:
         raise
     except Exception as error:
         raise FxShareError(f"{name}: the factory raised {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _current_folder_on_path() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 __all__ = ["Kind", "LoadedModel", "is_saved", "load_model"]

@@ -75,8 +75,9 @@ def _uniform(cfg: ShareConfig, sites: Sequence[Site], skipped: Sequence[Skipped]
     kept = cfg.budget.params_kept or cfg.budget.flops_kept
     if kept is None:
         raise PlanError(
-            "this budget needs calibration data to be planned: max_bytes and max_loss_increase say "
-            "nothing about single matrices; give calibration data, or params_kept"
+            "this budget needs calibration data to be planned: bytes_kept, max_bytes and "
+            "max_loss_increase say nothing about single matrices; give calibration data "
+            "(--calibration SPEC), or params_kept"
         )
     storages = storages_of(cfg.planner.storage)
     groups = []

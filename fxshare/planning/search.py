@@ -167,7 +167,8 @@ class Search:
             one.bound, one.priced_bound = bounds
         if not found:
             slower = "; planner: {never_slower: false} lets bases be slower than dense"
-            raise PlanError("; ".join(failures) + slower * self.options.never_slower)
+            counted = f" (budgets are in {self.options.unit})"
+            raise PlanError("; ".join(failures) + counted + slower * self.options.never_slower)
         plans = [one for at, one in enumerate(found) if at not in twins]
         better = better_half(plans)
         better += [one for one in best_of_each(plans) if one not in better]

@@ -70,7 +70,7 @@ def trainable_of(gm: nn.Module, model: nn.Module, also: tuple[Also, ...]) -> Tra
         raise RefineError(
             f"{type(gm).__name__} has no factors to train: nothing has a basis (exact mode, or "
             "a plan that leaves everything dense); compile it with a budget or a compression rate "
-            "first"
+            'first, or train what else there is: also=("norms", "biases"), --also norms,biases'
         )
     found = Trainable(groups, others, tuple(units))
     for name in found.names:

@@ -21,6 +21,7 @@ from fxshare.bench.frontier_table import (
 )
 from fxshare.bench.quality import Case
 from fxshare.bench.refined import Refined
+from fxshare.cli import main
 from fxshare.cli.bench.frontier import named
 from fxshare.embedded.model import GPT, GPTConfig
 from fxshare.errors import ConfigError
@@ -145,6 +146,11 @@ def test_what_is_refined_has_a_table_of_its_own() -> None:
     cells = ["small", "0.50", "bases", "0.8000", "0.4000", "0.5000", "0.3000", "0.75", "7 / 7"]
     assert refined_table(found, (0.5, 0.4))[1] == [cells]
     assert table_of(found, (0.5,))[1][0][-1] == "5.00"  # codes that are nearest are no plan
+
+
+def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "frontier", "--no-embedded"]) == 2
+    assert "leaves nothing to measure; give --model" in capsys.readouterr().err
 
 
 def test_methods_are_named_as_the_table_names_them() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import fxshare
 from fxshare.base.numerics import tolerance, worst
+from fxshare.base.quantised import Quantised
 from fxshare.bench.capture import FAMILIES, bench_capture, family, lines
 from fxshare.bench.speed.alone import alone, alone_steps
 from fxshare.bench.speed.compiled import compiled_call
@@ -413,7 +414,10 @@ def test_the_command_prints_and_draws(
         (("--original", "a:b"), "--original: names the model"),
         (("--kept", "1.5"), "--kept: expected a share"),
         (("--kept", "nan"), "--kept: expected a share"),
-        (("--storage", "zip"), "--storage: expected plain or pivoted or units; found 'zip'"),
+        (
+            ("--storage", "zip"),
+            "--storage: expected plain or pivoted or units or int8 or int4; found 'zip'",
+        ),
         (("--split", "rows"), "--split: expected heads or qkv or false"),
         (("--basis", "all"), "--basis: expected"),
         (("--only", "a("), "--only: 'a(' is not a pattern"),
@@ -495,6 +499,24 @@ def test_fewer_hidden_units_are_measured_in_the_model_and_by_themselves() -> Non
     step = next(iter(alone_steps(mlps, {"dense": mlps.dense}, prefill=8, seed=0)))
     found = [o for o in record_step(mlps.compiled, step.calls["dense"]) if isinstance(o, Matmul)]
     assert {(o.inner, o.out) for o in found} == {(32, 16), (16, 32)}
+
+
+@pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("int4", 4)])
+def test_dense_weights_in_few_bits_are_measured_in_the_model_and_by_themselves(
+    storage: Any, bits: int
+) -> None:
+    made = subject(storage=storage)
+    assert {one.bits for one in made.plan.rounded} == {bits}
+    assert made.plan.params_kept == 1.0
+    assert "notebook" not in available(made)
+    of_model = [p for p in made.compiled.parameters() if isinstance(p, Quantised)]
+    parts = list(alone(made))
+    assert [part.name for part in parts] == ["attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj"]
+    of_parts = [p for x in parts for p in x.compiled.parameters() if isinstance(p, Quantised)]
+    assert {one.bits for one in of_model} == {one.bits for one in of_parts} == {bits}
+    stored = [sum(p.stored_bytes for p in ones) for ones in (of_model, of_parts)]
+    assert stored[0] == stored[1]
+    assert stored[0] < 0.4 * 4 * made.plan.dense_numbers
 
 
 def test_units_of_a_model_that_shows_no_mlp_are_refused() -> None:

@@ -145,6 +145,19 @@ def test_a_plan_without_bits_says_nothing_of_them_and_all_bits_come_back() -> No
     assert Plan.from_json(again.to_json()) == again
 
 
+def test_why_says_the_bits_of_groups_units_and_dense_slices() -> None:
+    from fxshare.cli.why import explain_in_plan
+
+    plan = Plan.from_json(json.dumps(in_bits(planned("gpt2")[1], 4)))
+    assert plan.rounded
+    assert plan.groups
+    text = " ".join(explain_in_plan(plan, plan.rounded[0].slices[0]))
+    assert "dense, in no group: its own weight rows in 4 bits" in text
+    assert "keeps its original" not in text
+    for name in (plan.groups[0].name, *(one.name for one in plan.units)):
+        assert ", in 4 bits" in " ".join(explain_in_plan(plan, name))
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [

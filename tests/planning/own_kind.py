@@ -40,4 +40,22 @@ class Nothing:
     """No kind at all."""
 
 
-__all__ = ["Loudest", "Nothing"]
+class Raising(Loudest):
+    """One that is never made."""
+
+    def __init__(self) -> None:
+        raise ValueError("never")
+
+
+class Spaced(HiddenUnits):
+    """One with a name that no plan can have."""
+
+    def __init__(self) -> None:
+        super().__init__(name="two words")
+
+
+class Units(HiddenUnits):
+    """One with the name of another."""
+
+
+__all__ = ["Loudest", "Nothing", "Raising", "Spaced", "Units"]

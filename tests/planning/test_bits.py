@@ -212,7 +212,8 @@ def test_a_budget_below_the_floor_names_the_least() -> None:
         "budget": {"bytes_kept": 0.01},
         "planner": {"bits": [16, 8, 4], "search": "off", "floor": 0.1},
     }
-    with pytest.raises(PlanError, match=r"[\d,]+"):
+    least = r"below the cheapest plan, [\d,]+; .*\(budgets are in bytes\)$"
+    with pytest.raises(PlanError, match=least):
         fxshare.compile(original, [fxshare.init(original), config], calibration=batches())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,11 @@ def test_a_kind_of_ones_own_competes_and_is_named_in_the_plan() -> None:
         (["tests.planning.own_kind:Missing"], "cannot import 'tests.planning.own_kind:Missing'"),
         (["tests.planning.own_kind:Nothing"], "is a Nothing without candidates"),
         (["units", "units"], "two kinds are called 'units'"),
+        ([":Kind"], "expected 'package.module:Name'; found ':Kind'"),
+        ([".own_kind:Kind"], "expected 'package.module:Name'; found '.own_kind:Kind'"),
+        (["tests.planning.own_kind:Raising"], "made without arguments: ValueError: never"),
+        (["tests.planning.own_kind:Spaced"], "'two words'"),
+        (["tests.planning.own_kind:Units"], "called 'units', which is a kind of fxshare"),
     ],
 )
 def test_what_is_no_kind_is_refused_before_anything_is_measured(
@@ -235,6 +241,20 @@ def test_what_is_no_kind_is_refused_before_anything_is_measured(
 
     with pytest.raises(ConfigError, match=r"planner\.kinds"):
         fxshare.compile(llama(), cfg, calibration=unread())
+
+
+@pytest.mark.parametrize("text", ["def (:", "raise RuntimeError('no')"])
+def test_a_kind_may_lie_in_the_current_folder_and_a_module_that_fails_says_why(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, name = list(sys.path), f"own_{len(text)}"
+    Path(f"{name}.py").write_text("from tests.planning.own_kind import Loudest")
+    Path(f"broken_{name}.py").write_text(text)
+    assert [one.name for one in kinds_named([f"{name}:Loudest"])] == ["loudest"]
+    with pytest.raises(ConfigError, match=rf"importing 'broken_{name}:A' failed: \w+Error: "):
+        kinds_named([f"broken_{name}:A"])
+    assert sys.path == path
 
 
 def test_no_kind_at_all_is_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxshare.bench.speed.codes import rounded_as
 from fxshare.bench.speed.steps import StepCall, nothing
 from fxshare.bench.speed.subject import Subject
 from fxshare.bench.speed.units import carried_out
@@ -68,7 +69,10 @@ def _of(subject: Subject, kind: str, linears: Mapping[str, nn.Module]) -> Subjec
     dense = Alone(linears).eval()
     plan = _part(subject.plan, kind)
     example = {"inputs": _inputs(plan, 4, dense, seed=0)}
-    compiled = compile_model(dense, types, plan=plan, example=example)
+    if plan.mode == "planned":  # which is carried out on statistics
+        compiled = rounded_as(dense, types, plan, example)
+    else:
+        compiled = compile_model(dense, types, plan=plan, example=example)
     return Subject(
         name=kind,
         dense=dense,
@@ -98,8 +102,8 @@ def _of_mlps(subject: Subject, kind: str, modules: Mapping[str, nn.Module]) -> S
     types["weight_types"] = {n: x for n, x in types["weight_types"].items() if n in kinds}
     dense = Alone({name: modules[name] for name in owners}).eval()
     found = tuple(site for site in subject.plan.sites if site.name in own)
-    update = {"sites": found, "groups": (), "units": entries, "skipped": (), "outlook": None}
-    plan = subject.plan.model_copy(update=update)
+    update = {"sites": found, "groups": (), "rounded": (), "units": entries, "skipped": ()}
+    plan = subject.plan.model_copy(update={**update, "outlook": None})
     example = {"inputs": _inputs(plan, 4, dense, seed=0)}
     return Subject(
         name=kind,
@@ -116,9 +120,11 @@ def _of_mlps(subject: Subject, kind: str, modules: Mapping[str, nn.Module]) -> S
 def _part(plan: Plan, kind: str) -> Plan:
     sites = tuple(site for site in plan.sites if site.type == kind)
     groups = tuple(group for group in plan.groups if group.type == kind)
-    return plan.model_copy(
-        update={"sites": sites, "groups": groups, "units": (), "skipped": (), "outlook": None}
-    )
+    own = {s.name for site in sites for s in site.slices}
+    found = [(one, tuple(name for name in one.slices if name in own)) for one in plan.rounded]
+    rounded = tuple(one.model_copy(update={"slices": names}) for one, names in found if names)
+    update = {"sites": sites, "groups": groups, "rounded": rounded, "units": (), "skipped": ()}
+    return plan.model_copy(update={**update, "outlook": None})
 
 
 def alone_steps(

@@ -171,5 +171,5 @@ def _exact(subject: Subject, name: str) -> nn.Module:
 def available(subject: Subject) -> tuple[str, ...]:
     """The variants that a subject has."""
     left = set() if subject.make_exact is not None else {"exact", "exact-lowered"}
-    left |= {"notebook"} if subject.plan.units else set()
+    left |= {"notebook"} if subject.plan.units or subject.plan.rounded else set()
     return tuple(variant for variant in VARIANTS if variant not in left)

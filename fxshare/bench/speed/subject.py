@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fxshare.bench.speed.codes import CODES, with_codes
 from fxshare.bench.speed.only import types_of_only
 from fxshare.bench.speed.separate import PARTS, separated
 from fxshare.bench.speed.units import UNITS, with_fewer_units
@@ -42,8 +43,9 @@ class Settings:
     """
 
     kept: float = 0.5
-    storage: StorageName | Literal["units"] = PLAIN.name
-    """Of bases; or hidden units of MLPs go, and all else stays dense."""
+    storage: StorageName | Literal["units", "int8", "int4"] = PLAIN.name
+    """Of bases; or hidden units of MLPs go, and all else stays dense; or all weights stay dense, in
+    few bits, whatever ``kept`` says."""
     split: Split = "heads"
     basis: Literal["slice", "part", "site"] = "site"
     group_size: int = 1
@@ -57,7 +59,7 @@ class Settings:
                 f"--kept: expected a share of the numbers above 0 and below 1; found {self.kept:g}"
             )
         for option, value, choices in (
-            ("--storage", self.storage, (*get_args(StorageName), UNITS)),
+            ("--storage", self.storage, (*get_args(StorageName), UNITS, *CODES)),
             ("--split", self.split, get_args(Split)),
             ("--basis", self.basis, ("slice", "part", "site")),
         ):
@@ -221,6 +223,9 @@ def _compiled(
     uniform = {"group_size": settings.group_size, "compression_rate": settings.kept}
     if cached:  # a graph of a plain call has no cache; the model's own class keeps its
         types = {**types, "capture": "modules"}
+    if settings.storage in CODES:
+        compiled = with_codes(model, types, CODES[settings.storage], ids)
+        return _subject(name, model, compiled, types, (ids, vocabulary))
     compiled = compile_model(model, [types, uniform], example=ids)
     storage = storage_named(settings.storage)
     if storage != PLAIN:

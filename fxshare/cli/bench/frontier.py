@@ -113,6 +113,11 @@ def frontier(
             f"bench frontier: expected one --tokens and one -c for each --model, found "
             f"{len(models)} models, {len(files)} token files, {len(configs)} configurations"
         )
+    if not (embedded or models or encoder):
+        raise fxshare.errors.ConfigError(
+            "bench frontier: --no-embedded leaves nothing to measure; give --model, --tokens and "
+            "-c, or --encoder"
+        )
     if encoder is not None and (calibration is None or texts is None):
         raise fxshare.errors.ConfigError(
             f"bench frontier: --encoder {encoder} needs --calibration and --texts"

@@ -43,7 +43,7 @@ def run(
         float | None, typer.Option("--kept", metavar="SHARE", help="Of every matrix. [0.5]")
     ] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", help="plain, pivoted or units. [plain]")
+        str | None, typer.Option("--storage", help="plain, pivoted, units, int8, int4. [plain]")
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="heads, qkv or false. [heads]")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+from fxshare.base.imported import imported
+from fxshare.base.names import as_group_name
 from fxshare.capture import Captured
 from fxshare.config import Planner
 from fxshare.errors import ConfigError, FxShareWarning, PlanError
@@ -65,21 +67,12 @@ def _own() -> tuple[Kind, ...]:
 
 
 def _imported(name: str) -> Kind:
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(
             "planner.kinds: expected basis, units, heads, keys or 'package.module:Name'; found "
             f"{name!r}"
         )
-    try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"planner.kinds: cannot import {name!r}: {error}; expected 'package.module:Name' on "
-            "the Python path"
-        ) from error
-    if isinstance(made, type):
-        made = made()
+    made = imported(name, "planner.kinds")
     missing = [method for method in _METHODS if not callable(getattr(made, method, None))]
     if missing or not isinstance(getattr(made, "name", None), str):
         raise ConfigError(
@@ -87,7 +80,16 @@ def _imported(name: str) -> Kind:
             f"{missing[0] if missing else 'a name'}; expected a kind as "
             "fxshare.planning.kinds.kind.Kind says"
         )
-    kind: Kind = made
+    kind = cast(Kind, made)
+    try:
+        as_group_name(kind.name)  # plan files have it
+    except ValueError as error:
+        raise ConfigError(f"planner.kinds: the name of {name!r}: {error}") from error
+    if any(kind.name == one.name for one in _own()):
+        raise ConfigError(
+            f"planner.kinds: {name!r} is called {kind.name!r}, which is a kind of fxshare; give it "
+            "another name"
+        )
     return kind
 
 
