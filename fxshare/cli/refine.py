@@ -259,7 +259,7 @@ def refine_model(
             f"{folder}: expected a folder that 'fxshare compile -o' or fxshare.save wrote; what is "
             "refined is a compiled model"
         )
-    check_free(output, force)
+    check_free(output, force, work)
     if draw is not None:
         from fxshare.views.figure import check_drawable
 
