@@ -48,6 +48,11 @@ def check_writable(path: Path) -> None:
     work: a temporary file is made beside it, or in the nearest folder that there is."""
     if path.is_dir():
         raise StoreError(f"cannot write {path}: it is a folder; give the name of a file")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """:class:`StoreError` where nothing could be made, or replaced, by the name ``path``."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -114,4 +119,4 @@ def _in_two_steps(folder: Path, path: Path) -> None:
             remove(older)
 
 
-__all__ = ["aside", "check_writable", "swap_in", "write_bytes", "write_text"]
+__all__ = ["aside", "check_place", "check_writable", "swap_in", "write_bytes", "write_text"]

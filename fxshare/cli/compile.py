@@ -113,17 +113,19 @@ def compile_model(
     return Result(found, text)
 
 
-def check_free(output: Path | None, force: bool, work: Path | None = None) -> None:
+def check_free(output: Path | None, force: bool, work: Path | None) -> None:
     """Refuse before hours of work what saving would refuse after them."""
+    from fxshare.base.files import check_place
     from fxshare.loading.names import is_saved
 
     if output is None:
         return
     if work is not None and work.resolve().is_relative_to(output.resolve()):
         raise fxshare.errors.ConfigError(
-            f"--work {work}: a work folder cannot be the folder that -o writes, nor in it; give "
-            "another"
+            f"--work {work}: expected a folder outside of -o {output}, which is written anew at "
+            "the end; give another, such as DIR.work beside it"
         )
+    check_place(output)
     ours = is_saved(str(output))
     if not output.exists():
         return

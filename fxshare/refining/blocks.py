@@ -230,7 +230,19 @@ def _check_dense(work: Blockwise, dense: fx.GraphModule) -> None:
     assert work.teacher.module is not None
     call = to_device(work.caller(work.data.fit[0]), work.student.device)
     with torch.no_grad():
-        found = worst(work.teacher.module(**call), dense(**call))
+        wanted = work.teacher.module(**call)
+        try:
+            own = dense(**call)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # sizes that its code names
+            raise RefineError(
+                "objective='blocks': the compiled graph cannot run with the dense weights, since "
+                "it names the sizes of what is left where heads or hidden units went or became "
+                f"narrower ({next(iter(str(error).splitlines()), '')}). Take objective='kl' or "
+                "'hidden', which train the whole at once"
+            ) from error
+        found = worst(wanted, own)
     dtype = next(p.dtype for p in work.student.gm.parameters() if p.is_floating_point())
     limit = tolerance(dtype, len(work.student.trainable.names))
     if not found.relative <= limit:

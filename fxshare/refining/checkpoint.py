@@ -63,7 +63,11 @@ class Checkpoints:
         tensors = {_NOW + name: value for name, value in student.masters.items()}
         tensors |= {_BEST + name: value for name, value in (run.state or {}).items()}
         tensors |= moments
-        plain = {"run": run.to_dict(), "optimiser": numbers}
+        plain = {
+            "run": run.to_dict(),
+            "optimiser": numbers,
+            "loss_scale": student.loss_scale,
+        }
         packed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             whole = student.whole(name.partition(".")[2], tensor)  # of ranks that have parts
@@ -84,6 +88,7 @@ class Checkpoints:
         now = _named(tensors, _NOW, student.device)
         best = _named(tensors, _BEST, student.device)
         student.put(now)
+        student.loss_scale = plain.get("loss_scale", student.loss_scale)
         optimiser = Optimiser(student, plain["optimiser"]["scales"], plain["optimiser"]["kind"])
         optimiser.restore(tensors, plain["optimiser"])
         return Run.from_dict(plain["run"], best or None), optimiser

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import operator
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fxshare.base.spent import part
 from fxshare.base.unfinished import temporary_folder
 from fxshare.capture import Call, device_of
 from fxshare.capture.call import as_float32, to_device
+from fxshare.errors import FxShareError, RefineError
 from fxshare.refining.objectives import Objective, Summed, data_loss
 from fxshare.refining.parts import parts_of
 from fxshare.refining.student import Student
@@ -31,6 +33,21 @@ _LOG = logging.getLogger(__name__)
 _KEPT_BYTES = 1 << 26
 _IN_FILES = 1 << 30
 _FREE = 4
+
+
+@contextlib.contextmanager
+def in_the_model(name: str) -> Iterator[None]:
+    """Say of which batch a model's own error is: :class:`RefineError` for what is none of ours."""
+    try:
+        yield
+    except (FxShareError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise RefineError(
+            f"{name} failed in the model: {type(error).__name__}: {first:.300}; check its shapes "
+            "and token ids"
+        ) from error
 
 
 @dataclass
@@ -98,12 +115,18 @@ class Targets:
 
 
 class Measure:
-    """Measures a student on some batches; of few the teacher's targets are kept."""
+    """Measures a student on some batches, which messages call ``name``; of few the teacher's
+    targets are kept."""
 
     def __init__(
-        self, batches: Sequence[object], caller: Callable[[object], Call], teacher: Teacher
+        self,
+        batches: Sequence[object],
+        caller: Callable[[object], Call],
+        teacher: Teacher,
+        name: str = "held-out batch",
     ) -> None:
         self._batches = batches
+        self._name = name
         self._caller = caller
         self._teacher = teacher
         self._targets = Targets(teacher)
@@ -151,8 +174,9 @@ class Measure:
         losses, data, predicted = [], 0.0, 0
         for at, one in enumerate([batch] if whole else parts_of(batch)):
             call = self._caller(one)
-            targets = self._targets.of((number, at), call, student.device)
-            output = student(call)
+            with in_the_model(f"{self._name} {number}"):
+                targets = self._targets.of((number, at), call, student.device)
+                output = student(call)
             losses.append(objective.loss(output, targets, call, one).to_sum())
             own = data_loss(output, call)
             if own is not None:
@@ -160,4 +184,4 @@ class Measure:
         return functools.reduce(operator.add, losses), data, predicted
 
 
-__all__ = ["Measure", "Targets", "Teacher"]
+__all__ = ["Measure", "Targets", "Teacher", "in_the_model"]

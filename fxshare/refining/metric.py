@@ -22,6 +22,7 @@ from fxshare.capture import Call, device_of
 from fxshare.capture.call import to_device
 from fxshare.capture.steered import SteeredGraph
 from fxshare.refining.cuts import Cuts
+from fxshare.refining.measure import in_the_model
 from fxshare.refining.objectives import Objective, Summed, ToOutputs
 from passes.graph.graph import read_instead
 
@@ -90,7 +91,9 @@ def metrics_of(
         for tap_of in taps.values():
             tap_of.begin(call)
         with torch.enable_grad():
-            loss, _ = default_loss(module(**call), call, generator=generator)
+            with in_the_model("a batch"):
+                output = module(**call)
+            loss, _ = default_loss(output, call, generator=generator)
             loss.backward()  # type: ignore[no-untyped-call]
     for place in places:
         delattr(dense, place)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from fxshare.errors import ConfigError
 
 ObjectiveName = Literal["kl", "ce", "hidden", "blocks"]
 Also = Literal["norms", "biases"]
 OptimiserName = Literal["adamw", "muon"]
+_LARGEST_SEED = 1 << 42
+"""Times a million, as the orders of epochs are drawn by, it is still an integer of 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,12 @@ class RefineOptions:
         _check("learning_rate", self.learning_rate, 0.0, 1.0, "a number above 0 and below 1")
         for name in ("steps", "accumulate"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= 1):
+            if not (_is_whole(value) and value >= 1) and (value is not None or name != "steps"):
                 raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        if not (_is_whole(self.seed) and abs(self.seed) <= _LARGEST_SEED):
+            raise ConfigError(
+                f"seed: expected a whole number of at most {_LARGEST_SEED:,}, found {self.seed!r}"
+            )
         for name in ("data_weight", "pool_weight"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
@@ -58,6 +66,11 @@ class RefineOptions:
             value, names = getattr(self, name), get_args(known)
             if value not in names and not (value is None and name == "objective"):
                 raise ConfigError(f"{name}: expected one of {', '.join(names)}, found {value!r}")
+        for name in ("autocast", "compile", "offload", "recompute", "shard"):
+            value = getattr(self, name)
+            unset = value is None and name in ("autocast", "recompute")
+            if not (unset or isinstance(value, bool)):
+                raise ConfigError(f"{name}: expected True or False, found {value!r}")
         if self.shard:
             self._check_shard()
 
@@ -79,10 +92,26 @@ class RefineOptions:
         return math.inf if self.minutes is None else 60 * self.minutes
 
 
+def check_given(loss: object, teacher: object, work: object) -> None:
+    """Raise :class:`ConfigError` for what is of another kind than :func:`fxshare.refine` takes."""
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss: expected a function (output, batch) -> scalar, found {loss!r}")
+    module = isinstance(teacher, nn.Module)
+    if not (module or teacher is None or (isinstance(teacher, str) and teacher == "model")):
+        raise ConfigError(
+            f"teacher: expected an nn.Module, or None for the data's own loss, found {teacher!r}; "
+            "load it first, or leave teacher out to learn from the model that was compiled"
+        )
+    if not (work is None or isinstance(work, (str, os.PathLike))) or work == "":
+        raise ConfigError(f"work: expected the name of a folder, found {work!r}")
+
+
 def also_of(names: Collection[str] | str) -> tuple[Also, ...]:
     """``names`` as a tuple without repetitions; :class:`ConfigError` for another kind."""
-    given = (names,) if isinstance(names, str) else tuple(names)
     known = get_args(Also)
+    if not isinstance(names, Collection):
+        raise ConfigError(f"also: expected some of {', '.join(known)}, found {names!r}")
+    given = (names,) if isinstance(names, str) else tuple(names)
     for name in given:
         if name not in known:
             raise ConfigError(f"also: expected some of {', '.join(known)}, found {name!r}")
@@ -90,12 +119,24 @@ def also_of(names: Collection[str] | str) -> tuple[Also, ...]:
 
 
 def _check(name: str, value: Any, low: float, high: float, expected: str) -> None:
-    if value is not None and not (_is_number(value) and low < value < high):
+    unset = value is None and name != "temperature"
+    if not (unset or (_is_number(value) and low < value < high)):
         raise ConfigError(f"{name}: expected {expected}, found {value!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-__all__ = ["Also", "ObjectiveName", "OptimiserName", "RefineOptions", "also_of"]
+__all__ = [
+    "Also",
+    "ObjectiveName",
+    "OptimiserName",
+    "RefineOptions",
+    "also_of",
+    "check_given",
+]

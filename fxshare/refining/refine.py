@@ -30,9 +30,15 @@ from fxshare.refining.batches import Batches, divided
 from fxshare.refining.blocks import Blockwise, train_blocks
 from fxshare.refining.checkpoint import Checkpoints
 from fxshare.refining.float32 import is_wide
-from fxshare.refining.measure import Measure, Teacher
+from fxshare.refining.measure import Measure, Teacher, in_the_model
 from fxshare.refining.objectives import Objective, objective_of
-from fxshare.refining.options import ObjectiveName, OptimiserName, RefineOptions, also_of
+from fxshare.refining.options import (
+    ObjectiveName,
+    OptimiserName,
+    RefineOptions,
+    also_of,
+    check_given,
+)
 from fxshare.refining.parameters import trainable_of
 from fxshare.refining.run import Run
 from fxshare.refining.shards import check_graph
@@ -187,6 +193,7 @@ def refine(
         shard=shard,
         seed=seed,
     )
+    check_given(loss, teacher, work)
     check_shared(options)
     gm = getattr(gm, "_orig_mod", gm)  # what torch.compile wraps
     record = record_of(gm)
@@ -219,8 +226,8 @@ class _Prepared:
     options: RefineOptions
     loss: Loss | None
 
-    def measure(self, batches: Any) -> Measure:
-        return Measure(batches, self.caller, self.teacher)
+    def measure(self, batches: Any, name: str = "held-out batch") -> Measure:
+        return Measure(batches, self.caller, self.teacher, name)
 
 
 def _prepared(
@@ -238,7 +245,7 @@ def _prepared(
     student = Student(gm, trainable_of(gm, model, options.also), wide=wide)
     module = None if teacher is None else evaluated(runnable(unwrapped(teacher)), wide)
     call = caller(data.fit[0])
-    with torch.no_grad():
+    with torch.no_grad(), in_the_model(f"batch {data.numbers[0]}"):
         output = student(call)
     objective = objective_of(options, loss, output, call, teacher=module is not None)
     return _Prepared(
@@ -249,7 +256,7 @@ def _prepared(
 def _refined(prepared: _Prepared, model: nn.Module, checkpoints: Checkpoints | None) -> Compiled:
     student, data, options = prepared.student, prepared.data, prepared.options
     measure = prepared.measure(data.held_out)
-    second = prepared.measure(data.second) if len(data.second) else None
+    second = prepared.measure(data.second, "second corpus, batch") if len(data.second) else None
     few = prepared.measure(Picked(data.held_out, range(min(_FEW, len(data.held_out)))))
     found = None if checkpoints is None else checkpoints.read(student)
     here().gather(None, "the checkpoint")  # before it is replaced
@@ -281,6 +288,12 @@ def _first(student: Student, measure: Measure, second: Measure | None) -> Run:
             "for NaN in that batch or the weights"
         )
     run = Run(first, first, None if second is None else second(student))
+    for one, name in ((measure, "held-out"), (second, "second")):
+        if one is not None and not one.tokens:
+            raise RefineError(
+                f"{name} data: expected tokens to measure on, found none: the masks of all its "
+                "batches leave everything out; give data whose attention_mask is not all 0"
+            )
     balance(student.trainable.groups, student.masters)
     student.round()
     return run

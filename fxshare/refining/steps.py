@@ -19,7 +19,7 @@ from fxshare.base.spent import part
 from fxshare.capture import Call
 from fxshare.errors import FxShareWarning, RefineError
 from fxshare.refining.batches import Batches
-from fxshare.refining.measure import Targets, Teacher
+from fxshare.refining.measure import Targets, Teacher, in_the_model
 from fxshare.refining.objectives import Summed
 from fxshare.refining.optimiser import Optimiser
 from fxshare.refining.options import RefineOptions
@@ -127,9 +127,11 @@ class Stepper:
     def _loss(self, batch: object, number: tuple[int, int]) -> Summed:
         """Of a batch or a part of it, with the number that its targets are kept by."""
         call = self._caller(batch)
-        targets = self._targets.of(number, call, self.student.device)
-        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self._autocast):
-            output = self._output(call)
+        cast = torch.autocast(self.student.device.type, torch.bfloat16, enabled=self._autocast)
+        with in_the_model(f"batch {self._batches.numbers[number[0]]}"):
+            targets = self._targets.of(number, call, self.student.device)
+            with cast:
+                output = self._output(call)
         return self._objective.loss(output, targets, call, batch)
 
     def _output(self, call: Any) -> Any:

@@ -68,7 +68,8 @@ class Student:
         :meth:`shard` this rank's rows, as all states and gradients."""
         self._shards: Shards | None = None
         half = any(own.dtype == torch.float16 for own in self._stored.values())  # not where wide
-        self._loss_scale = _LOSS_SCALE if half else 1.0
+        self.loss_scale = _LOSS_SCALE if half else 1.0
+        """What the loss is multiplied by for the backward pass: 1 but in float16."""
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -95,7 +96,7 @@ class Student:
         """Add the gradient of a share of ``loss`` to what is there."""
         try:
             with self._passing():
-                (loss * (share * self._loss_scale)).backward()  # type: ignore[no-untyped-call]
+                (loss * (share * self.loss_scale)).backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what the model's own code would raise as well
@@ -114,7 +115,7 @@ class Student:
             master = self.masters[name]
             grad = own.grad
             gradient = torch.zeros_like(master) if grad is None else local(grad).to(master.dtype)
-            found[name] = gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
+            found[name] = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
             own.grad = None
         return found
 
@@ -131,9 +132,9 @@ class Student:
 
     def scaled_down(self) -> bool:
         """Halve what the loss is multiplied by, where it is; False where it is not."""
-        if self._loss_scale <= 1.0:
+        if self.loss_scale <= 1.0:
             return False
-        self._loss_scale /= 2
+        self.loss_scale /= 2
         return True
 
     def has_gradients(self) -> bool:

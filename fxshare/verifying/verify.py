@@ -165,6 +165,11 @@ def _outputs(
 
 def check_sites(model: nn.Module, plan: Plan) -> None:
     """:class:`FxShareError` where ``model`` has not the weights that the plan is about."""
+    if not isinstance(model, nn.Module):
+        raise FxShareError(
+            f"expected the model that was compiled, an nn.Module, found "
+            f"{_described(model)}; load it first"
+        )
     for site in plan.sites:
         try:
             found = f"one of {tuple(site_tensors(model, site)[0].shape)}"
@@ -176,6 +181,10 @@ def check_sites(model: nn.Module, plan: Plan) -> None:
             f"{type(model).__name__} is not the model that was compiled: expected "
             f"{site.name!r} to be a linear ({site.out_features}, {site.in_features}), found {found}"
         )
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}"
 
 
 def _calls(

@@ -352,7 +352,7 @@ def test_why_tells_the_bits_of_each_kind(fxshare: Run, stored: Path, tmp_path: P
         text = fxshare("inspect", path, "--why", name).out
         assert f"{group['storage']} storage, 8 bits, " in text
     text = fxshare("inspect", path, "--why", "blocks.1.fc").out
-    assert "in no group: its rows are stored in 4 bits" in text
+    assert "dense, in no group: its own weight rows in 4 bits" in text
     assert "keeps its original weight rows" not in text
 
 

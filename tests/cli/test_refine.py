@@ -147,6 +147,27 @@ def test_a_target_that_is_there_is_refused(fxshare: Run, saved: Path, tmp_path: 
     assert len(library.load(own, "cli_toy:make").fxshare.refined) == 2
 
 
+def test_what_could_not_be_saved_is_refused_before_training(
+    fxshare: Run, saved: Path, tmp_path: Path
+) -> None:
+    never = mock.patch.object(library, "refine", side_effect=AssertionError("it was trained"))
+    full = mock.patch(
+        "fxshare.base.files.tempfile.TemporaryFile",
+        side_effect=OSError(30, "Read-only file system"),
+    )
+    with never, full:
+        found = refine(fxshare, saved, "--steps", 2, "-o", tmp_path / "deep" / "out")
+    assert (found.code, found.out) == (1, "")
+    assert "cannot write" in found.err
+    assert "Read-only file system" in found.err
+    for work in (tmp_path / "out", tmp_path / "out" / "w"):
+        with never:
+            found = refine(fxshare, saved, "--steps", 2, "-o", tmp_path / "out", "--work", work)
+        assert found.code == 2
+        assert "expected a folder outside of -o" in found.err
+    assert list(tmp_path.iterdir()) == []
+
+
 class Masked(torch.nn.Module):
     """A model that padded texts can be given to."""
 

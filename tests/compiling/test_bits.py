@@ -155,7 +155,7 @@ def test_why_says_the_bits_of_groups_units_and_dense_slices() -> None:
     assert "dense, in no group: its own weight rows in 4 bits" in text
     assert "keeps its original" not in text
     for name in (plan.groups[0].name, *(one.name for one in plan.units)):
-        assert ", in 4 bits" in " ".join(explain_in_plan(plan, name))
+        assert ", 4 bits" in " ".join(explain_in_plan(plan, name))
 
 
 @pytest.mark.parametrize(

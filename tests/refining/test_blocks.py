@@ -302,6 +302,10 @@ def test_what_has_no_blocks_is_refused_with_the_way_out() -> None:
     model, gm = subject("llama", "shared", capture="modules")
     with pytest.raises(RefineError, match="captured at module granularity; take objective='kl'"):
         refined(gm, model, **BLOCKS)
+    planner = {"search": "off", "kinds": ["heads"]}
+    model, gm = subject("llama", "exact", budget={"params_kept": 0.85}, planner=planner)
+    with pytest.raises(RefineError, match=r"names the sizes .*heads or hidden units went.*'kl'"):
+        refined(gm, model, **BLOCKS)
     model, gm = usual()
     with pytest.raises(RefineError, match="compares with the blocks of the model"):
         refined(gm, model, teacher=copy.deepcopy(model), **BLOCKS)

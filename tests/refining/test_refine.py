@@ -498,6 +498,22 @@ def test_time_is_asked_for() -> None:
         ({"objective": "mse"}, "objective: expected one of kl, ce, hidden, blocks, found 'mse'"),
         ({"also": ("norms", "heads")}, "also: expected some of norms, biases, found 'heads'"),
         ({"accumulate": 0}, "accumulate: expected a whole number of at least 1"),
+        ({"accumulate": None}, "accumulate: expected a whole number of at least 1, found None"),
+        ({"temperature": None}, "temperature: expected a number above 0, found None"),
+        ({"seed": 1.5}, "seed: expected a whole number of at most .*, found 1.5"),
+        ({"seed": None}, "seed: expected a whole number of at most .*, found None"),
+        ({"seed": 1 << 43}, "seed: expected a whole number of at most"),
+        ({"recompute": "never"}, "recompute: expected True or False, found 'never'"),
+        ({"shard": None}, "shard: expected True or False, found None"),
+        ({"also": None}, "also: expected some of norms, biases, found None"),
+        ({"loss": "mse"}, r"loss: expected a function \(output, batch\) -> scalar, found 'mse'"),
+        (
+            {"teacher": "./gpt2"},
+            r"teacher: expected an nn\.Module, .*found '\./gpt2'; load it first",
+        ),
+        ({"teacher": nn.Linear}, r"teacher: expected an nn\.Module, .*found <class"),
+        ({"work": 5}, "work: expected the name of a folder, found 5"),
+        ({"work": ""}, "work: expected the name of a folder, found ''"),
     ],
 )
 def test_options_that_cannot_be_meant(options: dict[str, Any], reason: str) -> None:
@@ -520,6 +536,8 @@ def test_a_model_that_is_not_ours_or_another_one() -> None:
         refined(model, model)
     with pytest.raises(FxShareError, match="is not the model that was compiled"):
         refined(gm, subject("nanogpt", "shared")[0])
+    with pytest.raises(FxShareError, match=r"expected the model that .*found the class LlamaFor"):
+        refined(gm, type(model))  # type: ignore[arg-type]
 
 
 def test_a_teacher_of_another_vocabulary_or_shape() -> None:
@@ -575,6 +593,32 @@ def test_data_that_is_empty_or_too_little() -> None:
         refined(gm, model, [ids(1, rows=1)[0]])
     assert refined(gm, model, [ids(1)[0]]).fxshare.refined[-1].held_out == 8
     assert refined(gm, model, iter(ids(3))).fxshare.refined[-1].steps == 12
+
+
+def test_a_batch_that_fails_in_the_model_is_named() -> None:
+    model, gm = usual()
+    unknown = torch.full((4, 8), 99)
+    for data, held_out, reason in (
+        ([*ids(2), unknown], ids(1), "batch 2 failed in the model: IndexError: index out of range"),
+        ([unknown, *ids(2)], ids(1), "batch 0 failed in the model: IndexError"),
+        (ids(2), [*ids(1), unknown], "held-out batch 1 failed in the model: IndexError"),
+    ):
+        with pytest.raises(RefineError, match=f"{reason}.*check its shapes and token ids"):
+            refined(gm, model, data, heldout=held_out)
+    with pytest.raises(RefineError, match="second corpus, batch 0 failed in the model"):
+        refined(gm, model, second=[unknown])
+    with pytest.raises(RefineError, match="batch failed in the model: IndexError"):
+        refined(gm, model, [*ids(2), unknown], heldout=ids(1), objective="blocks")
+
+
+def test_data_of_which_the_mask_leaves_nothing() -> None:
+    model, gm = usual()
+    (batch,) = ids(1)
+    masked = [{"input_ids": batch, "attention_mask": torch.zeros_like(batch)}]
+    with pytest.raises(RefineError, match="held-out data: expected tokens to measure on, found no"):
+        refined(gm, model, heldout=masked)
+    with pytest.raises(RefineError, match="second data: expected tokens to measure on"):
+        refined(gm, model, second=masked)
 
 
 @pytest.mark.slow

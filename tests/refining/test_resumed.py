@@ -75,6 +75,22 @@ def test_resumed_in_half_precision_and_after_a_range_test(tmp_path: Path) -> Non
     assert same(refined(gm, model, work=tmp_path / "w", **options), refined(gm, model, **options))
 
 
+def large_loss(output: Any, batch: Any) -> Any:
+    """What overflows in float16 until what it is multiplied by was halved a few times."""
+    return 300.0 * output[0].float().pow(2).sum()
+
+
+def test_resumed_in_float16_after_an_overflow(tmp_path: Path) -> None:
+    model, gm = subject("branches", "shared", dtype=torch.float16)
+    data = [x.half() for x in features()]
+    options = {"batches": data, "steps": 16, "loss": large_loss}
+    whole = refined(gm, model, **options)
+    assert whole.fxshare.refined[-1].tokens < 16 * data[0][..., 0].numel()  # steps that overflowed
+    with ended_at(9), pytest.raises(EndedError):
+        refined(gm, model, work=tmp_path / "w", **options)
+    assert same(refined(gm, model, work=tmp_path / "w", **options), whole)
+
+
 @FORKS
 def test_killed_before_any_operation_on_files(tmp_path: Path) -> None:
     model, gm = usual()
