@@ -17,6 +17,7 @@ Shape suffixes: n units, K kept ones, O output features, t units of the present 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from fxshare.plans.units import Units
 
 _BLOCK = 64
 _TINY = 1e-13
+# what a unit is told by may be so many times as large as units are, before it cancels
+_MOST_CANCELS = 100.0
 """Of the largest diagonal entry: what is left of a unit that others tell is rounding."""
 
 
@@ -234,7 +237,7 @@ def unit_factors(
         made.weights = {name: one.weight_OI.double() for name, one in consumer.items()}
         return made
     first = next(iter(consumer.values()))
-    mixing_nK = mixing_of(first.gram_II, kept, relative_floor)
+    mixing_nK = mixing_of(first.gram_II, kept, relative_floor, most=_MOST_CANCELS)
     for name, one in consumer.items():
         made.weights[name] = one.weight_OI.double() @ mixing_nK
         if bias and one.mean_I is not None:
@@ -243,8 +246,14 @@ def unit_factors(
     return made
 
 
-def mixing_of(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> Tensor:
+def mixing_of(
+    gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float, *, most: float = math.inf
+) -> Tensor:
     """``G_:J G_JJ⁻¹`` ``(n, K)``: what each unit is, told by those that stay.
+
+    The Gram is damped until it is regular, and no part of what a unit is told by is more than
+    ``most`` times as large as units are: of fewer tokens than units what is left is rounding, and
+    divided by it weights would be millions of times too large, and cancel.
 
     Raises :class:`FactoriseError` for moments that are not finite.
     """
@@ -252,13 +261,16 @@ def mixing_of(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> 
     columns_nK = gram_nn.index_select(1, at)
     block_KK = columns_nK.index_select(0, at)
     scale = float(block_KK.diagonal().mean().clamp(min=1e-300))
+    size_K = (block_KK.diagonal() / scale).clamp(min=0.0).sqrt()
     floor = 1e-14
     while True:
         damped = block_KK.clone()
         damped.diagonal().add_(floor * scale)
         root_KK, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            break
+            mixing: Tensor = torch.cholesky_solve(columns_nK.T, root_KK).T
+            if most == math.inf or float((mixing.abs().amax(0) * size_K).max()) <= most:
+                break
         if floor > 1.0:
             raise FactoriseError(
                 f"hidden units: the moment of the {len(kept)} units that stay cannot be made "
@@ -266,7 +278,6 @@ def mixing_of(gram_nn: Tensor, kept: tuple[int, ...], relative_floor: float) -> 
             )
         # a singular Gram: fewer tokens than units
         floor = max(floor * 100, relative_floor)
-    mixing: Tensor = torch.cholesky_solve(columns_nK.T, root_KK).T
     # a unit that stays tells itself
     mixing[at] = torch.eye(len(kept), dtype=mixing.dtype, device=mixing.device)
     return mixing

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxshare.errors import FactoriseError
 from fxshare.factors import units as module
 from fxshare.factors.metric import SliceStatistics
-from fxshare.factors.units import UnitFactors, metric_of, order_of, unit_factors
+from fxshare.factors.units import Order, UnitFactors, metric_of, order_of, unit_factors
 from fxshare.plans.units import Units
 from passes import SelectedUnits, SelectUnits, run
 from tests.passes.build import split, whole_sites
@@ -168,6 +168,27 @@ def test_a_moment_that_is_not_finite_ends_with_an_error() -> None:
     gram[1, 1] = torch.nan
     with pytest.raises(FactoriseError, match="the moment of the 2 units"):
         module.mixing_of(gram, (0, 1), 1e-8)
+
+
+def test_fewer_tokens_than_units_make_no_weights_that_cancel() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(9, 48, generator=generator, dtype=torch.float64)
+    gram = rows.T @ rows / 9
+    # what is left of a unit is rounding, of sums in float32, and not nothing
+    rounding = 1e-7 * torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    gram[24:, :24] += rounding
+    gram[:24, 24:] += rounding.T
+    gram[:24, :24] += 1e-12 * torch.eye(24)
+    kept = tuple(range(24))
+    wild = module.mixing_of(gram, kept, 1e-8)
+    calm = module.mixing_of(gram, kept, 1e-8, most=100.0)
+    assert float(wild.abs().max()) > 1e4
+    assert float(calm.abs().max()) <= 100
+    gap = rows - rows[:, :24] @ calm.T
+    assert float(gap.norm()) <= 1e-2 * float(rows.norm())
+    one = SliceStatistics(torch.ones(2, 48), gram, None, "x")
+    found = unit_factors(entry(24, 48), {"d": one}, Order(torch.arange(48), torch.zeros(49)))
+    assert float(found.weights["d"].abs().max()) <= 48 * 100
 
 
 class InTurn(nn.Module):
