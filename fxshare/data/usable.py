@@ -15,7 +15,8 @@ from fxshare.errors import CalibrationError
 def usable(batch: object) -> Any:
     """The batch; where tensors of it were made in inference mode, with copies that autograd takes.
 
-    Raises :class:`CalibrationError` for fake tensors, which have no values.
+    Raises :class:`CalibrationError` for fake tensors, which have no values, and where all tensors
+    are empty.
     """
     known = isinstance(batch, Mapping) and type(batch) not in pytree.SUPPORTED_NODES
     given: Any = {**batch} if isinstance(batch, Mapping) and known else batch
@@ -24,6 +25,11 @@ def usable(batch: object) -> Any:
         raise CalibrationError(
             "a batch holds a FakeTensor, which has no values; make the data outside of "
             "FakeTensorMode"
+        )
+    if found and not any(tensor.numel() for tensor in found):
+        raise CalibrationError(
+            f"a batch holds nothing: its tensors are of shape "
+            f"{', '.join(str(tuple(tensor.shape)) for tensor in found[:3])}; leave it out"
         )
     if not any(tensor.is_inference() for tensor in found):
         return batch

@@ -109,3 +109,12 @@ def test_verify_and_lower_leave_autocast() -> None:
     with torch.autocast("cpu"):
         assert fxshare.verify(model, gm).ok
         fxshare.lower(gm)
+
+
+@pytest.mark.parametrize("empty", [torch.zeros(0, 5, 16), torch.zeros(4, 0, 16)])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_batch_that_holds_nothing_is_refused(empty: Tensor, place: int) -> None:
+    data = _data()
+    data.insert(place, empty)
+    with pytest.raises(CalibrationError, match="a batch holds nothing: .*leave it out"):
+        fxshare.compile(_made(), _BUDGET, calibration=data)
