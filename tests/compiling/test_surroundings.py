@@ -116,5 +116,5 @@ def test_verify_and_lower_leave_autocast() -> None:
 def test_a_batch_that_holds_nothing_is_refused(empty: Tensor, place: int) -> None:
     data = _data()
     data.insert(place, empty)
-    with pytest.raises(CalibrationError, match="a batch holds nothing: .*leave it out"):
+    with pytest.raises(CalibrationError, match=r"a batch holds nothing: .*leave it out"):
         fxshare.compile(_made(), _BUDGET, calibration=data)
