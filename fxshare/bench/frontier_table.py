@@ -107,6 +107,22 @@ def table_of(
     return header, rows
 
 
+def dense_table(result: Frontier) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: dense weights in few bits, which have one size each, with error feedback and
+    as the nearest codes."""
+    several = any(row.second is not None for row in result.rows)
+    header = ["model", "dense", "bytes kept", "loss", *(["second corpus"] if several else [])]
+    rows = []
+    for row in result.rows:
+        if row.size is None:
+            cells = [row.case, row.method.removeprefix("dense, "), f"{row.kept:.3f}"]
+            cells.append(f"{row.increase:.5f}")
+            if several:
+                cells.append("–" if row.second is None else f"{row.second:.5f}")
+            rows.append(cells)
+    return header, rows
+
+
 def speed_table(result: Frontier) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what was timed, over dense."""
     header = ["model", "bytes kept", "method", "prompt", "one token"]
@@ -144,6 +160,7 @@ __all__ = [
     "HUNDREDTH",
     "Frontier",
     "Row",
+    "dense_table",
     "refined_table",
     "speed_table",
     "table_of",

@@ -15,6 +15,7 @@ from fxshare.bench.frontier_table import (
     EVERYTHING,
     Frontier,
     Row,
+    dense_table,
     refined_table,
     speed_table,
     table_of,
@@ -129,6 +130,12 @@ def test_a_second_corpus_and_speeds_have_tables_of_their_own() -> None:
     ratios = [table_of(both, (0.5,), second=second)[1][0][-1] for second in (False, True)]
     assert ratios == ["0.50", "0.25"]  # each of its own corpus
     assert speed_table(found)[1] == [["small", "0.500", "bases", "1.50", "0.50"]]
+    assert dense_table(found)[1] == []
+    coded = Row("small", "dense, 4 bits, nearest", None, 0.2813, 0.25, 0.5, None, 0.0)
+    few = dataclasses.replace(found, rows=(alone, coded))
+    assert dense_table(few)[1] == [["small", "4 bits, nearest", "0.281", "0.25000", "0.50000"]]
+    first = dataclasses.replace(few, rows=(dataclasses.replace(coded, second=None),))
+    assert dense_table(first)[0][-1] == "loss"
     assert curves(found, "small") == {"bases": [(0.5, 1.0)]}
 
 

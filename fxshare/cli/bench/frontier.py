@@ -186,11 +186,13 @@ def named(methods: str | None) -> list[str] | None:
 
 def shown(result: Frontier, sizes: Sequence[float], plot: Path | None) -> str:
     """The tables and what they were measured on."""
-    from fxshare.bench.frontier_table import refined_table, speed_table, table_of
+    from fxshare.bench.frontier_table import dense_table, refined_table, speed_table, table_of
 
     lines = [table(*table_of(result, sizes)), ""]
     if any(row.second is not None for row in result.rows):
         lines += ["on the second corpus:", table(*table_of(result, sizes, second=True)), ""]
+    if any(row.size is None for row in result.rows):
+        lines += ["dense weights in few bits:", table(*dense_table(result)), ""]
     trained = "no training"
     if any(row.refined is not None for row in result.rows):
         trained = "no training where it does not say refined"
