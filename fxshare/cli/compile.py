@@ -77,8 +77,6 @@ def compile_model(
     from fxshare.loading.names import load_model
     from fxshare.models.traits import example_ids
 
-    if plan is not None:
-        wanted.refuse_budget(f"--plan {plan} says already what is kept")
     cfg = wanted.from_files()
     made = None if plan is None else read_plan(plan)
     check_free(output, force, work)

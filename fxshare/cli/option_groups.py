@@ -147,19 +147,6 @@ class Wanted:
                 "or -c, or give a weight type `embedding: true` in the file"
             )
 
-    def refuse_budget(self, why: str) -> None:
-        """A ``ConfigError`` for a budget, or widths, where a plan was made already."""
-        given = {
-            "--keep": self.keep,
-            "--max-bytes": self.max_bytes,
-            "--bytes-kept": self.bytes_kept,
-            "--max-loss": self.max_loss,
-            "--bits": self.bits,
-        }
-        for option, value in given.items():
-            if value is not None:
-                raise fxshare.errors.ConfigError(f"{option} {value}: {why}; leave {option} out")
-
     def proposed(self, found: Proposal) -> ShareConfig:
         """The configuration of a proposal, with the overrides."""
         from fxshare.config import load_config

@@ -138,9 +138,6 @@ def test_a_plan_can_be_edited_and_compiled(fxshare: Run, tmp_path: Path) -> None
     report = fxshare(*command, "--plan", path, "--json").json
     assert report["groups"][0]["rank"] == 2
     assert report["groups"][1]["rank"] == plan["groups"][1]["rank"] != 2
-    refused = fxshare(*command, "--plan", path, "--keep", "0.5")
-    assert refused.code == 2
-    assert f"--keep 0.5: --plan {path} says already what is kept" in refused.err
 
 
 def test_the_table_of_a_plan(fxshare: Run) -> None:
