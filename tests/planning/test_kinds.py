@@ -168,8 +168,8 @@ def test_a_work_folder_without_the_kind_says_so(tmp_path: Path) -> None:
     model = llama()
     cfg = {**ALL, "budget": {"params_kept": 0.6}, "planner": {**BOTH, "kinds": ["basis"]}}
     fxshare.plan(model, cfg, calibration=batches(), work=tmp_path)
-    plan = replan(tmp_path, overrides=["planner.kinds=[basis,units]"]).plan
-    assert not plan.units  # what MLPs there are was not asked for
+    with pytest.raises(PlanError, match=r"hidden units that '.*' reads were not priced in"):
+        replan(tmp_path, overrides=["planner.kinds=[basis,units]"])
 
 
 def test_a_survey_has_both_kinds() -> None:
