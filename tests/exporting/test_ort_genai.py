@@ -238,7 +238,11 @@ def test_sixteen_tokens_after_each_of_three_prompts(name: str, mode: str, tmp_pa
     assert certificate.engine == "onnxruntime_genai"
     assert [len(tokens) for tokens in certificate.found] == [16, 16, 16]
     assert certificate.found == certificate.expected
-    assert len(set(certificate.found)) > 1
+    assert certificate.gap is not None
+    assert certificate.limit is not None
+    assert certificate.gap <= certificate.limit
+    # the pivoted GPT-2, whose weights are random, says one token after any prompt: its logits tell
+    assert len(set(certificate.found)) > 1 or (name, mode) == ("gpt2", "pivoted")
 
 
 @pytest.mark.slow
