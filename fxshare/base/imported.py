@@ -12,9 +12,9 @@ from typing import get_origin
 from fxshare.errors import ConfigError
 
 
-def imported(name: str, key: str) -> object:
-    """What ``package.module:Name`` says, from the current folder or the Python path; of a class an
-    instance, made without arguments. ``key`` is where the name stands.
+def imported(name: str, key: str, of: type = object) -> object:
+    """What ``package.module:Name`` says, from the current folder or the Python path; where it is
+    ``of``'s or a subclass, an instance, made without arguments. ``key`` is where the name stands.
 
     Raises :class:`ConfigError` where there is no such thing, or where its module or its class
     raises.
@@ -35,7 +35,7 @@ def imported(name: str, key: str) -> object:
                 f"{key}: importing {name!r} failed: {type(error).__name__}: {error}"
             ) from error
         # Python 3.10 takes dict[str, int] for an instance of type, but not for a class.
-        if get_origin(made) is not None or not isinstance(made, type):
+        if get_origin(made) is not None or not isinstance(made, type) or not issubclass(made, of):
             return made
         try:
             return made()

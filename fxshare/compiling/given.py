@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import get_origin
 
 from torch import Tensor
 
+from fxshare.base.imported import imported
 from fxshare.capture import Captured
 from fxshare.config import ShareConfig
 from fxshare.errors import ConfigError, FactoriseError, PlanError
@@ -21,18 +20,7 @@ def named_passes(cfg: ShareConfig) -> tuple[Pass, ...]:
     """The passes that the configuration names; each is imported from the user's own module."""
     found = []
     for name in cfg.passes:
-        module_name, _, attribute = name.partition(":")
-        try:
-            made = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"passes: cannot import {name!r}: {error}; expected 'package.module:Name' on the "
-                "Python path"
-            ) from error
-        # Python 3.10 takes dict[str, int] for an instance of type, but not for a class.
-        plain = get_origin(made) is None
-        if plain and isinstance(made, type) and issubclass(made, Pass):
-            made = made()
+        made = imported(name, "passes", of=Pass)
         if not isinstance(made, Pass):
             raise ConfigError(
                 f"passes: {name!r} is a {type(made).__name__}; expected a subclass or an instance "
